@@ -1,0 +1,50 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make the environment first; `make` lists the rest.
+#
+# Variables: PYTHON=/path/to/python  EXTRAS=dev,metal  VENV=.venv  CONSTRAINTS=.ci/constraints/X.txt  JOBS=2
+
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON ?=
+EXTRAS ?=
+CONSTRAINTS ?=
+JOBS ?= 2
+PYTEST_ARGS ?=
+PY := $(VENV)/bin/python
+PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+DEMO := experiments/tales
+
+.PHONY: help env demo test test-slow test-core lint clean
+.DEFAULT_GOAL := help
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: ## make or update the environment .venv, with the best Python found
+	@VENV='$(VENV)' PYTHON='$(PYTHON)' EXTRAS='$(EXTRAS)' CONSTRAINTS='$(CONSTRAINTS)' .ci/make-env
+
+demo: env ## train a small model on the embedded tales, let it tell some, and write a report
+	@$(PY) launch/prepare.py --config=configs/tales.py --workdir=$(DEMO)
+	@$(PY) launch/train.py --config=configs/tales.py --workdir=$(DEMO)
+	@$(PY) launch/evaluate.py --workdir=$(DEMO)
+	@$(PY) launch/report.py --workdir=$(DEMO)
+	@$(PY) launch/sample.py --workdir=$(DEMO) --prompt='Once' --max_tokens=200 --temperature=0.7 --num_samples=3
+	@echo
+	@echo 'Everything lies in $(DEMO): open $(DEMO)/report.html for the curves and the samples.'
+
+test: lint ## ruff, pyright and the quick tests
+	@$(PYTEST)
+
+test-slow: env ## the tests that take longer
+	@$(PYTEST) -m 'slow and not hub'
+
+test-core: env ## the quick tests without the launch scripts, as another set of versions is checked in .ci/run
+	@$(PYTEST) --ignore-glob='tests/test_launch*' --ignore=tests/test_house.py
+
+lint: env ## ruff and pyright
+	@$(PY) -m ruff check .
+	@$(PY) -m pyright --pythonpath $(PY)
+
+clean: ## remove the environments and caches, never the experiments
+	@rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis dist build *.egg-info
+	@find . -path ./experiments -prune -o -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

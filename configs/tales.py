@@ -1,0 +1,47 @@
+"""The embedded tales: a model that tells them in a few minutes on two CPU cores. `make demo` runs this.
+
+    python launch/train.py --config=configs/tales.py --workdir=experiments/tales
+    python launch/train.py --config=configs/tales.py:tiny --workdir=experiments/tiny     # seconds, for trying things out
+"""
+
+from configs import base
+
+
+def get_config(variant: str = ""):
+    config = base.get_config()
+    config.corpus.name = "tales"
+    config.corpus.num_train_tales = 20_000
+    config.tokenizer.vocab_size = 2048
+
+    config.model.num_layers = 4
+    config.model.embed_dim = 256
+    config.model.num_heads = 4
+    config.model.seq_len = 256
+    config.model.mask_documents = True  # every tale is told for itself
+    config.evaluate.context = "document"
+
+    config.batch_size = 16
+    config.total_steps = 700
+    config.optimizer.learning_rate = 3e-3
+
+    config.evaluate.every_steps = 100
+    config.evaluate.max_windows = 64
+    config.checkpoint.every_steps = 100
+
+    if variant == "tiny":
+        config.corpus.num_train_tales = 400
+        config.corpus.num_valid_tales = 40
+        config.corpus.num_test_tales = 40
+        config.tokenizer.vocab_size = 512
+        config.model.num_layers = 2
+        config.model.embed_dim = 64
+        config.model.num_heads = 2
+        config.batch_size = 4
+        config.total_steps = 20
+        config.evaluate.every_steps = 10
+        config.evaluate.max_windows = 8
+        config.checkpoint.every_steps = 10
+        config.sample.max_tokens = 30
+    elif variant:
+        raise ValueError(f"configs/tales.py:{variant} is not a variant; there is configs/tales.py:tiny")
+    return config

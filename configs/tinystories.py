@@ -1,0 +1,25 @@
+"""TinyStories (Eldan and Li 2023): stories in the words of small children, by a large model.
+
+    python launch/train.py --config=configs/tinystories.py --config.corpus.path=DIR --workdir=experiments/tinystories
+
+DIR holds TinyStories-train.txt and TinyStories-valid.txt; without it the hub is asked (pip install -e '.[hub]').
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.corpus.name = "tinystories"
+    config.tokenizer.vocab_size = 4096
+    config.total_steps = 20_000
+    config.batch_size = 16
+    config.model.num_layers = 6
+    config.model.embed_dim = 384
+    config.model.num_heads = 6
+    config.model.seq_len = 256
+    config.evaluate.every_steps = 1000
+    config.evaluate.max_windows = 512
+    config.checkpoint.every_steps = 500
+    config.sample.prompt = "Once upon a time"
+    return config

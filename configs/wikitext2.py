@@ -1,0 +1,24 @@
+"""WikiText-2 (Merity et al. 2016), the word-level release, one pass; bits and perplexities compare with published ones.
+
+    python launch/train.py --config=configs/wikitext2.py --config.corpus.path=DIR --workdir=experiments/wt2
+
+DIR holds train.txt, valid.txt and test.txt, or wiki.train.tokens and so on; without it the hub is asked.
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.corpus.name = "wikitext2"
+    config.tokenizer.vocab_size = 8192
+    config.passes = 1.0
+    config.batch_size = 8
+    config.model.num_layers = 6
+    config.model.embed_dim = 384
+    config.model.num_heads = 6
+    config.model.seq_len = 256
+    config.evaluate.every_steps = 200
+    config.checkpoint.every_steps = 100
+    config.sample.prompt = " = "  # how an article begins
+    return config

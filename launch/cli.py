@@ -1,0 +1,201 @@
+"""How every script starts and ends: flags parsed, mistakes told in one line, exit codes that mean something.
+
+    from cli import run            # launch/ is the first entry of sys.path for a script in it
+
+    if __name__ == "__main__":
+        run(main)                  # main(argv) is called with the flags parsed
+
+Exit codes: 0 done (and `--help`), 2 a user's mistake (ValueError, OSError or a bad flag: one line on stderr, no
+traceback), 130 interrupted, 141 the reader of stdout went away (`| head`). Anything else is a bug and shows its
+traceback; `--verbosity=1` shows one for mistakes too.
+"""
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections.config_flags import config_flags
+
+FLAGS = flags.FLAGS
+
+
+def run(main: Callable[[list[str]], Any]) -> NoReturn:
+    """Parses the flags, calls `main(argv)` and exits, turning what goes wrong into one line and an exit code."""
+    try:
+        try:
+            app.run(main, flags_parser=_parse)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        _fail("interrupted", code=130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail once more
+        sys.exit(141)
+    except (ValueError, OSError) as error:
+        if FLAGS.is_parsed() and logging.level_debug():
+            traceback.print_exc()
+        _fail(_one_line(error))
+    sys.exit(0)
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parse(args: list[str]) -> list[str]:
+    """Parses `args` (program name first). Raises ValueError with one clear line for every mistake absl can find."""
+    if set(args) & {"-h", "--help", "-help", "-?", "--helpshort"}:
+        print(f"{sys.modules['__main__'].__doc__}\nflags:\n{FLAGS.main_module_help()}")
+        sys.exit(0)
+    FLAGS.set_gnu_getopt(True)  # a stray word must not silently end the flags
+    config_names = [name for name in FLAGS if config_flags.is_config_flag(FLAGS[name])]
+    for name in config_names:
+        _check_config_file(name, args)
+    try:
+        rest = FLAGS(args)
+    except flags.UnrecognizedFlagError as error:
+        raise ValueError(_explain_unknown(error.flagname, config_names)) from None
+    except flags.IllegalFlagValueError as error:
+        raise ValueError(_explain_value(str(error), args)) from error
+    except config_flags.FlagOrderError:
+        raise ValueError(f"give {' and '.join(f'--{n}=FILE' for n in config_names)} before fields of it") from None
+    except (flags.Error, ValueError) as error:
+        raise ValueError(f"{_one_line(error)}; write it as --name=value (see --help)") from None
+    except Exception as error:  # a config file may raise anything, and ml_collections raises what a bad path hits
+        raise ValueError(_explain_config(config_names, args, error)) from error
+    if len(rest) > 1:
+        raise ValueError(f"{rest[1]!r} is not a flag: write every argument as --name=value (see --help)")
+    if FLAGS["verbosity"].using_default_value:
+        FLAGS.verbosity = logging.WARNING  # libraries' notes would tear the progress bar
+    return rest
+
+
+def _given(name: str, args: list[str]) -> str:
+    """The value of `--name=value` or `--name value` in `args`, "" where it is not given."""
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        if re.fullmatch(f"--?{re.escape(name)}", arg):
+            return following
+        if match := re.match(f"--?{re.escape(name)}=", arg):
+            return arg[match.end() :]
+    return ""
+
+
+def _check_config_file(name: str, args: list[str]) -> None:
+    path = Path(_given(name, args).partition(":")[0])
+    if path == Path() or path.is_file():
+        return
+    folder = path.parent if path.parent.is_dir() else Path("configs")
+    recipes = sorted(str(recipe) for recipe in folder.glob("[!_]*.py"))
+    raise ValueError(f"--{name}={path}: no such file{_suggestion(str(path), recipes)}")
+
+
+def _suggestion(word: str, known: list[str]) -> str:
+    """`; did you mean X?`, or `; there is X, Y, Z` when nothing is close."""
+    if close := difflib.get_close_matches(word, known, n=1, cutoff=0.6):
+        return f"; did you mean {close[0]}?"
+    return f"; there is {', '.join(known)}" if known else ""
+
+
+def _explain_unknown(name: str, config_names: list[str]) -> str:
+    root = name.removeprefix("no").partition(".")[0]
+    if "." in name and root in config_names:
+        return f"--{name} changes a field of --{root}, which is missing: give --{root}=configs/NAME.py before it"
+    known = [f"--{flag.name}" for flag in FLAGS.get_key_flags_for_module(sys.argv[0])]
+    return f"--{name} is not a flag of {Path(sys.argv[0]).name}{_suggestion(f'--{name}', known)}"
+
+
+def _explain_value(message: str, args: list[str]) -> str:
+    """One line with a remedy from absl's `flag --name=value: whatever the parser or a validator said`."""
+    match = re.match(r"flag --([^=:]+)=(.*?): (.*)", message, flags=re.DOTALL)
+    if match is None or match[1] not in FLAGS:
+        return " ".join(message.split())
+    name, value, reason = match.groups()
+    flag = FLAGS[name]
+    if "must have a value other than None" in reason:
+        return f"--{name} is missing: give --{name}=VALUE ({flag.help})"
+    if config_flags.is_config_flag(flag):
+        return _explain_config([name], args, ValueError(reason))
+    kind, default = flag.flag_type(), flag.default
+    if kind == "config_literal" or "ConfigDict" in reason:
+        return f"--{name}={value}: {name} is a group of fields; set one of them, as --{name}.FIELD={value}"
+    if choices := getattr(flag.parser, "enum_values", None):
+        return f"--{name}={value} must be one of {', '.join(choices)}{_suggestion(value, list(choices))}"
+    if kind == "bool":
+        return f"--{name}={value} must be true or false"
+    if (rule := flag.parser.syntactic_help) and "value other" not in reason and _parse_fails(flag, value):
+        return f"--{name}={value} must be {rule}" + (f"; the default is {default}" if default is not None else "")
+    return f"--{name}={value}: {' '.join(reason.split())}"
+
+
+def _parse_fails(flag: flags.Flag, value: str) -> bool:
+    try:
+        flag.parser.parse(value)
+    except (TypeError, ValueError):
+        return True
+    return False
+
+
+def _explain_config(config_names: list[str], args: list[str], error: Exception) -> str:
+    """Why a config file could not be loaded, or which of its overrides names no field."""
+    for name in config_names:
+        file, colon, variant = _given(name, args).partition(":")
+        if not file:
+            continue
+        try:
+            config = FLAGS[name].parser.parse(file + colon + variant)
+        except Exception as raised:
+            cause = raised.__context__ or raised  # ml_collections wraps some, with the traceback as the message
+            return f"--{name}={file}{colon}{variant}: {_where(cause, file)}{type(cause).__name__}: {_one_line(cause)}"
+        paths = [match[1] for arg in args[1:] if (match := re.match(rf"--?(?:no)?{name}\.([^=]+)", arg))]
+        for path in paths:
+            if (group := _lost(path, config)) is not None:
+                return f"--{name}.{path}: there is no such field{_suggestion_in(group, name, path, config)}"
+    return f"{type(error).__name__}: {_one_line(error)}"
+
+
+def _where(error: BaseException, file: str) -> str:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == Path(file)]
+    return f"line {lines[-1]}: " if lines else ""
+
+
+def _lost(path: str, config: Any) -> str | None:
+    """The group in which `path` loses its way ("" at the top), None when every part of it exists."""
+    walked: list[str] = []
+    for part in path.split("."):
+        if not hasattr(config, "keys") or part not in config:
+            return ".".join(walked)
+        config = config[part]
+        walked.append(part)
+    return None
+
+
+def _suggestion_in(group: str, name: str, path: str, config: Any) -> str:
+    """A field of the same last name wherever it stands, else the closest of all fields, else what the group has."""
+    fields = list(_fields(config))
+    last = path.rpartition(".")[2]
+    same = [field for field in fields if field.rpartition(".")[2] == last]
+    if close := same or difflib.get_close_matches(path, fields, n=1, cutoff=0.7):
+        return f"; did you mean --{name}.{close[0]}?"
+    inside = sorted({field.removeprefix(f"{group}.").partition(".")[0] for field in fields if field.startswith(group)})
+    return f"; {group or name} has {', '.join(inside)}"
+
+
+def _fields(config: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from _fields(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"

@@ -1,0 +1,48 @@
+"""Measures a trained model on a whole split: per token, word and byte, and for tales against their known entropy.
+
+    python launch/evaluate.py --workdir=experiments/tales --split=test
+    python launch/evaluate.py --workdir=experiments/wikitext2 --stride=64 --json
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+from cli import run
+
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the experiment")
+SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "what to score")
+STEP = flags.DEFINE_integer("step", 0, "checkpoint; 0: the best by validation loss", lower_bound=0)
+STRIDE = flags.DEFINE_integer("stride", 0, "tokens between windows; 0: the context; less: slides", lower_bound=0)
+PRECISION = flags.DEFINE_enum("precision", "float32", ["auto", "float32", "bfloat16"], "dtype to compute in")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 200, "tales to sample and judge; 0: none", lower_bound=0)
+TEMPERATURE = flags.DEFINE_float("sample_temperature", 0.7, "of the sampled tales", lower_bound=0.0)
+SEED = flags.DEFINE_integer("seed", 0, "of the sampled tales", lower_bound=0)
+JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
+flags.mark_flag_as_required("workdir")
+
+
+def main(_: list[str]) -> None:
+    from tale_jax import backend
+    from tale_jax.checkpoint import open_experiment
+    from tale_jax.evaluate import evaluate
+
+    here = backend.start("auto")
+    dtype, _ = backend.choose_precision(here, PRECISION.value)
+    result = evaluate(
+        open_experiment(WORKDIR.value, STEP.value, dtype, here.natural),
+        split=SPLIT.value,
+        stride=STRIDE.value,
+        num_samples=NUM_SAMPLES.value,
+        sample_temperature=TEMPERATURE.value,
+        seed=SEED.value,
+    )
+    if JSON.value:
+        print(json.dumps(result))
+    else:
+        print("\n".join(f"{k:>29}  {v:,.4f}" if isinstance(v, float) else f"{k:>29}  {v}" for k, v in result.items()))
+        print(f"kept in {WORKDIR.value}/evaluations.jsonl")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,56 @@
+"""Writes text with a trained model: streams it to the terminal, or prints one JSON object.
+
+    python launch/sample.py --workdir=experiments/tales
+    python launch/sample.py --workdir=experiments/tales --prompt="Once upon a time" --temperature=0.7 --num_samples=3
+    python launch/sample.py --workdir=experiments/tales --interactive
+
+An interactive session ends with an empty line; Ctrl-C stops the text that is being written.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+from absl import flags
+from cli import run
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", None, "folder of the experiment", required=True)
+flags.DEFINE_string("prompt", "", "what the text follows; empty: the start of a document")
+flags.DEFINE_integer("max_tokens", 256, "length of a sample at most")
+flags.DEFINE_float("temperature", 0.8, "0 always takes the likeliest token; 1 is the model as it was trained")
+flags.DEFINE_integer("top_k", 0, "draw among the k likeliest tokens only; 0: all")
+flags.DEFINE_float("top_p", 1.0, "draw among the likeliest tokens that reach this probability together; 1: all")
+flags.DEFINE_float("min_p", 0.0, "draw among tokens at least this share as likely as the likeliest; 0: all")
+flags.DEFINE_float("repetition_penalty", 1.0, "above 1 makes tokens seen before less likely; 1: off")
+flags.DEFINE_integer("num_samples", 1, "how many, drawn together")
+flags.DEFINE_integer("seed", 0, "of the draws")
+flags.DEFINE_multi_string("stop", [], "text that ends a sample, which is cut before it; may be given again")
+flags.DEFINE_enum("long_prompt", "refuse", ["refuse", "window"], "of a prompt longer than the context: or use its end")
+flags.DEFINE_integer("step", 0, "checkpoint; 0: the best by validation loss", lower_bound=0)
+flags.DEFINE_enum("precision", "auto", ["auto", "float32", "bfloat16"], "dtype to compute in")
+flags.DEFINE_bool("interactive", False, "ask for prompts, one after another")
+flags.DEFINE_bool("json", False, "print one JSON object for a prompt, as the last line")
+
+
+def main(_: list[str]) -> None:
+    from tale_jax import backend
+    from tale_jax.checkpoint import open_experiment
+    from tale_jax.sample import Sampler, SampleSettings, converse, show
+
+    chosen: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(SampleSettings)}
+    settings = SampleSettings(**chosen)
+    here = backend.start("auto")
+    dtype = backend.choose_precision(here, FLAGS.precision)[0]
+    experiment = open_experiment(FLAGS.workdir, FLAGS.step, dtype, here.natural)
+    sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, donate=here.donate)
+    stream = functools.partial(sampler.stream, settings=settings, num_samples=FLAGS.num_samples, seed=FLAGS.seed)
+    write = functools.partial(show, as_json=FLAGS.json, step=experiment.step)
+    if FLAGS.interactive:
+        converse(stream, write)
+    else:
+        write(stream(FLAGS.prompt))
+
+
+if __name__ == "__main__":
+    run(main)

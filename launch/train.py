@@ -1,0 +1,33 @@
+"""Trains a model, or goes on with the training that the workdir holds.
+
+    python launch/train.py --config=configs/tales.py --workdir=experiments/tales
+    python launch/train.py --config=configs/files.py --config.corpus.path=my-texts/ --workdir=experiments/mine
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from cli import run
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/tales.py:small")
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the experiment; it is made, or resumed")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(_: list[str]) -> None:
+    from tale_jax.config import Config
+
+    config, workdir = Config.build(CONFIG.value), Path(WORKDIR.value)
+    from tale_jax import backend  # imports of JAX come after the config is known to be right
+    from tale_jax.training.loop import train
+
+    outcome = train(config, workdir, backend.start(config.backend.platform))
+    if outcome.signal:
+        sys.exit(128 + outcome.signal)
+    print(f"{workdir} has finished its {outcome.total_steps} steps; the model lies in {workdir}/checkpoints/{outcome.step}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,164 @@
+"""The only importer of orbax: what a run saves, and the one path by which it comes back.
+
+Checkpoint N lies in `workdir/checkpoints/N/`, in four items: `params` (all that evaluation and sampling need), `training`
+(optimizer state, step, random state), `data` (position in the token windows) and `meta` (validation loss). Saving is
+asynchronous: the step goes on while the arrays are written, and a folder without its final name is not a checkpoint.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from tale_jax.config import Config
+from tale_jax.model.transformer import Transformer
+from tale_jax.text.tokenizer import Tokenizer
+from tale_jax.training.state import TrainState
+
+NAME = "nats_per_token"
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep` of them stay, and the best by validation loss."""
+
+    def __init__(self, workdir: Path, keep: int):
+        self.folder = Path(workdir).absolute() / "checkpoints"
+        self.keep = keep
+        options = ocp.CheckpointManagerOptions(create=True, max_to_keep=None, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._losses = {step: _read_meta(self._manager, step).get(NAME) for step in self._manager.all_steps()}
+
+    @property
+    def latest(self) -> int | None:
+        """The newest step saved, None before the first."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, data: Mapping[str, Any], loss: float | None) -> None:
+        """Begins to save `state` and the data position; `loss` is the validation loss in nats per token, if known now.
+
+        Raises OSError in one line when the save before this one failed (a full disk): the older ones are still there.
+        """
+        if step in self._losses:
+            return
+        self.wait()
+        self._prune()
+        arrays = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                training=ocp.args.StandardSave(arrays),
+                data=ocp.args.JsonSave(dict(data)),
+                meta=ocp.args.JsonSave({"step": step, NAME: loss}),
+            ),
+        )
+        self._losses[step] = loss
+
+    def restore(self, abstract_state: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest state and data position, laid out on the devices of `shardings`, whichever saved them."""
+        step = self.latest
+        if step is None:
+            raise ValueError(f"{self.folder} must hold a checkpoint; train first")
+        target = jax.tree_util.tree_map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, shardings
+        )
+        arrays = {"step": target.step, "opt_state": target.opt_state, "key": target.key}
+        found = _restore(
+            self._manager,
+            step,
+            ocp.args.Composite(
+                params=ocp.args.StandardRestore(target.params),
+                training=ocp.args.StandardRestore(arrays),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        return TrainState(params=found.params, **found.training), dict(found.data)
+
+    def wait(self) -> None:
+        """Until the save under way is on disk. Raises OSError in one line if it failed."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # orbax raises what its writers hit: OSError, ValueError, tensorstore's own
+            raise OSError(f"{self.folder}: the checkpoint could not be written ({_reason(error)})") from error
+
+    def close(self) -> None:
+        """Finishes the save under way and lets go of what is no longer kept."""
+        self.wait()
+        self._prune()
+        self._manager.close()
+
+    def _prune(self) -> None:
+        steps = sorted(self._manager.all_steps())
+        known = {step: self._losses[step] for step in steps if self._losses.get(step) is not None}
+        best = min(known, key=lambda step: known[step], default=None)
+        for step in steps[: -self.keep]:
+            if step != best:
+                self._manager.delete(step)
+                self._losses.pop(step, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A trained model as evaluation, sampling and conversion need it."""
+
+    workdir: Path
+    config: Config
+    step: int
+    tokenizer: Tokenizer
+    model: Transformer
+    params: Any
+
+
+def open_experiment(workdir: Path, step: int = 0, dtype: Any = jnp.float32, natural: bool = False) -> Experiment:
+    """Restores the weights of a workdir on the default device: step N, or 0 for the best by validation loss.
+
+    `dtype` and `natural` are how the model will compute (see `Transformer`); the weights are float32.
+    Raises ValueError in one line when there is no experiment, no checkpoint, or not that one.
+    """
+    workdir = Path(workdir)
+    config = Config.load(workdir)
+    folder = workdir.absolute() / "checkpoints"
+    steps = [int(entry.name) for entry in folder.glob("[0-9]*") if entry.name.isdigit()] if folder.is_dir() else []
+    if not steps:
+        raise ValueError(f"workdir={workdir} must hold a checkpoint (none in {folder}); train first with launch/train.py")
+    if step and step not in steps:
+        raise ValueError(f"step={step} must be a checkpoint of {folder}; there is {', '.join(map(str, sorted(steps)))}")
+    model = Transformer(config.model, config.tokenizer.vocab_size, dtype, natural)
+    shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False, read_only=True)) as manager:
+        if not step:
+            losses = {s: _read_meta(manager, s).get(NAME) for s in manager.all_steps()}
+            known = {s: loss for s, loss in losses.items() if loss is not None}
+            step = min(known, key=lambda s: known[s]) if known else max(steps)
+        found = _restore(manager, step, ocp.args.Composite(params=ocp.args.StandardRestore(target)))
+    tokenizer = Tokenizer.load(workdir / "tokenizer" / "tokenizer.model")
+    return Experiment(workdir, config, step, tokenizer, model, found.params)
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
+    folder = os.path.join(manager.directory, str(step))
+    try:
+        return manager.restore(step, args=args)
+    except Exception as error:  # what orbax raises depends on which file is damaged or missing
+        others = sorted(s for s in manager.all_steps() if s != step)
+        remedy = f"remove that folder to go on from step {others[-1]}" if others else "restore it from a copy"
+        raise ValueError(f"{folder} is not a checkpoint that can be read ({_reason(error)}); {remedy}") from error
+
+
+def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    try:
+        return dict(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+    except Exception:  # a damaged checkpoint has no known loss; restoring it says what is wrong
+        return {}
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,53 @@
+"""Which token may follow: penalty, temperature and filters on the logits of one token, as pure functions.
+
+In this order: repetition penalty (Keskar et al. 2019), temperature, top-k, top-p (the nucleus of Holtzman et al. 2020),
+min-p (Nguyen et al. 2024), each on what the ones before it left. Everything is a reduction over the vocabulary, and the
+settings are arrays, so that one compiled program serves them all and runs on every backend.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Knobs(NamedTuple):
+    """The settings of the draw, as scalars on the device."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    min_p: Float[Array, ""]
+    repetition_penalty: Float[Array, ""]
+
+
+def filter_logits(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], knobs: Knobs) -> Float[Array, "B V"]:
+    """Logits whose softmax is drawn from: -inf where a filter says no. The likeliest token always stays."""
+    penalty = knobs.repetition_penalty
+    x = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    x -= jnp.max(x, axis=-1, keepdims=True)
+    scaled = x / jnp.maximum(knobs.temperature, 1e-6)
+    kept = x >= _threshold(x, jnp.ones_like(x), knobs.top_k.astype(x.dtype), knobs.top_k > 0)
+    p = jax.nn.softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
+    kept &= x >= _threshold(x, p, knobs.top_p, knobs.top_p < 1)
+    kept &= p >= knobs.min_p * jnp.max(p, axis=-1, keepdims=True)
+    return jnp.where(kept, scaled, -jnp.inf)
+
+
+def _threshold(
+    x: Float[Array, "B V"], weight: Float[Array, "B V"], need: Float[Array, ""], on: Bool[Array, ""]
+) -> Float[Array, "B 1"]:
+    """The largest value such that the x at or above it weigh `need` together; the least x if none does, or not `on`.
+
+    For x at most 0. Found by halving, 40 times: on a CPU a sort of the vocabulary takes ten times as long.
+    """
+
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) / 2
+        enough = jnp.sum(jnp.where(x >= middle, weight, 0), axis=-1, keepdims=True) >= need
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low = jnp.min(jnp.where(x > -jnp.inf, x, 0), axis=-1, keepdims=True)
+    return jax.lax.fori_loop(0, jnp.where(on, 40, 0), halve, (low, jnp.zeros_like(low)))[0]

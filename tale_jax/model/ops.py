@@ -1,0 +1,115 @@
+"""Pure functions of the transformer: products in a natural layout, RMS norm, rotary positions, attention.
+
+Axes: B batch, T query position, S key position, N heads, K key/value heads, G query heads for each of those, H head
+width. Every batched product has one contracted axis, because Apple's jax-metal computes no other.
+
+Layout. XLA on CPU multiplies bfloat16 natively only where the left operand contracts its last axis and the right its
+first; any other form runs several times slower, in float32, and the gradients of `x @ w` are of those forms.
+`matmul(..., natural=True)` writes the gradients with transposes that really happen. Values are the same either way.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+    """Root mean square normalisation (Zhang and Sennrich 2019), computed in float32, returned in the dtype of `x`."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary_angles(positions: Int[Array, "B T"], head_dim: int, base: float) -> Float[Array, "B T half"]:
+    """Angles of rotary position embedding (Su et al. 2021) for the head_dim/2 pairs, in float32 radians."""
+    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    return positions[..., None].astype(jnp.float32) * frequencies
+
+
+def rotate(x: Float[Array, "B N T H"], angles: Float[Array, "B T half"]) -> Float[Array, "B N T H"]:
+    """Turns each pair (i, i + H/2) of `x` by its angle: the pairing of LLaMA as Hugging Face stores it."""
+    cos, sin = (f(angles)[:, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def transpose(x: Float[Array, "*B M N"], natural: bool) -> Float[Array, "*B N M"]:
+    """Swaps the last two axes; with `natural`, in memory too, so that XLA cannot fold it back into a product."""
+    rows = x.shape[-2]
+    if not natural or rows % 8:
+        return jnp.swapaxes(x, -1, -2)
+    split = x.reshape(*x.shape[:-2], rows // 8, 8, x.shape[-1])
+    return jax.lax.optimization_barrier(jnp.moveaxis(split, -1, -3)).reshape(*x.shape[:-2], x.shape[-1], rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(
+    x: Float[Array, "*B M C"], w: Float[Array, "*E C N"], natural: bool = False, dtype: DTypeLike | None = None
+) -> Float[Array, "*B M N"]:
+    """`x @ w` over equal leading axes, or with one matrix `w` for all of them; the result in `dtype` (that of `x`)."""
+    return jnp.matmul(x, w, preferred_element_type=dtype or x.dtype)
+
+
+def _matmul_forward(x: Array, w: Array, natural: bool, dtype: DTypeLike | None) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(x, w, natural, dtype), (x, w)
+
+
+def _matmul_backward(natural: bool, dtype: DTypeLike | None, saved: tuple[Array, Array], dy: Array):
+    x, w = saved
+    dy = dy.astype(x.dtype)
+    dx = jnp.matmul(dy, transpose(w, natural), preferred_element_type=x.dtype)
+    if w.ndim == 2:
+        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    return dx, jnp.matmul(transpose(x, natural), dy, preferred_element_type=w.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def causal_mask(
+    query_positions: Int[Array, "B T"],
+    key_positions: Int[Array, "B S"],
+    query_segments: Int[Array, "B T"] | None = None,
+    key_segments: Int[Array, "B S"] | None = None,
+    window: int = 0,
+) -> Bool[Array, "B T S"]:
+    """Where a query may look: at keys not after it, of its own segment, fewer than `window` tokens back (0: any).
+
+    A negative key position marks an empty slot of the cache.
+    """
+    query, key = query_positions[:, :, None], key_positions[:, None, :]
+    mask = (key <= query) & (key >= 0)
+    if window:
+        mask &= key > query - window
+    if query_segments is not None and key_segments is not None:
+        mask &= query_segments[:, :, None] == key_segments[:, None, :]
+    return mask
+
+
+def attention(
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S H"],
+    mask: Bool[Array, "_ T S"],
+    natural: bool = False,
+) -> Float[Array, "B N T H"]:
+    """Scaled dot-product attention with grouped queries (Ainslie et al. 2023), softmax in float32.
+
+    The G query heads that share a key/value head are laid end to end along T: no key or value is copied for them, and
+    each product contracts one axis.
+    """
+    batch, heads, length, width = query.shape
+    kv_heads, key_length = key.shape[1:3]
+    grouped = (query * width**-0.5).reshape(batch, kv_heads, -1, width)
+    scores = matmul(grouped, transpose(key, natural), natural, jnp.float32)
+    scores = scores.reshape(batch, kv_heads, -1, length, key_length)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(value.dtype)
+    mixed = matmul(weights.reshape(batch, kv_heads, -1, key_length), value, natural)
+    return mixed.reshape(batch, heads, length, width)
+
+

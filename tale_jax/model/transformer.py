@@ -1,0 +1,245 @@
+"""A LLaMA-style decoder in linen: one forward pass for training, scoring and cached decoding.
+
+RMS norm before each branch, rotary positions, grouped-query attention, a SwiGLU MLP (Touvron et al. 2023), optional
+normalised queries and keys (Dehghani et al. 2023), a tied head, a soft cap on logits (Gemma Team 2024). The cache is an
+argument and a result like any other array, so every use of the model is a pure function of its inputs.
+
+The weights of all layers are stacked along a leading axis L, whether they run in a compiled loop (`scan_layers`) or one
+after another: names, shapes and initial values do not depend on `scan_layers` or `remat`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tale_jax.config import ModelConfig
+from tale_jax.model import ops
+
+
+class Cache(flax.struct.PyTreeNode):
+    """Keys and values already computed: a ring of S slots for each layer, the oldest overwritten first."""
+
+    keys: Float[Array, "L B K S H"]
+    values: Float[Array, "L B K S H"]
+    positions: Int[Array, "B S"]  # of the token in each slot; -1 is empty
+    length: Int[Array, ""]  # tokens written so far
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch_size: int, dtype: Any, num_slots: int = 0) -> "Cache":
+        """A cache for `batch_size` sequences with `num_slots` slots (0: the context length of the model)."""
+        num_slots = num_slots or config.seq_len
+        shape = (config.num_layers, batch_size, config.num_kv_heads, num_slots, config.head_dim)
+        return cls(
+            keys=jnp.zeros(shape, dtype),
+            values=jnp.zeros(shape, dtype),
+            positions=jnp.full((batch_size, num_slots), -1, jnp.int32),
+            length=jnp.zeros((), jnp.int32),
+        )
+
+
+class RMSNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return ops.rms_norm(x, self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32), self.eps)
+
+
+class Dense(nn.Module):
+    """A product with a float32 kernel [in, out], computed in `dtype`; no bias."""
+
+    features: int
+    dtype: Any
+    natural: bool
+    zero_init: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T {self.features}"]:
+        init = nn.initializers.zeros_init() if self.zero_init else nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        flat = ops.matmul(x.reshape(-1, x.shape[-1]), kernel.astype(self.dtype), self.natural)
+        return flat.reshape(*x.shape[:-1], self.features)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    dtype: Any
+    natural: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Float[Array, "_ T half"],
+        mask: Bool[Array, "_ T S"],
+        cached: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None,
+        slot: Int[Array, ""] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None]:
+        c = self.config
+
+        def heads(name: str, count: int) -> Float[Array, "B N T H"]:
+            y = Dense(count * c.head_dim, self.dtype, self.natural, name=name)(x)
+            return y.reshape(*y.shape[:2], count, c.head_dim).swapaxes(1, 2)
+
+        query, key, value = heads("query", c.num_heads), heads("key", c.num_kv_heads), heads("value", c.num_kv_heads)
+        if c.qk_norm:
+            query, key = RMSNorm(c.norm_eps, name="query_norm")(query), RMSNorm(c.norm_eps, name="key_norm")(key)
+        query, key = ops.rotate(query, angles), ops.rotate(key, angles)
+        if cached is not None:
+            key, value = (
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
+                for old, new in zip(cached, (key, value), strict=True)
+            )
+            cached = key, value
+        mixed = ops.attention(query, key.astype(self.dtype), value.astype(self.dtype), mask, self.natural)
+        mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)
+        return Dense(c.embed_dim, self.dtype, self.natural, c.zero_init_outputs, name="output")(mixed), cached
+
+
+class MLP(nn.Module):
+    config: ModelConfig
+    dtype: Any
+    natural: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c = self.config
+        gate = Dense(c.mlp_dim, self.dtype, self.natural, name="gate")(x)
+        up = Dense(c.mlp_dim, self.dtype, self.natural, name="up")(x)
+        down = Dense(c.embed_dim, self.dtype, self.natural, c.zero_init_outputs, name="down")
+        return down(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each on a normalised copy of the residual stream, and added to it."""
+
+    config: ModelConfig
+    dtype: Any
+    natural: bool
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x, angles, mask, slot, cached):
+        c = self.config
+        drop = nn.Dropout(c.dropout, deterministic=self.deterministic, name="dropout")
+        mixed, cached = Attention(c, self.dtype, self.natural, name="attention")(
+            RMSNorm(c.norm_eps, name="attention_norm")(x), angles, mask, cached, slot
+        )
+        x = x + drop(mixed)
+        x = x + drop(MLP(c, self.dtype, self.natural, name="mlp")(RMSNorm(c.norm_eps, name="mlp_norm")(x)))
+        return x, cached
+
+
+class Transformer(nn.Module):
+    """The decoder.
+
+    Attributes:
+      config: its shape.
+      vocab_size: number of token ids, V.
+      dtype: what it computes in; weights are float32 always, and so are norms, softmax and reductions.
+      natural: products in the layout that XLA on CPU computes natively (see `ops`).
+      remat: what the backward pass recomputes: "none", "block", or a policy of `jax.checkpoint_policies`.
+    """
+
+    config: ModelConfig
+    vocab_size: int
+    dtype: Any = jnp.float32
+    natural: bool = False
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+        only: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B _ V"], Cache | None]:
+        """Logits of the token that follows each position.
+
+        Args:
+          tokens: ids.
+          positions: of the tokens; by default they count on from the cache, or from 0. -1 marks padding.
+          segments: documents; attention stays inside one. Without a cache only.
+          cache: what came before. The T tokens go to the next slots of its ring, and must not wrap around in one call.
+          deterministic: no dropout (otherwise the rng "dropout" is needed).
+          only: the one index along T whose logits are wanted; the result is then [B, 1, V].
+
+        Returns:
+          logits in `dtype`, and the cache with these tokens in it (None if none was given).
+        """
+        c = self.config
+        start = jnp.zeros((), jnp.int32) if cache is None else cache.length
+        if positions is None:
+            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        if cache is None:
+            slot, slot_positions = None, positions
+            mask = ops.causal_mask(positions, positions, segments, segments)
+        else:
+            num_slots = cache.positions.shape[1]
+            slot = start % num_slots
+            slot_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
+            mask = ops.causal_mask(positions, slot_positions, window=num_slots)
+        angles = ops.rotary_angles(positions, c.head_dim, c.rope_base)
+
+        embedding = self.param("embedding", nn.initializers.normal(0.02), (self.vocab_size, c.embed_dim), jnp.float32)
+        x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+        x = nn.Dropout(c.dropout, deterministic=deterministic, name="dropout")(x)
+
+        cached = None if cache is None else (cache.keys, cache.values)
+        blocks = self._stack()(c, self.dtype, self.natural, deterministic, name="blocks")
+        x, cached = blocks(x, angles, mask, slot, cached)
+        if cache is not None and cached is not None:
+            cache = Cache(cached[0], cached[1], slot_positions, start + tokens.shape[1])
+
+        if only is not None:
+            x = jax.lax.dynamic_slice_in_dim(x, only, 1, axis=1)
+        x = RMSNorm(c.norm_eps, name="final_norm")(x)
+        if c.tie_embeddings:
+            head = ops.transpose(embedding.astype(self.dtype), self.natural)
+            logits = ops.matmul(x.reshape(-1, c.embed_dim), head, self.natural).reshape(*x.shape[:2], self.vocab_size)
+        else:
+            logits = Dense(self.vocab_size, self.dtype, self.natural, name="head")(x)
+        if c.logit_softcap:
+            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+        return logits, cache
+
+    def _stack(self) -> Any:
+        """`Block` over the layers: rematerialised as asked, a loop or unrolled, its weights stacked either way."""
+        block: Any = Block
+        if self.remat != "none":
+            policy = None if self.remat == "block" else getattr(jax.checkpoint_policies, self.remat)
+            # Outside a loop XLA would find the recomputation again and undo it, so it must not share subexpressions.
+            block = nn.remat(Block, policy=policy, prevent_cse=not self.config.scan_layers)
+        return nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            out_axes=0,
+            length=self.config.num_layers,
+            unroll=1 if self.config.scan_layers else self.config.num_layers,
+        )
+
+
+def count_parameters(params: Any) -> int:
+    """Number of weights in a tree of arrays."""
+    return sum(leaf.size for leaf in jax.tree_util.tree_leaves(params))
+
+
+def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
+    """Model FLOPs of training on one token, forward and backward: 6 a weight in a product, and attention's.
+
+    Of attention the causal half is counted, at the full context length (PaLM, appendix B, halved).
+    """
+    c = config
+    layer = c.embed_dim * c.head_dim * 2 * (c.num_heads + c.num_kv_heads) + 3 * c.embed_dim * c.mlp_dim
+    weights = c.num_layers * layer + vocab_size * c.embed_dim
+    return 6 * weights + 6 * c.num_layers * c.seq_len * c.num_heads * c.head_dim

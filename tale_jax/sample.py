@@ -1,0 +1,374 @@
+"""Text from a model: the one sampler behind `launch/sample.py`, the samples along training and the judged tales.
+
+A prompt is read in one pass (prefill) that fills the key/value cache; then tokens come in compiled chunks: the draw
+(`model/draw.py`) happens on the device, and the host looks in once a chunk, to spell the text, find its end and pass it
+on. Prompts and rows are padded to powers of two, and the settings of the draw are arguments of the program: no prompt,
+seed or setting of its own makes it compile again. Text may outgrow the context of the model: the cache is a ring, and
+each token looks back on the last `seq_len`.
+
+    sampler = Sampler(experiment.model, experiment.params, tokenizer)
+    for piece in sampler.stream("Once", SampleSettings(max_tokens=100, temperature=0.7), seed=1):
+        print(piece.text, end="", flush=True)
+    samples = sampler.sample("", SampleSettings(max_tokens=255), num_samples=200)
+"""
+
+import codecs
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from tale_jax.model.draw import Knobs, filter_logits
+from tale_jax.model.transformer import Cache, Transformer
+from tale_jax.text.tokenizer import Tokenizer
+
+CHUNK = 16  # tokens between two looks of the host
+LONG_PROMPT = ("refuse", "window")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings:
+    """How to draw, and when to stop. Raises ValueError, in one line, for a value out of range.
+
+    Attributes:
+      max_tokens: drawn for one sample at most, its end mark included.
+      temperature: logits are divided by it; 0 always takes the likeliest token.
+      top_k: only the k likeliest tokens, and those that tie with the last of them; 0: all.
+      top_p: only the likeliest tokens that together reach this probability; 1: all.
+      min_p: only tokens at least this share as likely as the likeliest; 0: all.
+      repetition_penalty: logits of tokens seen before are divided by it, or multiplied if negative; 1: off.
+      stop: texts that end a sample, which is cut before the first of them.
+      long_prompt: "refuse" a prompt longer than the context, or "window": go on from its end.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: Sequence[str] = ()
+    long_prompt: str = "refuse"
+
+    def __post_init__(self):
+        for name, holds, rule, example in (
+            ("max_tokens", self.max_tokens >= 1, "be at least 1", "128"),
+            ("temperature", 0 <= self.temperature < math.inf, "be finite and at least 0", "0.7"),
+            ("top_k", self.top_k >= 0, "be at least 0 (all tokens)", "40"),
+            ("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1", "0.95"),
+            ("min_p", 0 <= self.min_p <= 1, "be at least 0 and at most 1", "0.05"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "be finite and above 0", "1.1"),
+            ("stop", all(self.stop), "hold no empty text", "'The end.'"),
+            ("long_prompt", self.long_prompt in LONG_PROMPT, f"be one of {', '.join(LONG_PROMPT)}", "window"),
+        ):
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)} must {rule}; try --{name}={example}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One text.
+
+    Attributes:
+      text: what follows the prompt.
+      tokens: drawn for it, the end mark or those of the stop text included.
+      logprob: of these tokens, in nats, as the model has it: plain softmax, before penalty, temperature and filters.
+      finished: by "eos" (the end mark), "stop" (a stop text) or "length" (`max_tokens`).
+    """
+
+    text: str
+    tokens: int
+    logprob: float
+    finished: str
+
+
+class Piece(NamedTuple):
+    """The next bit of text of sample `number`; with its last one (perhaps "") comes the sample."""
+
+    number: int
+    text: str
+    sample: Sample | None
+
+
+class State(flax.struct.PyTreeNode):
+    """What one token of each row leaves to the next."""
+
+    cache: Cache
+    logits: Float[Array, "B V"]  # of the next token
+    seen: Bool[Array, "B V"]  # tokens in the prompt and the text so far
+    step: Int[Array, ""]  # tokens drawn
+
+
+class Sampler:
+    """The compiled programs of a model and its tokenizer: make one, and use it for every prompt.
+
+    Args:
+      model: the decoder.
+      params: its weights; None when each call brings its own.
+      tokenizer: spells the prompt and the text.
+      batch_size: samples drawn together at most; more of them come in groups.
+      donate: the backend can reuse the memory of the cache (see `backend.Backend`).
+    """
+
+    def __init__(
+        self, model: Transformer, params: Any, tokenizer: Tokenizer, *, batch_size: int = 32, donate: bool = False
+    ):
+        self.model, self.params, self.tokenizer, self.batch_size = model, params, tokenizer, batch_size
+        self.context = model.config.seq_len
+        ids, marks = np.arange(model.vocab_size), (tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id)
+        self._never = (np.isin(ids, marks) & (ids != tokenizer.eos_id)) | (ids >= tokenizer.vocab_size)
+        self.prefill = jax.jit(self._prefill, static_argnames="rows")
+        self.decode = jax.jit(self._decode, donate_argnums=(1,) if donate else ())
+        self.warm: set[int] = set()  # numbers of rows that `decode` has run with
+
+    def sample(
+        self, prompt: str, settings: SampleSettings, *, num_samples: int = 1, seed: int = 0, params: Any = None
+    ) -> list[Sample]:
+        """Samples that follow the prompt; see `stream`."""
+        pieces = self.stream(prompt, settings, num_samples=num_samples, seed=seed, params=params)
+        return [piece.sample for piece in pieces if piece.sample]
+
+    def stream(
+        self, prompt: str, settings: SampleSettings, *, num_samples: int = 1, seed: int = 0, params: Any = None
+    ) -> "Generation":
+        """Samples that follow the prompt, piece by piece: iterate over the result.
+
+        Sample i of a seed is the same whatever `num_samples` is, but for the rounding of products of another shape.
+
+        Args:
+          prompt: what stands before the text, after the begin mark; "" is the start of a document.
+          settings: of the draw and its end.
+          num_samples: how many.
+          seed: of the draws, below 2^32.
+          params: weights to use instead of the sampler's own.
+
+        Raises:
+          ValueError: one line, for a prompt of whitespace or longer than the context, or a number out of range; while
+            iterating, when the weights are so bad that logits are not finite.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} must be at least 1; try --num_samples=1")
+        if not 0 <= seed < 1 << 32:
+            raise ValueError(f"seed={seed} must be at least 0 and below 2^32; try --seed=0")
+        ids = self._read(prompt, settings.long_prompt)
+        return Generation(self, self.params if params is None else params, prompt, ids, settings, num_samples, seed)
+
+    def _read(self, prompt: str, long_prompt: str) -> list[int]:
+        """The ids to start from."""
+        if prompt and not prompt.strip():
+            raise ValueError(f"prompt={prompt!r} must hold more than whitespace; leave it out to start a document")
+        ids = [self.tokenizer.bos_id, *map(int, self.tokenizer.encode(prompt))]
+        if len(ids) <= self.context:
+            return ids
+        if long_prompt == "refuse":
+            raise ValueError(
+                f"prompt of {len(ids) - 1} tokens must fit the context of {self.context}, with a begin mark before it; "
+                "shorten it, or go on from its end: --long_prompt=window"
+            )
+        return ids[-max(1, self.context * 3 // 4) :]  # the first quarter of new text still sees all of these
+
+    def _forward(
+        self, params: Any, tokens: Int[Array, "B T"], cache: Cache, **how: Any
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Logits after one position, in float32, and the cache with the tokens in it."""
+        result: Any = self.model.apply({"params": params}, tokens, cache=cache, **how)
+        return result[0][:, 0].astype(jnp.float32), result[1]
+
+    def _prefill(
+        self, params: Any, tokens: Int[Array, "1 T"], length: Int[Array, ""], seen: Bool[Array, " V"], rows: int
+    ) -> State:
+        """Reads the first `length` of the tokens, once for all `rows`."""
+        index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        cache = Cache.empty(self.model.config, 1, self.model.dtype)
+        positions = jnp.where(index < length, index, -1)[None]
+        logits, cache = self._forward(params, tokens, cache, positions=positions, only=length - 1)
+        cache = Cache(
+            keys=jnp.repeat(cache.keys, rows, axis=1),
+            values=jnp.repeat(cache.values, rows, axis=1),
+            positions=jnp.repeat(cache.positions, rows, axis=0),
+            length=length,  # the next tokens take the slots of the padding
+        )
+        logits = jnp.repeat(logits, rows, axis=0)
+        return State(cache, logits, jnp.repeat(seen[None], rows, axis=0), jnp.zeros((), jnp.int32))
+
+    def _decode(
+        self, params: Any, state: State, key: UInt32[Array, " 2"], numbers: Int[Array, " B"], knobs: Knobs
+    ) -> tuple[State, Int[Array, "T B"], Float[Array, "T B"]]:
+        """The next CHUNK tokens of each row and their log-probabilities; `numbers` are those of the samples."""
+        ids = jnp.arange(self.model.vocab_size, dtype=jnp.int32)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+        greedy = (knobs.temperature == 0) | (knobs.top_k == 1)  # exactly, even where the best two tie
+
+        def step(state: State, _: None) -> tuple[State, tuple[Array, Array]]:
+            logits = filter_logits(jnp.where(self._never, -jnp.inf, state.logits), state.seen, knobs)
+            draws = jax.vmap(jax.random.categorical)(jax.vmap(jax.random.fold_in, (0, None))(keys, state.step), logits)
+            token = jnp.where(greedy, jnp.argmax(logits, axis=-1), draws).astype(jnp.int32)
+            chosen = ids == token[:, None]
+            logprob = jnp.sum(jnp.where(chosen, jax.nn.log_softmax(state.logits), 0), axis=-1)
+            logits, cache = self._forward(params, token[:, None], state.cache)
+            return State(cache, logits, state.seen | chosen, state.step + 1), (token, logprob)
+
+        state, (tokens, logprobs) = jax.lax.scan(step, state, None, length=CHUNK)
+        return state, tokens, logprobs
+
+
+@dataclasses.dataclass
+class Generation:
+    """Samples under way. Iterate, once, to receive their pieces: live for the first that is not finished, in order.
+
+    Attributes:
+      prompt: what they follow.
+      ids: what the model reads of it, the begin mark included (but not before the end of a longer prompt).
+      samples: those finished and passed on.
+      seconds: since the start, everything counted.
+    """
+
+    sampler: Sampler
+    params: Any = dataclasses.field(repr=False)
+    prompt: str
+    ids: list[int]
+    settings: SampleSettings
+    num_samples: int
+    seed: int
+    samples: list[Sample] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    _chunks: list[tuple[bool, int, float]] = dataclasses.field(default_factory=list)  # compiled before, tokens, seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all samples while they are decoded; compilation counts only if there was no chunk without it."""
+        chunks = [chunk for chunk in self._chunks if chunk[0]] or self._chunks
+        return sum(tokens for _, tokens, _ in chunks) / max(1e-9, sum(seconds for *_, seconds in chunks))
+
+    def __iter__(self) -> Iterator[Piece]:
+        begin = time.perf_counter()
+        rows = [_Row(number, self.sampler.tokenizer, self.settings) for number in range(self.num_samples)]
+        waiting = iter(rows)
+        turn = next(waiting)
+        for first in range(0, len(rows), self.sampler.batch_size):
+            for _ in self._write(rows[first : first + self.sampler.batch_size]):
+                self.seconds = time.perf_counter() - begin
+                while turn and (piece := turn.settled()):
+                    if piece.sample:
+                        self.samples.append(piece.sample)
+                        turn = next(waiting, None)
+                    yield piece
+
+    def _write(self, group: list["_Row"]) -> Iterator[None]:
+        """Adds tokens to the rows until all are finished; yields after each chunk of them."""
+        sampler, s, length = self.sampler, self.settings, len(self.ids)
+        num_rows = min(sampler.batch_size, _power_of_two(len(group)))
+        tokens = np.zeros((1, min(sampler.context, _power_of_two(max(length, 16)))), np.int32)
+        tokens[0, :length] = self.ids
+        seen = np.isin(np.arange(sampler.model.vocab_size), self.ids)
+        knobs = Knobs(
+            temperature=jnp.float32(s.temperature),
+            top_k=jnp.int32(min(s.top_k, sampler.model.vocab_size)),
+            top_p=jnp.float32(s.top_p),
+            min_p=jnp.float32(s.min_p),
+            repetition_penalty=jnp.float32(s.repetition_penalty),
+        )
+        key, numbers = jax.random.PRNGKey(self.seed), np.arange(num_rows, dtype=np.int32) + group[0].number
+        state = jax.block_until_ready(sampler.prefill(self.params, tokens, np.int32(length), seen, rows=num_rows))
+        while live := [row for row in group if not row.finished]:
+            begin, before = time.perf_counter(), sum(row.tokens for row in live)
+            state, drawn, logprobs = sampler.decode(self.params, state, key, numbers, knobs)
+            drawn, logprobs = np.asarray(drawn), np.asarray(logprobs)
+            seconds = time.perf_counter() - begin
+            if not np.isfinite(logprobs).all():
+                raise ValueError(
+                    "params must give finite logits, and do not: the training has diverged; try an earlier --step"
+                )
+            for row in live:
+                column = row.number - group[0].number
+                row.write(drawn[:, column].tolist(), logprobs[:, column].tolist())
+            self._chunks.append((num_rows in sampler.warm, sum(row.tokens for row in live) - before, seconds))
+            sampler.warm.add(num_rows)
+            yield
+
+
+class _Row:
+    """The text of one sample: spelled token by token, cut where it ends, and passed on as far as it is settled."""
+
+    def __init__(self, number: int, tokenizer: Tokenizer, settings: SampleSettings):
+        self.number, self.tokens, self.logprob, self.finished = number, 0, 0.0, ""
+        self._tokenizer, self._settings = tokenizer, settings
+        self._spell = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of half a character back
+        self._text, self._passed = "", 0
+
+    def write(self, ids: list[int], logprobs: list[float]) -> None:
+        """Adds tokens, up to the one that finishes the sample."""
+        for token, logprob in zip(ids, logprobs, strict=True):
+            self.tokens += 1
+            self.logprob += logprob
+            ended, known = token == self._tokenizer.eos_id, len(self._text)
+            self._text += self._spell.decode(self._tokenizer.piece_bytes[token], final=ended)
+            found = [self._text.find(stop, max(0, known - len(stop) + 1)) for stop in self._settings.stop]
+            if cuts := [cut for cut in found if cut >= 0]:
+                self._text, self.finished = self._text[: min(cuts)], "stop"
+            elif ended or self.tokens == self._settings.max_tokens:
+                self.finished = "eos" if ended else "length"
+            if self.finished:
+                return
+
+    def settled(self) -> Piece | None:
+        """What can be passed on since the last call: not a stop text that has only begun. None if there is nothing."""
+        end, sample = len(self._text), None
+        if self.finished:
+            sample = Sample(self._text, self.tokens, self.logprob, self.finished)
+        else:
+            begun = (stop[:length] for stop in self._settings.stop for length in range(1, len(stop)))
+            end -= max((len(start) for start in begun if self._text.endswith(start)), default=0)
+        text, self._passed = self._text[self._passed : end], end
+        return Piece(self.number, text, sample) if text or sample else None
+
+
+def show(generation: Generation, as_json: bool = False, **facts: Any) -> None:
+    """Prints samples as they are written, or one JSON object on one line when all are there, with `facts` in it."""
+    if as_json:
+        samples = [dataclasses.asdict(piece.sample) for piece in generation if piece.sample]
+        result = {"prompt": generation.prompt, "samples": samples, "seed": generation.seed}
+        result |= {"prompt_tokens": len(generation.ids), "seconds": generation.seconds}
+        print(json.dumps(result | {"tokens_per_second": generation.tokens_per_second} | facts), flush=True)
+        return
+    between = True
+    for number, text, sample in generation:
+        title = f"[{number + 1}/{generation.num_samples}] " if generation.num_samples > 1 else ""
+        print(f"{title}{generation.prompt}" * between + text, end="\n" * (sample is not None), flush=True)
+        between = sample is not None
+    if sys.stdout.isatty():
+        tokens = sum(sample.tokens for sample in generation.samples)
+        print(f"({tokens} tokens, {generation.tokens_per_second:.0f} a second)", file=sys.stderr)
+
+
+def converse(stream: Callable[[str], Generation], show: Callable[[Generation], None]) -> None:
+    """Asks for prompts until an empty line or the end of stdin; Ctrl-C stops the text that is being written."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (lines can be edited and recalled)
+    while True:
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not prompt:
+            return
+        try:
+            show(stream(prompt))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print(" [stopped]")
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()

@@ -1,0 +1,274 @@
+"""The loop only: batches in, metrics and checkpoints out.
+
+The host never waits for the step it has just dispatched: metrics are read one step late. A run is its workdir: the same
+call goes on from the newest checkpoint, with the batches that would have come next.
+"""
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tale_jax import data, sharding
+from tale_jax.backend import Backend, choose_precision, matmul_peak
+from tale_jax.checkpoint import Checkpoints
+from tale_jax.config import Config
+from tale_jax.evaluate import Evaluation, Scorer
+from tale_jax.metrics import Meter, open_sinks
+from tale_jax.model.transformer import Transformer, count_parameters, flops_per_token
+from tale_jax.progress import Progress
+from tale_jax.sample import Sampler, SampleSettings
+from tale_jax.text.prepare import prepare
+from tale_jax.training.optimizer import make_optimizer
+from tale_jax.training.schedule import learning_rate
+from tale_jax.training.state import TrainState
+from tale_jax.training.step import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended: at which step, how many the run has, and the signal that stopped it (0: none)."""
+
+    step: int
+    total_steps: int
+    signal: int
+
+
+def open_workdir(workdir: Path, config: Config) -> None:
+    """Makes the folder, unless it holds another experiment.
+
+    Raises ValueError in one line with the first setting that differs, OSError when nothing can be written there.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / ".writable"
+    probe.touch()
+    probe.unlink()
+    if (workdir / "config.json").exists() and (other := config.difference(Config.load(workdir))):
+        name, mine, theirs = other
+        raise ValueError(
+            f"{name}={json.dumps(mine)} must be {json.dumps(theirs)} to go on with the experiment in {workdir}; "
+            f"set --config.{name}={theirs} to resume it, or give another --workdir"
+        )
+
+
+def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
+    """Prepares what is missing, trains to `total_steps`, and leaves the model, its metrics and samples in `workdir`.
+
+    SIGINT and SIGTERM end it after the step under way with a checkpoint; the same call goes on from there.
+
+    Raises:
+      ValueError: a setting that cannot work, another experiment in the workdir, or a loss that is no number.
+      OSError: the disk is full or refuses; the checkpoints before are intact.
+    """
+    open_workdir(workdir, config)
+    log = workdir / "log.txt"
+    prepared = prepare(config, workdir, log)
+    tokenizer = prepared.tokenizer
+    tokens = prepared.tokens("train")
+    config = config.planned(data.num_windows(len(tokens), config.model.seq_len))
+    with Progress("train", total=config.total_steps, unit="steps", log=log) as progress:
+        dtype, why = choose_precision(backend, config.precision)
+        model = Transformer(config.model, config.tokenizer.vocab_size, dtype, backend.natural, config.remat)
+        rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
+        optimizer = make_optimizer(config.optimizer, rate)
+        mesh = sharding.make_mesh(config.mesh, list(backend.devices), config.micro_batch_size)
+        trainer = Trainer(config, model, optimizer, rate, tokenizer.bos_id, mesh, backend.donate)
+        batches = data.Batches(
+            tokens,
+            seq_len=config.model.seq_len,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        with open_sinks(config.metrics, workdir, dataclasses.asdict(config)) as sinks, _signals() as stop:
+            config.save(workdir)
+            if checkpoints.latest is None:
+                state, step = trainer.init(), 0
+            else:
+                state, position = checkpoints.restore(trainer.abstract_state, trainer.state_shardings)
+                batches.set_state(position)
+                step = int(state.step)
+            if step >= config.total_steps:
+                checkpoints.close()
+                return Outcome(step, config.total_steps, 0)
+
+            params = count_parameters(state.params)
+            flops = flops_per_token(config.model, config.tokenizer.vocab_size)
+            entropy = prepared.manifests["valid"].entropy
+            peak = matmul_peak(dtype) * len(backend.devices)
+            run = {
+                "kind": "run",
+                "step": step,
+                "time": time.time(),
+                "platform": backend.platform,
+                "device": backend.device,
+                "num_devices": len(backend.devices),
+                "precision": dtype.name,
+                "precision_reason": why,
+                "params": params,
+                "flops_per_token": flops,
+                "matmul_peak": peak,
+                "tokens_per_step": config.tokens_per_step,
+                "total_steps": config.total_steps,
+            } | {f"floor_{name}": entropy[name] for name in ("nats_per_token", "nats_per_token_stderr") if name in entropy}
+            sinks.write(run)
+            progress.print(_headline(config, run, backend, step))
+            meter = Meter(
+                tokens_per_step=config.tokens_per_step,
+                flops_per_token=flops,
+                peak_flops=peak,
+                tokens=step * config.tokens_per_step,
+            )
+            observer = _Observer(config, workdir, model, tokenizer, trainer, sinks, progress)
+            step = _steps(config, trainer, state, step, batches, checkpoints, meter, observer, stop)
+            checkpoints.close()
+        outcome = Outcome(step, config.total_steps, stop[0] if stop else 0)
+        if stop:
+            progress.print(f"stopped at step {step} of {config.total_steps}, saved; the same command goes on from there")
+        return outcome
+
+
+def _steps(
+    config: Config,
+    trainer: Trainer,
+    state: TrainState,
+    step: int,
+    batches: data.Batches,
+    checkpoints: Checkpoints,
+    meter: Meter,
+    observer: "_Observer",
+    stop: list[int],
+) -> int:
+    """From `step` to the end, or to a signal; returns the step reached, saved."""
+    observer.progress.advance(step)
+    pending: dict[str, Any] | None = None
+
+    def settle() -> None:
+        """Reads the metrics of the step before, which by now is done or nearly so."""
+        nonlocal pending
+        if pending is None:
+            return
+        at, values = pending["step"], {name: float(value) for name, value in pending["metrics"].items()}
+        pending = None
+        if not np.isfinite(values["loss"]):
+            checkpoints.wait()
+            raise ValueError(
+                f"the loss is {values['loss']} at step {at}: training diverged; the last checkpoint is intact "
+                f"(step {checkpoints.latest}). Try a smaller optimizer.learning_rate than "
+                f"{config.optimizer.learning_rate} in a new workdir, or precision=float32"
+            )
+        meter.add(**values)
+        observer.progress.advance()
+        if at % config.metrics.every_steps == 0 or at == config.total_steps:
+            observer.record(meter.record(at))
+
+    while step < config.total_steps and not stop:
+        with meter.waiting():
+            windows = trainer.place(next(batches))
+        state, metrics = trainer.step(state, windows)
+        settle()
+        step += 1
+        pending = {"step": step, "metrics": metrics}
+
+        last = step == config.total_steps
+        due = {name: last or _due(step, getattr(config, name).every_steps) for name in ("evaluate", "sample", "checkpoint")}
+        if any(due.values()) or stop:
+            settle()
+            with meter.paused():
+                loss = observer.evaluate(state.params, step) if due["evaluate"] else None
+                if due["sample"]:
+                    observer.sample(state.params, step)
+                if due["checkpoint"] or stop:
+                    checkpoints.save(step, state, batches.get_state(), loss)
+    settle()
+    checkpoints.save(step, state, batches.get_state(), None)  # nothing to do unless the signal came in between
+    return step
+
+
+class _Observer:
+    """What a run shows of itself: records, validation and samples along the way."""
+
+    def __init__(self, config, workdir, model, tokenizer, trainer, sinks, progress):
+        self.progress = progress
+        self._config, self._workdir, self._sinks, self._tokenizer = config, workdir, sinks, tokenizer
+        self._sampler = Sampler(model, None, tokenizer, batch_size=config.sample.num_samples)
+        scorer = Scorer(model, tokenizer, config.evaluate.batch_size, trainer.place)
+        self._evaluation = Evaluation(
+            workdir, "valid", scorer, tokenizer, config.evaluate.context, max_windows=config.evaluate.max_windows
+        )
+
+    def record(self, record: dict[str, Any]) -> None:
+        self._sinks.write(record)
+        self.progress.show(record)
+
+    def evaluate(self, params: Any, step: int) -> float:
+        with self.progress.part("evaluate", total=len(self._evaluation.spans), unit="windows") as part:
+            result = self._evaluation(params, part.advance)
+        keep = ("nats_per_token", "bits_per_byte", "tokens", "excess_nats_per_token")
+        self._sinks.write(
+            {"kind": "valid", "step": step, "time": time.time()} | {k: result[k] for k in keep if k in result}
+        )
+        excess = f", {result['excess_nats_per_token']:.3f} over the floor" if "excess_nats_per_token" in result else ""
+        self.progress.print(
+            f"step {step}: validation {result['nats_per_token']:.4f} nats/token, "
+            f"{result['bits_per_byte']:.3f} bits/byte{excess}"
+        )
+        return result["nats_per_token"]
+
+    def sample(self, params: Any, step: int) -> None:
+        wanted = self._config.sample
+        settings = SampleSettings(max_tokens=wanted.max_tokens, temperature=wanted.temperature)
+        samples = self._sampler.sample(
+            wanted.prompt, settings, num_samples=wanted.num_samples, seed=self._config.seed, params=params
+        )
+        with (self._workdir / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for sample in samples:
+                line = {"step": step, "prompt": wanted.prompt, "text": sample.text}
+                file.write(json.dumps(line | {"temperature": wanted.temperature, "seed": self._config.seed}) + "\n")
+        self.progress.print(f"step {step}: {wanted.prompt}{samples[0].text.strip()}")
+
+
+def _headline(config: Config, run: dict[str, Any], backend: Backend, step: int) -> str:
+    lines = [
+        f"{run['params']:,} parameters, {config.total_steps:,} steps of {config.tokens_per_step:,} tokens "
+        f"({config.num_micro_batches} micro-batch(es) of {config.micro_batch_size} sequences)",
+        f"{backend.platform} ({backend.device}), {run['precision']}: {run['precision_reason']}",
+    ]
+    if backend.note:
+        lines.append(backend.note)
+    if step:
+        lines.append(f"resumes at step {step}")
+    return "\n".join(lines)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that gets the number of a SIGINT or SIGTERM; a second one acts as usual."""
+    received: list[int] = []
+    before: dict[int, Callable | int | None] = {}
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

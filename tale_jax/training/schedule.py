@@ -1,0 +1,28 @@
+"""The learning rate over a run: linear warmup, then linear, cosine or warmup-stable-decay."""
+
+import optax
+
+from tale_jax.config import OptimizerConfig, ScheduleConfig
+
+
+def learning_rate(schedule: ScheduleConfig, optimizer: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Step → learning rate of the matrices, by `schedule.name`; the peak follows the last warmup step.
+
+    linear and cosine fall from there to `final_fraction` of the peak at `total_steps`; wsd stays at the peak and falls
+    linearly over the last `decay_fraction` of the run (Hu et al. 2024). `schedule` is a planned one (no zero warmup).
+    """
+    peak, warmup = optimizer.learning_rate, schedule.warmup_steps
+    final = peak * schedule.final_fraction
+    rest = max(1, total_steps - warmup)
+    if schedule.name == "linear":
+        after = optax.linear_schedule(peak, final, rest)
+    elif schedule.name == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, alpha=schedule.final_fraction)
+    else:
+        decay = min(rest, max(1, round(schedule.decay_fraction * total_steps)))
+        after = optax.join_schedules(
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)], [rest - decay]
+        )
+    # The first step has rate peak/warmup rather than 0, so that no step is lost.
+    ramp = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
+    return optax.join_schedules([ramp, after], [warmup])

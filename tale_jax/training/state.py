@@ -1,0 +1,26 @@
+"""What a training step carries from one step to the next."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from tale_jax.model.transformer import Transformer
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """A pytree of arrays, or of their shapes: what is saved in a checkpoint, besides the data position."""
+
+    step: Any  # optimizer steps done
+    params: Any
+    opt_state: Any
+    key: Any  # raw PRNG key data, from which dropout at each step is derived
+
+
+def init_state(model: Transformer, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """Weights before the first step: a pure function of the model's shape and the seed."""
+    init_key, key = jax.random.split(jax.random.PRNGKey(seed))
+    params = model.init(init_key, jnp.zeros((1, 8), jnp.int32))["params"]
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), key=key)

@@ -1,0 +1,117 @@
+"""The training step: loss, gradients over micro-batches, one update. The one jit site of training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from tale_jax.config import Config
+from tale_jax.model.transformer import Transformer
+from tale_jax.sharding import batch_sharding, shardings
+from tale_jax.training.loss import cross_entropy, document_segments
+from tale_jax.training.state import TrainState, init_state
+
+TrainStep = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
+
+
+def token_losses(
+    model: Transformer,
+    params: Any,
+    windows: Int[Array, "B T1"],
+    bos_id: int,
+    dropout_key: Array | None = None,
+) -> Float[Array, "B T"]:
+    """Nats of each token of a batch of windows but the first; training and scoring both call this."""
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    logits, _ = model.apply(
+        {"params": params},
+        inputs,
+        segments=document_segments(inputs, bos_id) if model.config.mask_documents else None,
+        deterministic=dropout_key is None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    return cross_entropy(logits, targets)
+
+
+def make_train_step(
+    config: Config, model: Transformer, optimizer: optax.GradientTransformation, rate: optax.Schedule, bos_id: int
+) -> TrainStep:
+    """A pure function (state, windows [batch_size, seq_len + 1]) → (state, metrics).
+
+    The batch is cut into micro-batches whose gradients are averaged, so that accumulation changes nothing but memory.
+    Metrics are scalars: `loss` in nats per token, `grad_norm` before clipping, `learning_rate`.
+    """
+    num_micro = config.num_micro_batches
+    dropout = config.model.dropout > 0
+
+    def loss_fn(params: Any, windows: Array, key: Array) -> Array:
+        return jnp.mean(token_losses(model, params, windows, bos_id, key if dropout else None))
+
+    def gradients(params: Any, windows: Array, key: Array) -> tuple[Array, Any]:
+        if num_micro == 1:
+            return jax.value_and_grad(loss_fn)(params, windows, key)
+        # Every device keeps its own sequences: micro-batch i takes each device's i-th share.
+        micro = windows.reshape(-1, num_micro, windows.shape[-1]).swapaxes(0, 1)
+
+        def add(total: Any, item: tuple[Array, Array]) -> tuple[Any, None]:
+            one = jax.value_and_grad(loss_fn)(params, *item)
+            return jax.tree_util.tree_map(jnp.add, total, one), None
+
+        zero = (jnp.zeros(()), jax.tree_util.tree_map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, num_micro)))
+        return jax.tree_util.tree_map(lambda x: x / num_micro, total)
+
+    def train_step(state: TrainState, windows: Int[Array, "B T1"]) -> tuple[TrainState, dict[str, Array]]:
+        loss, grads = gradients(state.params, windows, jax.random.fold_in(state.key, state.step))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {"loss": loss, "grad_norm": global_norm(grads), "learning_rate": rate(state.step)}
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """Euclidean norm of all arrays of a tree together."""
+    return jnp.sqrt(sum((jnp.sum(jnp.square(x)) for x in jax.tree_util.tree_leaves(tree)), jnp.zeros(())))
+
+
+class Trainer:
+    """The compiled functions of a run on a mesh: `init`, `step`, and the shardings that tie them to devices."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: Transformer,
+        optimizer: optax.GradientTransformation,
+        rate: optax.Schedule,
+        bos_id: int,
+        mesh: Mesh,
+        donate: bool,
+    ):
+        def init() -> TrainState:
+            return init_state(model, optimizer, config.seed)
+
+        self.abstract_state = jax.eval_shape(init)
+        self.state_shardings = shardings(mesh, self.abstract_state)
+        self.batch_sharding = batch_sharding(mesh)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        self.init = jax.jit(init, out_shardings=self.state_shardings)
+        self.step = jax.jit(
+            make_train_step(config, model, optimizer, rate, bos_id),
+            in_shardings=(self.state_shardings, self.batch_sharding),
+            out_shardings=(self.state_shardings, replicated),
+            donate_argnums=(0,) if donate else (),
+        )
+
+    def place(self, windows: Any) -> Array:
+        """Puts this process's rows of a batch [B, T+1] on the devices that share it."""
+        if jax.process_count() == 1:
+            return jax.device_put(windows, self.batch_sharding)
+        return jax.make_array_from_process_local_data(self.batch_sharding, windows)
+
+

@@ -1,0 +1,65 @@
+"""What tests share: eight simulated CPU devices, the tiny config, and one tiny trained workdir."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/tale_jax/xla-tests"))
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # configs/ is a folder of scripts, not an installed package
+
+from configs import tales  # noqa: E402
+from tale_jax import backend  # noqa: E402
+from tale_jax.config import Config  # noqa: E402
+
+
+def build_config(**changes: Any) -> Config:
+    """The tiny recipe with `changes` by dotted name: build_config(**{"model.num_layers": 1})."""
+    config = tales.get_config("tiny")
+    config.update_from_flattened_dict(changes)
+    return Config.build(config)
+
+
+def run_script(name: str, *flags: str, cwd: Path = ROOT, **popen: Any) -> subprocess.CompletedProcess:
+    """Runs `python launch/NAME.py FLAGS` as a user does: one device, no test settings."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *flags]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, **popen)
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Config]:
+    return build_config
+
+
+@pytest.fixture
+def script() -> Callable[..., subprocess.CompletedProcess]:
+    return run_script
+
+
+@pytest.fixture(scope="session")
+def cpu() -> backend.Backend:
+    """One CPU device, whatever the tests simulate."""
+    here = backend.start("cpu")
+    return dataclasses.replace(here, devices=(jax.devices()[0],))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, cpu) -> Path:
+    """A workdir after the whole tiny recipe. Not to be written to."""
+    from tale_jax.training.loop import train
+
+    workdir = tmp_path_factory.mktemp("trained")
+    train(build_config(), workdir, cpu)
+    return workdir

@@ -1,0 +1,188 @@
+"""Loss, schedule, optimizer, step and sharding, by their properties."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from conftest import build_config
+from tale_jax import sharding
+from tale_jax.config import MeshConfig
+from tale_jax.model.transformer import Transformer
+from tale_jax.training.loss import cross_entropy, document_segments
+from tale_jax.training.optimizer import groups, make_optimizer
+from tale_jax.training.schedule import learning_rate
+from tale_jax.training.state import init_state
+from tale_jax.training.step import Trainer
+
+V, BOS = 64, 1
+
+
+def make_trainer(devices=1, data=0, fsdp=1, dtype=jnp.float32, **changes) -> Trainer:
+    small = {"model.num_layers": 2, "model.embed_dim": 32, "model.num_heads": 4, "model.seq_len": 16, "batch_size": 8}
+    config = build_config(**(small | {"total_steps": 20, "tokenizer.vocab_size": 512} | changes)).planned(100)
+    model = Transformer(config.model, V, dtype, natural=True, remat=config.remat)
+    rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
+    optimizer = make_optimizer(config.optimizer, rate)
+    mesh = sharding.make_mesh(MeshConfig(data, fsdp), jax.devices()[:devices], config.micro_batch_size)
+    return Trainer(config, model, optimizer, rate, BOS, mesh, donate=False)
+
+
+def batches(count: int, size: int = 8) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, V, (size, 17), dtype=np.int32) for _ in range(count)]
+
+
+def losses(trainer: Trainer, steps: int = 20) -> np.ndarray:
+    state, out = trainer.init(), []
+    for windows in batches(steps):
+        state, metrics = trainer.step(state, trainer.place(windows))
+        out.append(float(metrics["loss"]))
+    return np.array(out)
+
+
+def test_cross_entropy_is_optax_in_value_and_gradient():
+    logits = 5 * jax.random.normal(jax.random.PRNGKey(0), (3, 7, V))
+    targets = jax.random.randint(jax.random.PRNGKey(1), (3, 7), 0, V)
+    weights = jnp.arange(21.0).reshape(3, 7)
+    for fn in (jnp.sum, lambda x: jnp.sum(x * weights)):
+        mine = jax.value_and_grad(lambda x, f=fn: f(cross_entropy(x, targets)))(logits)
+        known = jax.value_and_grad(
+            lambda x, f=fn: f(optax.losses.softmax_cross_entropy_with_integer_labels(x, targets))
+        )(logits)
+        np.testing.assert_allclose(mine[0], known[0], rtol=1e-6)
+        np.testing.assert_allclose(mine[1], known[1], atol=1e-5)
+
+
+def test_cross_entropy_survives_large_logits():
+    loss, grad = jax.value_and_grad(lambda x: cross_entropy(x, jnp.array([0])).sum())(jnp.array([[1e4, -1e4, 0.0]]))
+    assert loss == 0 and jnp.isfinite(grad).all()
+
+
+def test_segments_count_documents():
+    tokens = jnp.array([[5, 6, BOS, 7, 8, BOS, 9]])
+    np.testing.assert_array_equal(document_segments(tokens, BOS), [[0, 0, 1, 1, 1, 2, 2]])
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
+def test_schedule_warms_up_peaks_and_ends(name):
+    config = build_config(**{"schedule.name": name, "schedule.warmup_steps": 10, "schedule.final_fraction": 0.1})
+    rate = learning_rate(config.schedule, config.optimizer, 100)
+    peak = config.optimizer.learning_rate
+    values = np.array([float(rate(step)) for step in range(101)])
+    np.testing.assert_allclose(values[0], peak / 10, rtol=1e-5)
+    np.testing.assert_allclose(values[9], peak, rtol=1e-5)
+    np.testing.assert_allclose(values[100], 0.1 * peak, rtol=1e-4)
+    assert (np.diff(values[:10]) > 0).all() and (np.diff(values[10:]) <= 1e-9).all()
+    if name == "wsd":
+        np.testing.assert_allclose(values[10:80], peak, rtol=1e-5)
+    elif name == "linear":
+        np.testing.assert_allclose(values[55], 0.55 * peak, rtol=1e-5)
+
+
+def test_a_run_of_one_step_has_a_rate():
+    config = build_config(**{"total_steps": 1}).planned(10)
+    assert float(learning_rate(config.schedule, config.optimizer, 1)(0)) == pytest.approx(config.optimizer.learning_rate)
+
+
+def test_groups_by_name():
+    trainer = make_trainer(**{"model.tie_embeddings": False})
+    named = {
+        ".".join(k.key for k in path): group
+        for path, group in jax.tree_util.tree_leaves_with_path(groups(trainer.abstract_state.params))
+    }
+    matrices = {name for name, group in named.items() if group == "matrix"}
+    assert matrices == {
+        f"blocks.{part}.kernel"
+        for part in (
+            "attention.query attention.key attention.value attention.output mlp.gate mlp.up mlp.down".split()
+        )
+    }
+    assert named["embedding"] == named["head.kernel"] == named["final_norm.scale"] == "embedding"
+
+
+def test_weight_decay_only_on_matrices():
+    """With zero gradients, only the matrices shrink, by learning rate times decay."""
+    config = build_config(**{"optimizer.weight_decay": 0.5}).optimizer
+    params = make_trainer().init().params
+    optimizer = make_optimizer(config, optax.constant_schedule(0.1))
+    zero = jax.tree_util.tree_map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    for update, param, group in zip(*map(jax.tree_util.tree_leaves, (updates, params, groups(params))), strict=True):
+        np.testing.assert_allclose(update, -0.05 * param if group == "matrix" else 0 * param, atol=1e-7)
+
+
+def test_clipping_bounds_the_step_not_the_metric():
+    free, clipped = (make_trainer(**{"optimizer.clip_norm": norm}) for norm in (0.0, 1e-3))
+    windows = batches(1)[0]
+    norms = [float(t.step(t.init(), windows)[1]["grad_norm"]) for t in (free, clipped)]
+    assert norms[0] == pytest.approx(norms[1]) and norms[0] > 1e-2
+
+
+@pytest.mark.parametrize("micro", [4, 2, 1])
+def test_accumulation_equals_the_large_batch(micro):
+    np.testing.assert_allclose(losses(make_trainer(micro_batch_size=micro), 5), losses(make_trainer(), 5), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("data", "fsdp", "micro"), [(8, 1, 8), (1, 8, 8), (2, 4, 8)])
+def test_eight_devices_equal_one_over_twenty_steps(data, fsdp, micro):
+    sharded = losses(make_trainer(8, data, fsdp, micro_batch_size=micro))
+    np.testing.assert_allclose(sharded, losses(make_trainer()), atol=1e-5)
+
+
+def test_accumulation_on_a_mesh_equals_one_device():
+    spread = losses(make_trainer(4, 2, 2, micro_batch_size=4), 5)
+    np.testing.assert_allclose(spread, losses(make_trainer(), 5), atol=1e-5)
+
+
+def test_fsdp_shares_matrices_and_their_optimizer_state():
+    trainer = make_trainer(8, 1, 8)
+    state = trainer.init()
+    kernel = state.params["blocks"]["mlp"]["gate"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree_util.tree_leaves(state))
+    whole = sum(x.nbytes for x in jax.tree_util.tree_leaves(state))
+    assert held < 0.2 * whole
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="mesh.fsdp=3 times mesh.data=2 must be the number of devices, 8"):
+        sharding.make_mesh(MeshConfig(2, 3), jax.devices(), 8)
+    with pytest.raises(ValueError, match="micro_batch_size=6 must be divisible by the number of devices, 8"):
+        sharding.make_mesh(MeshConfig(0, 1), jax.devices(), 6)
+
+
+def test_one_batch_can_be_overfitted():
+    trainer = make_trainer(total_steps=150, **{"optimizer.learning_rate": 1e-2})
+    state, windows = trainer.init(), trainer.place(batches(1)[0])
+    for _ in range(150):
+        state, metrics = trainer.step(state, windows)
+    assert float(metrics["loss"]) < 0.3
+
+
+def test_bfloat16_keeps_float32_weights_and_learns_alike():
+    trainer = make_trainer(dtype=jnp.bfloat16)
+    state = trainer.init()
+    state, _ = trainer.step(state, batches(1)[0])
+    assert {x.dtype for x in jax.tree_util.tree_leaves(state.params)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(losses(make_trainer(dtype=jnp.bfloat16), 10), losses(make_trainer(), 10), rtol=0.02)
+
+
+def test_dropout_depends_on_the_step_and_repeats():
+    trainer = make_trainer(**{"model.dropout": 0.5, "model.zero_init_outputs": False})
+    state, windows = trainer.init(), batches(1)[0]
+    first, again = (float(trainer.step(state, windows)[1]["loss"]) for _ in range(2))
+    later = float(trainer.step(state.replace(step=state.step + 1), windows)[1]["loss"])
+    assert first == again != later
+
+
+def test_initial_weights_are_a_function_of_the_seed():
+    def weights(seed):
+        config = dataclasses.replace(build_config(), seed=seed)
+        return init_state(Transformer(config.model, V), optax.sgd(0.1), seed).params["embedding"]
+
+    np.testing.assert_array_equal(weights(0), weights(0))
+    assert jnp.abs(weights(0) - weights(1)).max() > 0

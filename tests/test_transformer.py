@@ -1,0 +1,194 @@
+"""Properties of the model: causality, documents, cache, and agreement with LLaMA written down a second time."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import build_config
+from tale_jax.model.transformer import Cache, Transformer, count_parameters, flops_per_token
+
+V = 96
+
+
+def make(natural=False, remat="none", dtype=jnp.float32, **changes):
+    """A tiny model with every weight random, so that no path is silent."""
+    names = {"num_layers": 3, "embed_dim": 32, "num_heads": 4, "mlp_dim": 48, "seq_len": 16, "zero_init_outputs": False}
+    config = dataclasses.replace(build_config().model, **(names | changes))
+    model = Transformer(config, V, dtype, natural, remat)
+    params = model.init(jax.random.PRNGKey(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    leaves, tree = jax.tree_util.tree_flatten(params)
+    keys = jax.random.split(jax.random.PRNGKey(1), len(leaves))
+    noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return model, jax.tree_util.tree_unflatten(tree, noisy)
+
+
+@pytest.fixture
+def tokens():
+    return jax.random.randint(jax.random.PRNGKey(2), (2, 16), 0, V)
+
+
+def llama(params, tokens, config):
+    """LLaMA in numpy and float64, one token and one head at a time, from the papers: the independent reference."""
+    p = jax.tree_util.tree_map(lambda x: np.asarray(x, np.float64), params)
+    heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.embed_dim // config.num_heads
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean() + config.norm_eps) * scale
+
+    def turn(x, position):
+        y = np.empty_like(x)
+        for i in range(width // 2):
+            angle = position / config.rope_base ** (2 * i / width)
+            pair = complex(x[i], x[i + width // 2]) * complex(np.cos(angle), np.sin(angle))
+            y[i], y[i + width // 2] = pair.real, pair.imag
+        return y
+
+    rows = []
+    for row in np.asarray(tokens):
+        xs = [p["embedding"][t] for t in row]
+        for layer in range(config.num_layers):
+            w = jax.tree_util.tree_map(lambda a, n=layer: a[n], p["blocks"])
+            a = w["attention"]
+            keys, values, out = [], [], []
+            for t, x in enumerate(xs):
+                h = norm(x, w["attention_norm"]["scale"])
+                query, key, value = (
+                    (h @ a[n]["kernel"]).reshape(-1, width) for n in ("query", "key", "value")
+                )
+                if config.qk_norm:
+                    query = [norm(q, a["query_norm"]["scale"]) for q in query]
+                    key = [norm(k, a["key_norm"]["scale"]) for k in key]
+                keys.append([turn(k, t) for k in key])
+                values.append(value)
+                mixed = []
+                for n in range(heads):
+                    q, shared = turn(query[n], t), n // (heads // kv_heads)
+                    scores = np.array([q @ keys[s][shared] / np.sqrt(width) for s in range(t + 1)])
+                    weights = np.exp(scores - scores.max())
+                    weights /= weights.sum()
+                    mixed.append(sum(weights[s] * values[s][shared] for s in range(t + 1)))
+                out.append(x + np.concatenate(mixed) @ a["output"]["kernel"])
+            xs = []
+            for x in out:
+                h = norm(x, w["mlp_norm"]["scale"])
+                gate = h @ w["mlp"]["gate"]["kernel"]
+                xs.append(x + (gate / (1 + np.exp(-gate)) * (h @ w["mlp"]["up"]["kernel"])) @ w["mlp"]["down"]["kernel"])
+        head = p["embedding"].T if config.tie_embeddings else p["head"]["kernel"]
+        rows.append([norm(x, p["final_norm"]["scale"]) @ head for x in xs])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_agrees_with_llama(tokens, num_kv_heads, tie_embeddings, qk_norm):
+    model, params = make(num_kv_heads=num_kv_heads, tie_embeddings=tie_embeddings, qk_norm=qk_norm)
+    logits, _ = model.apply({"params": params}, tokens)
+    np.testing.assert_allclose(logits, llama(params, tokens, model.config), atol=1e-4)
+
+
+def test_causal_by_gradient(tokens):
+    """No logit depends on a later token's embedding, and each depends on its own."""
+    model, params = make()
+
+    def logit_sum(embedding_noise, position):
+        noisy = params | {"embedding": params["embedding"] + embedding_noise}
+        return model.apply({"params": noisy}, jnp.arange(16)[None])[0][0, position].sum()
+
+    model = model.clone(config=dataclasses.replace(model.config, tie_embeddings=False))
+    params = params | {"head": {"kernel": jax.random.normal(jax.random.PRNGKey(3), (32, V))}}
+    for position in (0, 7, 15):
+        moved = jnp.abs(jax.grad(logit_sum)(jnp.zeros_like(params["embedding"]), position)).sum(-1)[:16]
+        assert (moved[: position + 1] > 0).all() and (moved[position + 1 :] == 0).all()
+
+
+def test_documents_do_not_see_each_other(tokens):
+    model, params = make()
+    segments = jnp.where(jnp.arange(16) < 6, 0, 1)[None].repeat(2, 0)
+    masked, _ = model.apply({"params": params}, tokens, segments=segments)
+    alone, _ = model.apply({"params": params}, tokens[:, 6:])
+    together, _ = model.apply({"params": params}, tokens)
+    np.testing.assert_allclose(masked[:, 6:], alone, atol=1e-5)  # rotary positions are relative
+    assert jnp.abs(masked[:, 6:] - together[:, 6:]).max() > 1e-2
+
+
+def loss_and_gradients(model, params, tokens):
+    def loss(p):
+        return jnp.square(model.apply({"params": p}, tokens)[0]).mean()
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("remat", ["none", "block", "dots_saveable"])
+@pytest.mark.parametrize("natural", [False, True])
+def test_scan_remat_and_layout_change_neither_names_nor_values(tokens, scan_layers, remat, natural):
+    plain, params = make()
+    model, same = make(scan_layers=scan_layers, remat=remat, natural=natural)
+    jax.tree_util.tree_map(np.testing.assert_array_equal, params, same)
+    (loss, grads), (loss2, grads2) = (loss_and_gradients(m, params, tokens) for m in (plain, model))
+    np.testing.assert_allclose(loss, loss2, rtol=1e-5)
+    jax.tree_util.tree_map(partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-6), grads, grads2)
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_prefill_and_decode_equal_the_full_forward(tokens, num_kv_heads):
+    model, params = make(num_kv_heads=num_kv_heads)
+    full, _ = model.apply({"params": params}, tokens)
+    logits, cache = model.apply({"params": params}, tokens[:, :9], cache=Cache.empty(model.config, 2, jnp.float32))
+    parts = [logits]
+    for t in range(9, 16):
+        logits, cache = model.apply({"params": params}, tokens[:, t : t + 1], cache=cache)
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), full, atol=2e-5)
+    assert int(cache.length) == 16
+
+
+def test_one_layer_ring_forgets_what_is_older_than_the_context():
+    """Past the context a one-layer model sees exactly the last `seq_len` tokens (deeper ones see further, indirectly)."""
+    model, params = make(num_layers=1)
+    tokens = jax.random.randint(jax.random.PRNGKey(4), (1, 25), 0, V)
+    cache = Cache.empty(model.config, 1, jnp.float32)
+    for t in range(25):
+        logits, cache = model.apply({"params": params}, tokens[:, t : t + 1], cache=cache)
+    window, _ = model.apply({"params": params}, tokens[:, -16:])
+    np.testing.assert_allclose(logits[:, 0], window[:, -1], atol=2e-5)
+
+
+def test_only_gives_the_logits_of_one_position(tokens):
+    model, params = make()
+    full, _ = model.apply({"params": params}, tokens)
+    one, _ = model.apply({"params": params}, tokens, only=jnp.asarray(5))
+    np.testing.assert_allclose(one[:, 0], full[:, 5], atol=1e-6)
+
+
+def test_softcap_bounds_logits_and_dropout_needs_its_rng(tokens):
+    model, params = make(logit_softcap=0.5)
+    assert jnp.abs(model.apply({"params": params}, tokens)[0]).max() <= 0.5
+    model, params = make(dropout=0.5)
+    dropped = [
+        model.apply({"params": params}, tokens, deterministic=False, rngs={"dropout": jax.random.PRNGKey(k)})[0]
+        for k in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(dropped[0], dropped[1])
+    assert jnp.abs(dropped[0] - dropped[2]).max() > 1e-3
+
+
+def test_bfloat16_stays_near_float32(tokens):
+    model, params = make(natural=True)
+    wide, _ = model.apply({"params": params}, tokens)
+    narrow, _ = model.clone(dtype=jnp.bfloat16).apply({"params": params}, tokens)
+    assert narrow.dtype == jnp.bfloat16
+    assert jnp.abs(narrow.astype(jnp.float32) - wide).max() < 0.1 * jnp.abs(wide).max()
+
+
+def test_counts_by_hand():
+    model, params = make(num_kv_heads=2, qk_norm=False)
+    by_hand = 3 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32) + V * 32 + 32
+    assert count_parameters(params) == by_hand
+    products = 3 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48) + V * 32
+    assert flops_per_token(model.config, V) == 6 * products + 6 * 3 * 16 * 32
