@@ -22,6 +22,8 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # recipes import each other, as `from configs import base`
+
 FLAGS = flags.FLAGS
 
 

@@ -214,7 +214,7 @@ class Config:
     def planned(self, num_windows: int) -> Self:
         """Fills in what depends on the number of training windows: `total_steps` and `schedule.warmup_steps`."""
         total = self.total_steps or max(1, int(self.passes * num_windows / self.batch_size))
-        warmup = self.schedule.warmup_steps or math.ceil(0.02 * total)
+        warmup = self.schedule.warmup_steps or _warmup(total)
         if self.schedule.warmup_steps > total:
             raise ValueError(
                 f"schedule.warmup_steps={warmup} must not exceed total_steps={total}; "
@@ -225,10 +225,9 @@ class Config:
         )
 
     def difference(self, other: Self) -> tuple[str, Any, Any] | None:
-        """The first field that makes `other` a different experiment: its name and both values; None if there is none."""
-        free = FREE_TO_CHANGE
-        if self.total_steps != other.total_steps:  # a derived warmup follows the length of the run
-            free += ("schedule.warmup_steps",)
+        """What makes this another experiment than `other`, a planned run: the first such field and both values, or None."""
+        derived = not self.schedule.warmup_steps and other.schedule.warmup_steps == _warmup(other.total_steps)
+        free = (*FREE_TO_CHANGE, "schedule.warmup_steps") if derived else FREE_TO_CHANGE
         for (name, mine), (_, theirs) in zip(leaves(self), leaves(other), strict=True):
             if mine != theirs and not any(name == f or (f.endswith(".") and name.startswith(f)) for f in free):
                 return name, mine, theirs
@@ -241,6 +240,10 @@ class Config:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.model.seq_len
+
+
+def _warmup(total_steps: int) -> int:
+    return math.ceil(0.02 * total_steps)
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

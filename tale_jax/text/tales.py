@@ -608,7 +608,8 @@ def _contradiction(story: Story, slot: _Slot, filler: str, due: str) -> str:
     reason = f'says "{bare}", but the {slot.role} of this tale is "{due}"'
     for thing in (due, bare):
         if thing in story.owners:
-            reason += f"; {story.owners[thing]} has the {thing}"
+            owner = story.owners[thing]
+            reason += f"; {owner if owner[0].isupper() else f'the {owner}'} has the {thing}"
     return reason
 
 

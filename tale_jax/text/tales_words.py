@@ -316,7 +316,7 @@ SCENES: dict[str, tuple[str, ...]] = {
     ),
     "gate": (
         "Then {he} came to an iron gate with a lock as big as {a ~big}.",
-        "But in the wall was {a ~color} gate, locked, and nobody answered the bell.",
+        "Then came a high wall with {a ~color} gate, locked, and nobody answered the bell.",
     ),
     "cliff": (
         "Then the road stopped at a cliff as smooth as {a ~smooth}.",
@@ -361,7 +361,7 @@ SCENES: dict[str, tuple[str, ...]] = {
         "Then, on {a ~weather} {weekday}, {his} {~mood} {elder} {ailment}.",
     ),
     "need": (
-        "Only {a cure} would help, and only the {keeper} {far} had one, so {hero} set out.",
+        "For that one needs {a cure}, so {hero} set out for the {keeper} {far}.",
         '"Only {a cure} from the {keeper} {far} will help," said {hero}, and off {he} went.',
         "The {keeper} {far} had {a cure}, so {hero} packed {~treat} and went.",
     ),
@@ -370,12 +370,12 @@ SCENES: dict[str, tuple[str, ...]] = {
         "The {keeper} wanted no money, only {a price}, and {hero} {paid} and ran home.",
         '"For {a price} it is yours," said the {keeper}. {Hero} {paid} and ran home.',
     ),
-    "cough": ("After {~count} spoons the cough was gone, and the plates hung quiet on the wall.",),
+    "cough": ("After {~count} spoons the cough was gone, and the plates hung still.",),
     "sleep": ("{His} {elder} slept for two days and woke up asking for {~dish}.",),
     "clock": ("Tick, said the clock, and then, after some thought, tock, and it was {~meal}.",),
     "salt": ("The {~dish} had never tasted so good, and even the cat asked for more.",),
     "feet": ("Soon ten cold toes were as warm as {~dish}.",),
-    "lenses": ('"How you have grown," said {his} {elder}, looking through them, "and who painted the {~place}?"',),
+    "lenses": ('"How you have grown," said {his} {elder}. "And who painted the {~place}?"',),
     "fever": ("The tea tasted like {~ground}, but the fever left by the back door.",),
     "fiddle": ("There was music until midnight, and {~count} neighbors came in to dance.",),
     # a race, and somebody who stopped on the way
@@ -529,7 +529,7 @@ SCENES: dict[str, tuple[str, ...]] = {
     "teacher": ("So the class brought the {subject} one {~mood} mouse, and bit by bit the fear wore off.",),
     "blacksmith": ('"I have {~count} pairs left," said the {subject}, and nobody in town had cold feet again.',),
     "cook": ("So the town came to eat toast with {~treat}, and the {subject} became famous.",),
-    "general": ("Since then the {subject} is asked to every wedding, and brings {~count} handkerchiefs.",),
+    "general": ("Ever since, the {subject} has been asked to every wedding, and brings {~count} handkerchiefs.",),
     # somebody small in a bad place
     "cry": (
         "Early on {weekday} {he} heard a small cry and found {a ~size} {victim} {stuck}.",

@@ -1,0 +1,32 @@
+"""Prepares a corpus once: trains its tokenizer and writes its token windows. launch/train.py does the same when needed.
+
+    python launch/prepare.py --config=configs/tales.py --workdir=experiments/tales
+"""
+
+from pathlib import Path
+
+from absl import flags
+from cli import run
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/tales.py:tiny")
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the experiment; it is made when missing")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(_: list[str]) -> None:
+    from tale_jax.config import Config
+    from tale_jax.text.prepare import prepare
+
+    workdir = Path(str(WORKDIR.value))
+    prepared = prepare(Config.build(CONFIG.value), workdir, workdir / "log.txt")
+    for split, m in prepared.manifests.items():
+        print(
+            f"{split:>5}: {m.documents:,} documents, {m.words:,} words, {m.bytes:,} bytes, {m.tokens:,} tokens"
+            + (f"; entropy {m.entropy['nats_per_token']:.4f} nats/token" if m.entropy else "")
+        )
+    print(f"windows lie in {workdir}/windows, the tokenizer in {workdir}/tokenizer")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,177 @@
+"""A run is its workdir: what is interrupted goes on as if it had not been."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from conftest import build_config
+from tale_jax import config as config_module
+from tale_jax.checkpoint import Checkpoints
+from tale_jax.metrics import read_metrics
+from tale_jax.training.loop import train
+
+SMALL = {
+    "corpus.num_train_tales": 100,
+    "corpus.num_valid_tales": 10,
+    "corpus.num_test_tales": 10,
+    "model.embed_dim": 32,
+    "model.seq_len": 64,
+    "metrics.every_steps": 1,
+    "precision": "float32",
+    "model.dropout": 0.1,
+}
+
+
+def losses(workdir):
+    return {r["step"]: r["loss"] for r in read_metrics(workdir)["train"]}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, cpu):
+    workdir = tmp_path_factory.mktemp("straight")
+    train(build_config(**SMALL), workdir, cpu)
+    return workdir
+
+
+def test_a_run_leaves_what_the_house_promises(straight):
+    names = {path.name for path in straight.iterdir()}
+    assert {"config.json", "tokenizer", "windows", "checkpoints", "metrics.jsonl", "samples.jsonl", "log.txt"} <= names
+    records = read_metrics(straight)
+    assert [r["step"] for r in records["train"]] == list(range(1, 21))
+    assert {"loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "data_wait", "peak_share"} <= set(
+        records["train"][-1]
+    )
+    assert [r["step"] for r in records["valid"]] == [10, 20]
+    assert records["run"][0]["floor_nats_per_token"] > 0
+    assert records["train"][-1]["loss"] < records["train"][0]["loss"] - 0.5
+
+
+def test_interrupted_and_resumed_equals_straight_through(straight, tmp_path, cpu, monkeypatch):
+    """A SIGTERM after some steps, then the same call: the losses are those of the run that was left alone."""
+    from tale_jax import data
+
+    taken, original = [], data.Batches.__next__
+
+    def next_batch(self):
+        batch = original(self)
+        taken.append(batch)
+        if len(taken) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    monkeypatch.setattr(data.Batches, "__next__", next_batch)
+    config = build_config(**SMALL)
+    outcome = train(config, tmp_path, cpu)
+    assert (outcome.step, outcome.signal) == (7, signal.SIGTERM)
+    outcome = train(config, tmp_path, cpu)
+    assert (outcome.step, outcome.signal) == (20, 0)
+    assert len(taken) == 20
+    assert len({batch.tobytes() for batch in taken}) == 20
+    mine, theirs = losses(tmp_path), losses(straight)
+    np.testing.assert_allclose([mine[s] for s in range(1, 21)], [theirs[s] for s in range(1, 21)], rtol=1e-5)
+
+
+def test_a_crash_loses_only_what_came_after_the_checkpoint(straight, tmp_path, cpu, monkeypatch):
+    from tale_jax.training import loop
+
+    def crash(self, record):
+        if record["step"] == 14:
+            raise RuntimeError("power cut")
+        return original(self, record)
+
+    original = loop._Observer.record
+    monkeypatch.setattr(loop._Observer, "record", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(build_config(**SMALL), tmp_path, cpu)
+    monkeypatch.undo()
+    assert train(build_config(**SMALL), tmp_path, cpu).step == 20
+    mine, theirs = losses(tmp_path), losses(straight)
+    np.testing.assert_allclose([mine[s] for s in range(1, 21)], [theirs[s] for s in range(1, 21)], rtol=1e-5)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(straight, cpu):
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file() and "log" not in path.name}
+    outcome = train(build_config(**SMALL), straight, cpu)
+    assert (outcome.step, outcome.total_steps) == (20, 20)
+    del before[straight / "config.json"]
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}.items()
+
+
+def test_another_experiment_is_refused_before_anything_is_written(straight, cpu):
+    before = (straight / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"model.num_heads=4 must be 2 to go on .* or give another --workdir"):
+        train(build_config(**SMALL | {"model.num_heads": 4}), straight, cpu)
+    assert (straight / "config.json").read_text() == before
+
+
+def test_a_longer_run_goes_on(straight, tmp_path, cpu):
+    import shutil
+
+    workdir = tmp_path / "longer"
+    shutil.copytree(straight, workdir)
+    assert train(build_config(**SMALL | {"total_steps": 22}), workdir, cpu).step == 22
+    assert [r["step"] for r in read_metrics(workdir)["train"]] == list(range(1, 23))
+
+
+def test_divergence_is_one_line_and_keeps_the_checkpoint(tmp_path, cpu):
+    wild = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0, "checkpoint.every_steps": 1}
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+: training diverged") as error:
+        train(build_config(**SMALL | wild), tmp_path, cpu)
+    assert "\n" not in str(error.value)
+    assert Checkpoints(tmp_path, 1).latest is not None
+
+
+def test_every_setting_is_read(tmp_path, cpu, monkeypatch):
+    """Two steps of a run read every leaf of the config: a key that nothing reads would be a lie."""
+    read = set()
+
+    def watch(cls):
+        original = cls.__getattribute__
+
+        def getattribute(self, name):
+            read.add((cls.__name__, name))
+            return original(self, name)
+
+        monkeypatch.setattr(cls, "__getattribute__", getattribute, raising=False)
+
+    classes = [c for c in vars(config_module).values() if dataclasses.is_dataclass(c)]
+    config = build_config(**SMALL | {"total_steps": 2, "evaluate.every_steps": 1, "metrics.tensorboard": True})
+    for cls in classes:
+        watch(cls)
+    asdict = dataclasses.asdict  # writing all is not reading each
+    monkeypatch.setattr(dataclasses, "asdict", lambda x: {} if isinstance(x, config_module.Config) else asdict(x))
+    monkeypatch.setattr(config_module.Config, "save", lambda self, workdir: None)
+    monkeypatch.setattr(config_module, "check", lambda config: None)
+    train(config, tmp_path, cpu)
+    elsewhere = {  # read by other scripts, or for another corpus or variant
+        ("CorpusConfig", "field"), ("CorpusConfig", "hub_name"), ("CorpusConfig", "hub_config"),
+        ("CorpusConfig", "train_split"), ("CorpusConfig", "valid_split"), ("CorpusConfig", "test_split"),
+        ("CorpusConfig", "held_out"), ("MetricsConfig", "wandb_project"), ("ScheduleConfig", "decay_fraction"),
+        ("BackendConfig", "platform"), ("Config", "backend"),
+    }  # fmt: skip
+    unread = {
+        (cls.__name__, field.name) for cls in classes for field in dataclasses.fields(cls)
+        if (cls.__name__, field.name) not in read | elsewhere and cls.__name__.endswith("Config")
+    }  # fmt: skip
+    assert not unread
+
+
+def test_a_second_signal_acts_as_usual(tmp_path):
+    from tale_jax.training.loop import _signals
+
+    with _signals() as stop, pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        time.sleep(2)
+    assert stop == [signal.SIGINT]
+
+
+def test_samples_along_training_are_kept(straight):
+    samples = [json.loads(line) for line in (straight / "samples.jsonl").read_text().splitlines()]
+    assert {s["step"] for s in samples} == {10, 20} and all(isinstance(s["text"], str) for s in samples)
