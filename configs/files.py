@@ -1,7 +1,7 @@
 """Your own text: a file, folder or glob of .txt, .jsonl or .parquet.
 
-    python launch/train.py --config=configs/files.py --config.corpus.path=my-texts/ --workdir=experiments/mine
-    python launch/train.py --config=configs/files.py --config.corpus.path='notes/*.jsonl' --config.corpus.field=body …
+python launch/train.py --config=configs/files.py --config.corpus.path=my-texts/ --workdir=experiments/mine
+python launch/train.py --config=configs/files.py --config.corpus.path='notes/*.jsonl' --config.corpus.field=body …
 """
 
 from configs import base

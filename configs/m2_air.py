@@ -31,13 +31,13 @@ def get_config(variant: str = ""):
     config.checkpoint.every_steps = 500
 
     if variant == "tuned":
-        # At this size 3e-4 is about ten times too low, and warmup takes 2 % of a run, not 1,000 steps whatever its length.
+        # At this size 3e-4 is about ten times too low, and warmup takes 2 % of a run, whatever its length.
         config.optimizer.learning_rate = 2e-3
         config.optimizer.embedding_rate = 3.0  # each row of the embedding sees few steps
         config.schedule.warmup_steps = 0
         config.schedule.name = "linear"  # to zero
         config.model.qk_norm = True  # keeps the higher rate stable
-        config.precision = "auto"  # bfloat16 only where this machine multiplies it faster: an M2 has no native path for it
+        config.precision = "auto"  # bfloat16 only where the machine is faster at it; an M2 has no native path
         config.model.zero_init_outputs = True  # every block begins as the identity
     elif variant:
         raise ValueError(f"configs/m2_air.py:{variant} is not a variant; there is configs/m2_air.py:tuned")

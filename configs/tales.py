@@ -1,7 +1,7 @@
 """The embedded tales: a model that tells them in a few minutes on two CPU cores. `make demo` runs this.
 
-    python launch/train.py --config=configs/tales.py --workdir=experiments/tales
-    python launch/train.py --config=configs/tales.py:tiny --workdir=experiments/tiny     # seconds, for trying things out
+python launch/train.py --config=configs/tales.py --workdir=experiments/tales
+python launch/train.py --config=configs/tales.py:tiny --workdir=experiments/tiny     # seconds, for trying things out
 """
 
 from configs import base

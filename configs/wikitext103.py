@@ -1,6 +1,6 @@
 """WikiText-103 (Merity et al. 2016): fifty times WikiText-2, same validation and test text.
 
-    python launch/train.py --config=configs/wikitext103.py --config.corpus.path=DIR --workdir=experiments/wt103
+python launch/train.py --config=configs/wikitext103.py --config.corpus.path=DIR --workdir=experiments/wt103
 """
 
 from configs import wikitext2

@@ -1,11 +1,10 @@
 """Measures a trained model on a whole split: per token, word and byte, and for tales against their known entropy.
 
-    python launch/evaluate.py --workdir=experiments/tales --split=test
-    python launch/evaluate.py --workdir=experiments/wikitext2 --stride=64 --json
+python launch/evaluate.py --workdir=experiments/tales --split=test
+python launch/evaluate.py --workdir=experiments/wikitext2 --stride=64 --json
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 from cli import run

@@ -1,6 +1,6 @@
 """Prepares a corpus once: trains its tokenizer and writes its token windows. launch/train.py does the same when needed.
 
-    python launch/prepare.py --config=configs/tales.py --workdir=experiments/tales
+python launch/prepare.py --config=configs/tales.py --workdir=experiments/tales
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Trains a model, or goes on with the training that the workdir holds.
 
-    python launch/train.py --config=configs/tales.py --workdir=experiments/tales
-    python launch/train.py --config=configs/files.py --config.corpus.path=my-texts/ --workdir=experiments/mine
+python launch/train.py --config=configs/tales.py --workdir=experiments/tales
+python launch/train.py --config=configs/files.py --config.corpus.path=my-texts/ --workdir=experiments/mine
 """
 
 import sys
@@ -26,7 +26,7 @@ def main(_: list[str]) -> None:
     outcome = train(config, workdir, backend.start(config.backend.platform))
     if outcome.signal:
         sys.exit(128 + outcome.signal)
-    print(f"{workdir} has finished its {outcome.total_steps} steps; the model lies in {workdir}/checkpoints/{outcome.step}")
+    print(f"{workdir} has finished its {outcome.total_steps} steps; the model: {workdir}/checkpoints/{outcome.step}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The only importer of orbax: what a run saves, and the one path by which it comes back.
 
-Checkpoint N lies in `workdir/checkpoints/N/`, in four items: `params` (all that evaluation and sampling need), `training`
-(optimizer state, step, random state), `data` (position in the token windows) and `meta` (validation loss). Saving is
-asynchronous: the step goes on while the arrays are written, and a folder without its final name is not a checkpoint.
+Checkpoint N lies in `workdir/checkpoints/N/`, in four items: `params` (all that evaluation and sampling need),
+`training` (optimizer state, step, random state), `data` (position in the token windows) and `meta` (validation loss).
+Saving is asynchronous: the step goes on while the arrays are written, and a folder without its final name is not a checkpoint.
 """
 
 import dataclasses
@@ -94,8 +94,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         steps = sorted(self._manager.all_steps())
-        known = {step: self._losses[step] for step in steps if self._losses.get(step) is not None}
-        best = min(known, key=lambda step: known[step], default=None)
+        best = _best({step: self._losses.get(step) for step in steps})
         for step in steps[: -self.keep]:
             if step != best:
                 self._manager.delete(step)
@@ -125,7 +124,9 @@ def open_experiment(workdir: Path, step: int = 0, dtype: Any = jnp.float32, natu
     folder = workdir.absolute() / "checkpoints"
     steps = [int(entry.name) for entry in folder.glob("[0-9]*") if entry.name.isdigit()] if folder.is_dir() else []
     if not steps:
-        raise ValueError(f"workdir={workdir} must hold a checkpoint (none in {folder}); train first with launch/train.py")
+        raise ValueError(
+            f"workdir={workdir} must hold a checkpoint (none in {folder}); train first with launch/train.py"
+        )
     if step and step not in steps:
         raise ValueError(f"step={step} must be a checkpoint of {folder}; there is {', '.join(map(str, sorted(steps)))}")
     model = Transformer(config.model, config.tokenizer.vocab_size, dtype, natural)
@@ -134,12 +135,16 @@ def open_experiment(workdir: Path, step: int = 0, dtype: Any = jnp.float32, natu
     target = jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False, read_only=True)) as manager:
         if not step:
-            losses = {s: _read_meta(manager, s).get(NAME) for s in manager.all_steps()}
-            known = {s: loss for s, loss in losses.items() if loss is not None}
-            step = min(known, key=lambda s: known[s]) if known else max(steps)
+            step = _best({s: _read_meta(manager, s).get(NAME) for s in manager.all_steps()}) or max(steps)
         found = _restore(manager, step, ocp.args.Composite(params=ocp.args.StandardRestore(target)))
     tokenizer = Tokenizer.load(workdir / "tokenizer" / "tokenizer.model")
     return Experiment(workdir, config, step, tokenizer, model, found.params)
+
+
+def _best(losses: Mapping[int, float | None]) -> int | None:
+    """The step of the lowest loss, None when none is known."""
+    known = [(loss, step) for step, loss in losses.items() if loss is not None]
+    return min(known)[1] if known else None
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
@@ -154,7 +159,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
 
 def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     try:
-        return dict(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+        return dict(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
     except Exception:  # a damaged checkpoint has no known loss; restoring it says what is wrong
         return {}
 

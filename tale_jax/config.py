@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import ml_collections
 
@@ -178,8 +178,8 @@ class Config:
     backend: BackendConfig
 
     @classmethod
-    def build(cls, values: ml_collections.ConfigDict | Mapping[str, Any]) -> Self:
-        """Builds the run from an `ml_collections.ConfigDict` or a plain mapping, derives what is 0, and checks every rule.
+    def build(cls, values: ml_collections.ConfigDict | Mapping[str, Any]) -> "Config":
+        """Builds the run from an ml_collections config or a plain mapping, derives what is 0, and checks every rule.
 
         Raises:
           ValueError: one line with the field, its value, the rule and a remedy.
@@ -191,7 +191,7 @@ class Config:
         return _derive(config)
 
     @classmethod
-    def load(cls, workdir: Path) -> Self:
+    def load(cls, workdir: Path) -> "Config":
         """Reads `workdir/config.json`. Raises ValueError when the folder holds no experiment."""
         path = Path(workdir) / "config.json"
         if not path.is_file():
@@ -211,7 +211,7 @@ class Config:
         partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
         partial.replace(Path(workdir) / "config.json")
 
-    def planned(self, num_windows: int) -> Self:
+    def planned(self, num_windows: int) -> "Config":
         """Fills in what depends on the number of training windows: `total_steps` and `schedule.warmup_steps`."""
         total = self.total_steps or max(1, int(self.passes * num_windows / self.batch_size))
         warmup = self.schedule.warmup_steps or _warmup(total)
@@ -224,8 +224,8 @@ class Config:
             self, total_steps=total, schedule=dataclasses.replace(self.schedule, warmup_steps=warmup)
         )
 
-    def difference(self, other: Self) -> tuple[str, Any, Any] | None:
-        """What makes this another experiment than `other`, a planned run: the first such field and both values, or None."""
+    def difference(self, other: "Config") -> tuple[str, Any, Any] | None:
+        """What makes this another experiment than `other`, a planned run: the first field and both values, or None."""
         derived = not self.schedule.warmup_steps and other.schedule.warmup_steps == _warmup(other.total_steps)
         free = (*FREE_TO_CHANGE, "schedule.warmup_steps") if derived else FREE_TO_CHANGE
         for (name, mine), (_, theirs) in zip(leaves(self), leaves(other), strict=True):
@@ -257,7 +257,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    fields = {f.name: f.type for f in dataclasses.fields(cls)}
+    fields: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
@@ -328,8 +328,9 @@ def check(config: Config) -> None:
         need(settings[field] > 0 and math.isfinite(settings[field]), field, "be positive", "see configs/base.py")
     not_negative = (
         "seed total_steps micro_batch_size model.num_kv_heads model.mlp_dim model.logit_softcap corpus.max_train_bytes "
-        "optimizer.weight_decay optimizer.clip_norm schedule.warmup_steps schedule.final_fraction evaluate.every_steps "
-        "evaluate.max_windows evaluate.batch_size sample.every_steps sample.temperature checkpoint.every_steps mesh.data"
+        "optimizer.weight_decay optimizer.clip_norm schedule.warmup_steps schedule.final_fraction "
+        "evaluate.every_steps evaluate.max_windows evaluate.batch_size sample.every_steps sample.temperature "
+        "checkpoint.every_steps mesh.data"
     )
     for field in not_negative.split():
         need(settings[field] >= 0 and math.isfinite(settings[field]), field, "not be negative", "0 is off or derived")
@@ -341,7 +342,9 @@ def check(config: Config) -> None:
         "try passes=1.0, or set total_steps",
     )
     for field in ("model.dropout", "optimizer.beta1", "optimizer.beta2"):
-        need(0 <= settings[field] < 1, field, "be at least 0 and below 1", "try 0.0" if "dropout" in field else "try 0.9")
+        need(
+            0 <= settings[field] < 1, field, "be at least 0 and below 1", "try 0.0" if "dropout" in field else "try 0.9"
+        )
     need(0 < config.corpus.held_out < 0.5, "corpus.held_out", "lie between 0 and 0.5", "try 0.05")
     need(0 < config.schedule.decay_fraction <= 1, "schedule.decay_fraction", "be above 0 and at most 1", "try 0.2")
     need(config.schedule.final_fraction <= 1, "schedule.final_fraction", "be at most 1", "try 0.0")

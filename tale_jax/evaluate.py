@@ -26,10 +26,10 @@ from tale_jax.checkpoint import Experiment
 from tale_jax.metrics import JsonlSink
 from tale_jax.model.transformer import Transformer, count_parameters
 from tale_jax.progress import Progress
-from tale_jax.sample import SampleSettings, Sampler
+from tale_jax.sample import Sampler, SampleSettings
 from tale_jax.text import tales
-from tale_jax.text.windows import document_starts, iter_documents, load_tokens
 from tale_jax.text.tokenizer import Tokenizer
+from tale_jax.text.windows import document_starts, iter_documents, load_tokens
 from tale_jax.training.step import token_losses
 
 # One span to score: start of its window in the stream, first and last + 1 of the tokens it predicts, its document.
@@ -146,8 +146,8 @@ class Evaluation:
         if self.truth is not None:
             model, lengths = (np.bincount(documents, weights) for weights in (nats, counts))
             chosen = np.flatnonzero(lengths)
-            truth = np.array([self.truth[document] for document in chosen])
-            excess, error = _ratio(model[chosen] - truth, lengths[chosen])
+            truth = np.array([self.truth[document] for document in chosen.tolist()])
+            excess, error = tales.ratio((model[chosen] - truth).tolist(), lengths[chosen].tolist())
             result |= {
                 "excess_nats_per_token": excess,
                 "excess_nats_per_token_stderr": error,
@@ -228,13 +228,6 @@ def _true_nats(tokens: np.ndarray, starts: np.ndarray, wanted: set[int], tokeniz
         assert verdict.accepted, f"a prepared tale is refused ({verdict.reason}): {text}"
         nats[number] = -verdict.logprob
     return nats
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
-    """Ratio of two sums over documents, and its standard error by linearisation."""
-    ratio = numerator.sum() / denominator.sum()
-    residual = numerator - ratio * denominator
-    return float(ratio), float(np.sqrt(np.mean(residual**2) / len(residual)) / denominator.mean())
 
 
 def _batches(items: Iterable[Span], size: int) -> Iterator[list[Span]]:

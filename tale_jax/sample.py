@@ -6,6 +6,10 @@ on. Prompts and rows are padded to powers of two, and the settings of the draw a
 seed or setting of its own makes it compile again. Text may outgrow the context of the model: the cache is a ring, and
 each token looks back on the last `seq_len`.
 
+Between the steps, weights and cache are kept apart by layer. The model wants them stacked, and XLA sees through a stack
+that is made and sliced in one program; of a stack that comes from outside it copies every layer for every token, which
+made decoding three times slower on a CPU.
+
     sampler = Sampler(experiment.model, experiment.params, tokenizer)
     for piece in sampler.stream("Once", SampleSettings(max_tokens=100, temperature=0.7), seed=1):
         print(piece.text, end="", flush=True)
@@ -17,6 +21,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import operator
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -103,7 +108,9 @@ class Piece(NamedTuple):
 class State(flax.struct.PyTreeNode):
     """What one token of each row leaves to the next."""
 
-    cache: Cache
+    layers: tuple[tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]], ...]  # keys and values of the cache
+    positions: Int[Array, "B S"]  # the rest of the cache
+    length: Int[Array, ""]
     logits: Float[Array, "B V"]  # of the next token
     seen: Bool[Array, "B V"]  # tokens in the prompt and the text so far
     step: Int[Array, ""]  # tokens drawn
@@ -123,13 +130,16 @@ class Sampler:
     def __init__(
         self, model: Transformer, params: Any, tokenizer: Tokenizer, *, batch_size: int = 32, donate: bool = False
     ):
-        self.model, self.params, self.tokenizer, self.batch_size = model, params, tokenizer, batch_size
-        self.context = model.config.seq_len
+        config = dataclasses.replace(model.config, scan_layers=False)
+        self.model = model.clone(config=config, natural=False, remat="none")  # the same values, the fastest for a token
+        self.tokenizer, self.batch_size, self.context = tokenizer, batch_size, config.seq_len
         ids, marks = np.arange(model.vocab_size), (tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id)
         self._never = (np.isin(ids, marks) & (ids != tokenizer.eos_id)) | (ids >= tokenizer.vocab_size)
+        self.load = jax.jit(self._load)
         self.prefill = jax.jit(self._prefill, static_argnames="rows")
         self.decode = jax.jit(self._decode, donate_argnums=(1,) if donate else ())
         self.warm: set[int] = set()  # numbers of rows that `decode` has run with
+        self._weights = None if params is None else self.load(params)
 
     def sample(
         self, prompt: str, settings: SampleSettings, *, num_samples: int = 1, seed: int = 0, params: Any = None
@@ -161,7 +171,8 @@ class Sampler:
         if not 0 <= seed < 1 << 32:
             raise ValueError(f"seed={seed} must be at least 0 and below 2^32; try --seed=0")
         ids = self._read(prompt, settings.long_prompt)
-        return Generation(self, self.params if params is None else params, prompt, ids, settings, num_samples, seed)
+        weights = self._weights if params is None else self.load(params)
+        return Generation(self, weights, prompt, ids, settings, num_samples, seed)
 
     def _read(self, prompt: str, long_prompt: str) -> list[int]:
         """The ids to start from."""
@@ -177,49 +188,69 @@ class Sampler:
             )
         return ids[-max(1, self.context * 3 // 4) :]  # the first quarter of new text still sees all of these
 
+    def _load(self, params: Any) -> Any:
+        """The weights with those of each layer apart."""
+        return {**params, "blocks": _apart(params["blocks"], self.model.config.num_layers)}
+
     def _forward(
-        self, params: Any, tokens: Int[Array, "B T"], cache: Cache, **how: Any
+        self, weights: Any, tokens: Int[Array, "B T"], cache: Cache, **how: Any
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits after one position, in float32, and the cache with the tokens in it."""
+        params = {**weights, "blocks": _stacked(weights["blocks"])}
         result: Any = self.model.apply({"params": params}, tokens, cache=cache, **how)
         return result[0][:, 0].astype(jnp.float32), result[1]
 
     def _prefill(
-        self, params: Any, tokens: Int[Array, "1 T"], length: Int[Array, ""], seen: Bool[Array, " V"], rows: int
+        self, weights: Any, tokens: Int[Array, "1 T"], length: Int[Array, ""], seen: Bool[Array, " V"], rows: int
     ) -> State:
         """Reads the first `length` of the tokens, once for all `rows`."""
         index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         cache = Cache.empty(self.model.config, 1, self.model.dtype)
         positions = jnp.where(index < length, index, -1)[None]
-        logits, cache = self._forward(params, tokens, cache, positions=positions, only=length - 1)
-        cache = Cache(
-            keys=jnp.repeat(cache.keys, rows, axis=1),
-            values=jnp.repeat(cache.values, rows, axis=1),
-            positions=jnp.repeat(cache.positions, rows, axis=0),
+        logits, cache = self._forward(weights, tokens, cache, positions=positions, only=length - 1)
+        state = State(
+            layers=_apart((cache.keys, cache.values), self.model.config.num_layers),
+            positions=cache.positions,
             length=length,  # the next tokens take the slots of the padding
+            logits=logits,
+            seen=seen[None],
+            step=jnp.zeros((), jnp.int32),
         )
-        logits = jnp.repeat(logits, rows, axis=0)
-        return State(cache, logits, jnp.repeat(seen[None], rows, axis=0), jnp.zeros((), jnp.int32))
+        return jax.tree_util.tree_map(lambda x: jnp.repeat(x, rows, axis=0) if x.ndim else x, state)
 
     def _decode(
-        self, params: Any, state: State, key: UInt32[Array, " 2"], numbers: Int[Array, " B"], knobs: Knobs
+        self, weights: Any, state: State, key: UInt32[Array, " 2"], numbers: Int[Array, " B"], knobs: Knobs
     ) -> tuple[State, Int[Array, "T B"], Float[Array, "T B"]]:
         """The next CHUNK tokens of each row and their log-probabilities; `numbers` are those of the samples."""
         ids = jnp.arange(self.model.vocab_size, dtype=jnp.int32)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+        fold_in = jax.random.fold_in
+        streams = jax.vmap(fold_in, (None, 0))(key, numbers)  # of random numbers, one for each sample
         greedy = (knobs.temperature == 0) | (knobs.top_k == 1)  # exactly, even where the best two tie
 
         def step(state: State, _: None) -> tuple[State, tuple[Array, Array]]:
             logits = filter_logits(jnp.where(self._never, -jnp.inf, state.logits), state.seen, knobs)
-            draws = jax.vmap(jax.random.categorical)(jax.vmap(jax.random.fold_in, (0, None))(keys, state.step), logits)
+            draws = jax.vmap(jax.random.categorical)(jax.vmap(fold_in, (0, None))(streams, state.step), logits)
             token = jnp.where(greedy, jnp.argmax(logits, axis=-1), draws).astype(jnp.int32)
             chosen = ids == token[:, None]
             logprob = jnp.sum(jnp.where(chosen, jax.nn.log_softmax(state.logits), 0), axis=-1)
-            logits, cache = self._forward(params, token[:, None], state.cache)
-            return State(cache, logits, state.seen | chosen, state.step + 1), (token, logprob)
+            keys, values = _stacked(state.layers)
+            logits, cache = self._forward(weights, token[:, None], Cache(keys, values, state.positions, state.length))
+            layers = _apart((cache.keys, cache.values), len(state.layers))
+            state = State(layers, cache.positions, cache.length, logits, state.seen | chosen, state.step + 1)
+            return state, (token, logprob)
 
         state, (tokens, logprobs) = jax.lax.scan(step, state, None, length=CHUNK)
         return state, tokens, logprobs
+
+
+def _apart(stacked: Any, num_layers: int) -> tuple[Any, ...]:
+    """A tree of arrays [L, ...] → one tree for each layer."""
+    return tuple(jax.tree_util.tree_map(operator.itemgetter(layer), stacked) for layer in range(num_layers))
+
+
+def _stacked(layers: Sequence[Any]) -> Any:
+    """The inverse of `_apart`."""
+    return jax.tree_util.tree_map(lambda *x: jnp.stack(x), *layers)
 
 
 @dataclasses.dataclass
@@ -234,7 +265,7 @@ class Generation:
     """
 
     sampler: Sampler
-    params: Any = dataclasses.field(repr=False)
+    weights: Any = dataclasses.field(repr=False)
     prompt: str
     ids: list[int]
     settings: SampleSettings
@@ -279,10 +310,10 @@ class Generation:
             repetition_penalty=jnp.float32(s.repetition_penalty),
         )
         key, numbers = jax.random.PRNGKey(self.seed), np.arange(num_rows, dtype=np.int32) + group[0].number
-        state = jax.block_until_ready(sampler.prefill(self.params, tokens, np.int32(length), seen, rows=num_rows))
+        state = jax.block_until_ready(sampler.prefill(self.weights, tokens, np.int32(length), seen, rows=num_rows))
         while live := [row for row in group if not row.finished]:
             begin, before = time.perf_counter(), sum(row.tokens for row in live)
-            state, drawn, logprobs = sampler.decode(self.params, state, key, numbers, knobs)
+            state, drawn, logprobs = sampler.decode(self.weights, state, key, numbers, knobs)
             drawn, logprobs = np.asarray(drawn), np.asarray(logprobs)
             seconds = time.perf_counter() - begin
             if not np.isfinite(logprobs).all():
@@ -351,7 +382,7 @@ def show(generation: Generation, as_json: bool = False, **facts: Any) -> None:
         print(f"({tokens} tokens, {generation.tokens_per_second:.0f} a second)", file=sys.stderr)
 
 
-def converse(stream: Callable[[str], Generation], show: Callable[[Generation], None]) -> None:
+def converse(stream: Callable[[str], Generation], write: Callable[[Generation], None]) -> None:
     """Asks for prompts until an empty line or the end of stdin; Ctrl-C stops the text that is being written."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (lines can be edited and recalled)
@@ -363,7 +394,7 @@ def converse(stream: Callable[[str], Generation], show: Callable[[Generation], N
         if not prompt:
             return
         try:
-            show(stream(prompt))
+            write(stream(prompt))
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:

@@ -5,6 +5,7 @@ matrix and of its optimizer state, and XLA gathers what a layer needs). One devi
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,8 +25,8 @@ RULES = (
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device], batch_size: int) -> Mesh:
-    """The mesh over `devices`. Raises ValueError when the axes do not use them all, or do not divide the micro-batch."""
+def make_mesh(config: MeshConfig, devices: Sequence[Any], batch_size: int) -> Mesh:
+    """The mesh over `devices`. Raises ValueError when its axes do not use them all or do not divide the micro-batch."""
     count = len(devices)
     data = config.data or max(1, count // config.fsdp)
     if data * config.fsdp != count:

@@ -9,7 +9,6 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +30,18 @@ def build_config(**changes: Any) -> Config:
     return Config.build(config)
 
 
-def run_script(name: str, *flags: str, cwd: Path = ROOT, **popen: Any) -> subprocess.CompletedProcess:
-    """Runs `python launch/NAME.py FLAGS` as a user does: one device, no test settings."""
+def start_script(name: str, *flags: str, cwd: Path = ROOT) -> subprocess.Popen:
+    """Starts `python launch/NAME.py FLAGS` as a user does: one device, no test settings."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *flags]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, **popen)
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.fixture
-def tiny() -> Callable[..., Config]:
-    return build_config
-
-
-@pytest.fixture
-def script() -> Callable[..., subprocess.CompletedProcess]:
-    return run_script
+def run_script(name: str, *flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Runs a launch script to its end."""
+    process = start_script(name, *flags, cwd=cwd)
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ def test_keeps_the_newest_and_the_best(tmp_path):
 
 
 def test_the_best_is_known_after_a_restart(tmp_path):
-    trainer, state = save(tmp_path, 1, [1.0, 2.0])
+    _, state = save(tmp_path, 1, [1.0, 2.0])
     checkpoints = Checkpoints(tmp_path, 1)
     checkpoints.save(3, state, {}, 3.0)
     checkpoints.close()

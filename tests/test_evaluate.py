@@ -15,7 +15,9 @@ from tale_jax.evaluate import Evaluation, Scorer, document_spans, evaluate, stre
 from tale_jax.text import tales
 from tale_jax.text.windows import load_tokens
 
-KEYS = "split tokens words bytes nats_per_token token_perplexity word_perplexity bits_per_byte context stride step params"
+KEYS = (
+    "split tokens words bytes nats_per_token token_perplexity word_perplexity bits_per_byte context stride step params"
+)
 
 
 @given(num_tokens=st.integers(2, 300), context=st.integers(1, 50), data=st.data())

@@ -19,14 +19,15 @@ LAYERS = (
     ("configs.*",),
     ("tale_jax.training.loop",),
     ("tale_jax.evaluate", "tale_jax.plan", "tale_jax.report", "tale_jax.convert.*"),
-    ("tale_jax.sample",),
+    ("tale_jax.sample", "tale_jax.plots"),
+    ("tale_jax.runs",),
     ("tale_jax.training.step", "tale_jax.data", "tale_jax.checkpoint", "tale_jax.metrics"),
     ("tale_jax.training.state", "tale_jax.training.loss", "tale_jax.training.optimizer"),
     ("tale_jax.model.lora", "tale_jax.training.schedule", "tale_jax.sharding"),
     ("tale_jax.model.transformer",),
     ("tale_jax.model.*",),
     ("tale_jax.text.prepare",),
-    ("tale_jax.text.corpus",),
+    ("tale_jax.text.corpus", "tale_jax.text.windows"),
     ("tale_jax.text.tokenizer", "tale_jax.text.tales", "tale_jax.text.readers"),
     ("tale_jax.text.tales_words",),
     ("tale_jax.config", "tale_jax.backend", "tale_jax.progress"),
@@ -45,7 +46,7 @@ ROOMS = {
     "ml_collections": ("configs/*", "launch/*", "tale_jax/config.py"),
     "orbax": ("tale_jax/checkpoint.py",),
     "grain": ("tale_jax/data.py", "tale_jax/checkpoint.py"),
-    "matplotlib": ("tale_jax/report.py",),
+    "matplotlib": ("tale_jax/plots.py", "tale_jax/report.py"),
     "datasets": ("tale_jax/text/*",),
     "pyarrow": ("tale_jax/text/*",),
     "wandb": ("tale_jax/metrics.py",),
@@ -79,7 +80,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def own_imports(name: str) -> Iterator[str]:
-    for imported in imports(MODULES[name]):
+    for imported in dict.fromkeys(imports(MODULES[name])):
         if name.startswith("launch.") and f"launch.{imported}" in MODULES:  # a script's own folder is on its path
             yield f"launch.{imported}"
         elif imported in MODULES:
@@ -126,7 +127,7 @@ def test_libraries_stay_in_their_rooms():
     wrong = [
         f"{path.relative_to(ROOT)} imports {imported}"
         for path in SOURCES
-        for imported in imports(path)
+        for imported in dict.fromkeys(imports(path))
         if (library := imported.partition(".")[0]) in ROOMS
         and not fits(path.relative_to(ROOT).as_posix(), ROOMS[library])
     ]

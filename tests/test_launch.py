@@ -4,14 +4,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-
-from conftest import ROOT, run_script
+from conftest import run_script, start_script
 
 TINY = "--config=configs/tales.py:tiny"
 FEW = ["--config.corpus.num_train_tales=60", "--config.corpus.num_valid_tales=8", "--config.corpus.num_test_tales=8"]
@@ -71,8 +68,7 @@ def test_a_moved_workdir_is_all_that_is_needed(told, tmp_path):
 
 
 def test_interrupt_saves_and_the_same_command_goes_on(tmp_path):
-    command = [sys.executable, "launch/train.py", *flags(tmp_path / "run", "--config.total_steps=100000")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = start_script("train", *flags(tmp_path / "run", "--config.total_steps=100000"))
     metrics = tmp_path / "run" / "metrics.jsonl"
     end = time.monotonic() + 120
     while time.monotonic() < end and not (metrics.exists() and '"train"' in metrics.read_text()):
@@ -94,7 +90,7 @@ def test_interrupt_saves_and_the_same_command_goes_on(tmp_path):
         ("train", [TINY, "--workdir={tmp}/x", "--config.model.num_heads=7"], "model.embed_dim=64 must be divisible by"),
         ("train", ["--config=configs/files.py", "--workdir={tmp}/x", "--config.corpus.path={tmp}/no"], "corpus.path="),
         ("train", ["--config=configs/files.py", "--workdir={tmp}/x"], "corpus.path="),
-        ("train", [TINY, "--workdir={told}", "--config.model.num_layers=3"], "num_layers=3 must be 2"),
+        ("train", [TINY, "--workdir={told}", *SMALL, "--config.model.num_layers=3"], "num_layers=3 must be 2"),
         ("train", [TINY, "--workdir={told}", *SMALL, "--config.model.seq_len=128"], "model.seq_len=128"),
         ("train", [TINY, "--workdir={tmp}/file/x"], "file/x"),
         ("prepare", [TINY, "--workdir={told}", *SMALL, "--config.model.seq_len=128"], "windows of 64 tokens"),

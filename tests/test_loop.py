@@ -9,8 +9,8 @@ import time
 
 import numpy as np
 import pytest
-
 from conftest import build_config
+
 from tale_jax import config as config_module
 from tale_jax.checkpoint import Checkpoints
 from tale_jax.metrics import read_metrics
@@ -96,7 +96,9 @@ def test_a_crash_loses_only_what_came_after_the_checkpoint(straight, tmp_path, c
 
 
 def test_a_finished_run_says_so_and_changes_nothing(straight, cpu):
-    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file() and "log" not in path.name}
+    before = {
+        path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file() and "log" not in path.name
+    }
     outcome = train(build_config(**SMALL), straight, cpu)
     assert (outcome.step, outcome.total_steps) == (20, 20)
     del before[straight / "config.json"]

@@ -148,14 +148,13 @@ def test_a_given_tokenizer_is_copied_and_kept_to(tiny_tales, book, tmp_path):
 
 
 def test_large_vocabularies_take_four_bytes(book, tmp_path, monkeypatch):
-    load = Tokenizer.load.__func__
+    init = Tokenizer.__init__
 
-    def loaded(cls, path):
-        tokenizer = load(cls, path)
-        tokenizer.dtype = np.dtype("<u4")  # as for more than 65,536 pieces, which would take long to learn
-        return tokenizer
+    def wide(self, *args):
+        init(self, *args)
+        self.dtype = np.dtype("<u4")  # as for more than 65,536 pieces, which would take long to learn
 
-    monkeypatch.setattr(Tokenizer, "load", classmethod(loaded))
+    monkeypatch.setattr(Tokenizer, "__init__", wide)
     prepared = prepare(book, tmp_path / "work")
     tokens, manifest = load_tokens(tmp_path / "work", "train")
     assert (tokens.dtype, manifest.dtype) == (np.dtype("<u4"), "<u4")

@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tale_jax.config import TokenizerConfig
@@ -36,6 +36,7 @@ def foreign(**options) -> Tokenizer:
     return Tokenizer(model.getvalue())
 
 
+@settings(deadline=None)
 @given(st.text())
 @example("")
 @example(" ")
@@ -49,12 +50,14 @@ def test_any_text_comes_back(text):
     assert not set(ids.tolist()) & {trained().bos_id, trained().eos_id, trained().pad_id, trained().unk_id}
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from("ab fox\n.\té€")))
 def test_equals_sentencepiece(text):
     library = sentencepiece.SentencePieceProcessor(model_proto=trained().model)
     assert trained().encode(text).tolist() == library.encode(text)
 
 
+@settings(deadline=None)
 @given(st.text(), st.text())
 def test_a_newline_is_one_token_and_parts_lines(before, after):
     newline = trained().encode("\n").tolist()
@@ -79,12 +82,11 @@ def test_half_a_character_decodes_to_a_replacement():
     assert b"".join(trained().piece_bytes[i] for i in ids) == "€".encode()
 
 
-@pytest.mark.parametrize("options", [{"normalization_rule_name": "identity", "remove_extra_whitespaces": False}])
-@given(text=st.text())
-def test_a_foreign_model_with_a_space_before_the_text_is_lossless_too(options, text):
+@settings(deadline=None)
+@given(st.text())
+def test_a_foreign_model_with_a_space_before_the_text_is_lossless_too(text):
     tokenizer = foreign_with_prefix()
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    check_tokenizer(tokenizer, TokenizerConfig(360, "llama.model", 0))
 
 
 @functools.cache
@@ -137,6 +139,15 @@ def test_files_that_are_no_model(tmp_path):
         trained().encode("\ud83d")
 
 
+def test_words_longer_and_more_than_the_table_holds(monkeypatch):
+    monkeypatch.setattr("tale_jax.text.tokenizer.MAX_TABLE", 5)
+    tokenizer = Tokenizer(trained().model)
+    text = " ".join(f"word{n}" for n in range(20)) + " " + "x" * 10_000
+    for _ in range(2):
+        assert tokenizer.encode(text).tolist() == trained().encode(text).tolist() == tokenizer.spell(text)
+
+
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 1000))
 def test_the_sample_is_spread_evenly(sizes, limit):
     texts = [str(i % 10) * size for i, size in enumerate(sizes)]

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from conftest import build_config
+
 from tale_jax import sharding
 from tale_jax.config import MeshConfig
 from tale_jax.model.transformer import Transformer
@@ -84,8 +84,10 @@ def test_schedule_warms_up_peaks_and_ends(name):
 
 
 def test_a_run_of_one_step_has_a_rate():
-    config = build_config(**{"total_steps": 1}).planned(10)
-    assert float(learning_rate(config.schedule, config.optimizer, 1)(0)) == pytest.approx(config.optimizer.learning_rate)
+    config = build_config(total_steps=1).planned(10)
+    assert float(learning_rate(config.schedule, config.optimizer, 1)(0)) == pytest.approx(
+        config.optimizer.learning_rate
+    )
 
 
 def test_groups_by_name():
@@ -97,9 +99,7 @@ def test_groups_by_name():
     matrices = {name for name, group in named.items() if group == "matrix"}
     assert matrices == {
         f"blocks.{part}.kernel"
-        for part in (
-            "attention.query attention.key attention.value attention.output mlp.gate mlp.up mlp.down".split()
-        )
+        for part in ("attention.query attention.key attention.value attention.output mlp.gate mlp.up mlp.down".split())
     }
     assert named["embedding"] == named["head.kernel"] == named["final_norm.scale"] == "embedding"
 
@@ -149,7 +149,7 @@ def test_fsdp_shares_matrices_and_their_optimizer_state():
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="mesh.fsdp=3 times mesh.data=2 must be the number of devices, 8"):
+    with pytest.raises(ValueError, match=r"mesh.fsdp=3 times mesh.data=2 must be the number of devices, 8"):
         sharding.make_mesh(MeshConfig(2, 3), jax.devices(), 8)
     with pytest.raises(ValueError, match="micro_batch_size=6 must be divisible by the number of devices, 8"):
         sharding.make_mesh(MeshConfig(0, 1), jax.devices(), 6)

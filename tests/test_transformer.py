@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from conftest import build_config
+
 from tale_jax.model.transformer import Cache, Transformer, count_parameters, flops_per_token
 
 V = 96
@@ -56,9 +56,7 @@ def llama(params, tokens, config):
             keys, values, out = [], [], []
             for t, x in enumerate(xs):
                 h = norm(x, w["attention_norm"]["scale"])
-                query, key, value = (
-                    (h @ a[n]["kernel"]).reshape(-1, width) for n in ("query", "key", "value")
-                )
+                query, key, value = ((h @ a[n]["kernel"]).reshape(-1, width) for n in ("query", "key", "value"))
                 if config.qk_norm:
                     query = [norm(q, a["query_norm"]["scale"]) for q in query]
                     key = [norm(k, a["key_norm"]["scale"]) for k in key]
@@ -76,7 +74,9 @@ def llama(params, tokens, config):
             for x in out:
                 h = norm(x, w["mlp_norm"]["scale"])
                 gate = h @ w["mlp"]["gate"]["kernel"]
-                xs.append(x + (gate / (1 + np.exp(-gate)) * (h @ w["mlp"]["up"]["kernel"])) @ w["mlp"]["down"]["kernel"])
+                xs.append(
+                    x + (gate / (1 + np.exp(-gate)) * (h @ w["mlp"]["up"]["kernel"])) @ w["mlp"]["down"]["kernel"]
+                )
         head = p["embedding"].T if config.tie_embeddings else p["head"]["kernel"]
         rows.append([norm(x, p["final_norm"]["scale"]) @ head for x in xs])
     return np.array(rows)
@@ -149,7 +149,7 @@ def test_prefill_and_decode_equal_the_full_forward(tokens, num_kv_heads):
 
 
 def test_one_layer_ring_forgets_what_is_older_than_the_context():
-    """Past the context a one-layer model sees exactly the last `seq_len` tokens (deeper ones see further, indirectly)."""
+    """Past the context a one-layer model sees exactly the last `seq_len` tokens (deeper ones, further)."""
     model, params = make(num_layers=1)
     tokens = jax.random.randint(jax.random.PRNGKey(4), (1, 25), 0, V)
     cache = Cache.empty(model.config, 1, jnp.float32)

@@ -111,5 +111,3 @@ def attention(
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(value.dtype)
     mixed = matmul(weights.reshape(batch, kv_heads, -1, key_length), value, natural)
     return mixed.reshape(batch, heads, length, width)
-
-

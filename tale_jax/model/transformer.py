@@ -76,8 +76,8 @@ class Attention(nn.Module):
         x: Float[Array, "B T D"],
         angles: Float[Array, "_ T half"],
         mask: Bool[Array, "_ T S"],
+        slot: Int[Array, ""],
         cached: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None,
-        slot: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None]:
         c = self.config
 
@@ -127,7 +127,7 @@ class Block(nn.Module):
         c = self.config
         drop = nn.Dropout(c.dropout, deterministic=self.deterministic, name="dropout")
         mixed, cached = Attention(c, self.dtype, self.natural, name="attention")(
-            RMSNorm(c.norm_eps, name="attention_norm")(x), angles, mask, cached, slot
+            RMSNorm(c.norm_eps, name="attention_norm")(x), angles, mask, slot, cached
         )
         x = x + drop(mixed)
         x = x + drop(MLP(c, self.dtype, self.natural, name="mlp")(RMSNorm(c.norm_eps, name="mlp_norm")(x)))
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if cache is None:
-            slot, slot_positions = None, positions
+            slot, slot_positions = start, positions
             mask = ops.causal_mask(positions, positions, segments, segments)
         else:
             num_slots = cache.positions.shape[1]
@@ -222,7 +222,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             out_axes=0,
             length=self.config.num_layers,
             unroll=1 if self.config.scan_layers else self.config.num_layers,

@@ -61,8 +61,9 @@ def prepare(config: Config, workdir: Path, log: Path | None = None) -> Prepared:
     manifests = {split: load_manifest(workdir, split) for split in present}
     corpus = _open_corpus(config, manifests)
     if corpus and not manifests:
-        _write_tokenizer(corpus, config, workdir, log)
-    tokenizer = load_tokenizer(workdir)
+        tokenizer = _write_tokenizer(corpus, config, workdir, log)
+    else:
+        tokenizer = load_tokenizer(workdir)
     for manifest in manifests.values():
         _check_same(manifest, config, corpus, tokenizer, workdir)
     for split in SPLITS:
@@ -113,7 +114,7 @@ def _check_same(manifest: Manifest, config: Config, corpus: Corpus | None, token
         raise ValueError(f"{workdir}/tokenizer must be the one that {workdir}/windows was prepared with; {remedy}")
 
 
-def _write_tokenizer(corpus: Corpus, config: Config, workdir: Path, log: Path | None) -> None:
+def _write_tokenizer(corpus: Corpus, config: Config, workdir: Path, log: Path | None) -> Tokenizer:
     if config.tokenizer.path:
         tokenizer = Tokenizer.load(Path(config.tokenizer.path).expanduser())
         check_tokenizer(tokenizer, config.tokenizer)
@@ -130,6 +131,7 @@ def _write_tokenizer(corpus: Corpus, config: Config, workdir: Path, log: Path | 
             tokenizer = train_tokenizer(documents(), config.tokenizer)
     with _clear_errors(workdir), _renamed(workdir / "tokenizer" / "tokenizer.model") as file:
         file.write(tokenizer.model)
+    return tokenizer
 
 
 def _write_split(

@@ -188,10 +188,10 @@ class Hub:
 
         where = f"{self.name}{f' ({self.config})' if self.config else ''}, split {self.split}"
         try:
-            for row in datasets.load_dataset(self.name, self.config or None, split=self.split, streaming=True):
-                yield _text(dict(row), self.field, where)
-        except ValueError as error:  # an unknown split or configuration, a missing field
-            raise ValueError(f"dataset {where}: {first_line(error)}") from None
+            rows = datasets.load_dataset(self.name, self.config or None, split=self.split, streaming=True)
+            yield from (_text(dict(row), self.field, where) for row in rows)
+        except ValueError as error:  # an unknown split or configuration
+            raise ValueError(f"dataset {where}: {first_line(error)}; see corpus.hub_config and corpus.*_split") from None
         except (OSError, RuntimeError) as error:  # nearly all that the network and the hub's client raise
             raise ValueError(
                 f"dataset {where} cannot be read ({type(error).__name__}: {first_line(error)}); "

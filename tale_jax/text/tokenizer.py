@@ -16,8 +16,9 @@ tokens are looked up in a table of the words met so far: several times faster th
 import collections
 import hashlib
 import io
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from tale_jax.config import TokenizerConfig
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 MAX_TABLE = 400_000  # words kept in the table, about 100 MB
+MAX_WORD = 64  # characters of the longest
 _RESERVED = ("\t", "\0", SPACE, "\u2585")  # SentencePiece's trainer gives these a meaning of its own
 _PROBE = f" Tab\tand  two spaces,\n\nline ends\r\n, {SPACE}, <s>, ① ﬁ e\u0301 ½, \U0001f9d9 \0\u200b. "
 
@@ -57,8 +59,10 @@ class Tokenizer:
         self._space_bytes = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         # A model made elsewhere may put a space before each text: a newline takes it, and is taken off again.
         self._guard = sp.encode("\n") if sp.encode("a", out_type=str)[0].startswith(SPACE) else []
-        learned = (sp.id_to_piece(i) for i in range(self.vocab_size))
-        self._table = None if any(SPACE in piece[1:] or "\n" in piece[1:] for piece in learned) else _Table(self)
+        learned = [sp.id_to_piece(i) for i in range(self.vocab_size)]
+        self._table: _Table | None = _Table(self)
+        if any(SPACE in piece[1:] or ("\n" in piece and piece != "\n") for piece in learned):
+            self._table = None  # pieces of another's model may reach from word to word
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -74,9 +78,16 @@ class Tokenizer:
             return np.array(self.spell(text), self.dtype)
         if len(self._table) > MAX_TABLE:
             self._table.clear()
-        first, *words = _words(text)
-        start = np.array(self.spell(first), self.dtype).tobytes()
-        return np.frombuffer(start + b"".join(map(self._table.__getitem__, words)), self.dtype)
+        tokens = b"".join(map(self._table.__getitem__, _words(text)))
+        return np.frombuffer(tokens, self.dtype, offset=len(self._table["\n"]))
+
+    def learn(self, words: Iterable[str]) -> None:
+        """Puts words, as `_words` cuts them, into the table. Together they take half the time."""
+        if self._table is None or self._guard:
+            return
+        plain = [word for word in words if len(word) < MAX_WORD and SPACE not in word]
+        for word, ids in zip(plain, self._sp.encode([_spelled(word) for word in plain]), strict=True):
+            self._table[word] = np.array(ids, self.dtype).tobytes()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Tokens -> text; BOS, EOS and PAD give nothing, and bytes that do not make a character give U+FFFD."""
@@ -101,8 +112,13 @@ class Tokenizer:
 
 
 def _words(text: str) -> list[str]:
-    """Cuts before each space, which is dropped, and each newline, which is kept and so tells one from the other."""
-    return text.replace("\n", " \n").split(" ")
+    """Cuts before each space, which is dropped, and each newline, which is kept; the text is taken for a line."""
+    return ("\n" + text.replace("\n", " \n")).split(" ")
+
+
+def _spelled(word: str) -> str:
+    """The text that a word of `_words` stands for."""
+    return word if word[:1] == "\n" else " " + word
 
 
 class _Table(dict[str, bytes]):
@@ -113,10 +129,8 @@ class _Table(dict[str, bytes]):
         self._tokenizer = tokenizer
 
     def __missing__(self, word: str) -> bytes:
-        text = word if word[:1] == "\n" else " " + word
-        ids = self._tokenizer.spell(text)
-        found = np.array(ids, self._tokenizer.dtype).tobytes()
-        if len(word) < 64:
+        found = np.array(self._tokenizer.spell(_spelled(word)), self._tokenizer.dtype).tobytes()
+        if len(word) < MAX_WORD:
             self[word] = found
         return found
 
@@ -129,10 +143,12 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokeni
     Raises:
       ValueError: one line, when the text is too small, or has too many characters, for such a vocabulary.
     """
-    model = io.BytesIO()
+    model, counts = io.BytesIO(), collections.Counter[str]()
+    for text in spread(documents, config.sample_bytes):
+        counts.update(_words(text))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_counted_words(spread(documents, config.sample_bytes)),
+            sentence_iterator=_trainable(counts),
             input_format="tsv",
             model_writer=model,
             model_type="bpe",
@@ -150,7 +166,9 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokeni
         )
     except RuntimeError as error:
         raise ValueError(_explain(str(error), config)) from None
-    return Tokenizer(model.getvalue())
+    tokenizer = Tokenizer(model.getvalue())
+    tokenizer.learn(itertools.islice(counts, MAX_TABLE))
+    return tokenizer
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
@@ -189,15 +207,10 @@ def spread(documents: Iterable[str], max_bytes: int) -> list[str]:
     return [text[:max_bytes] for text, _ in kept]
 
 
-def _counted_words(documents: Iterable[str]) -> Iterator[str]:
-    """Each word and how often it occurs: what the trainer would make of the text itself, only more slowly."""
-    counts = collections.Counter[str]()
-    for text in documents:
-        first, *words = _words(text)
-        counts["\n" + first] += 1  # without a space before it, as after a newline
-        counts.update(words)
+def _trainable(counts: Mapping[str, int]) -> Iterator[str]:
+    """Words and how often they occur, as the trainer reads them: the same as the text itself, only faster."""
     for word, count in counts.items():
-        text = word[1:] if word[:1] == "\n" else " " + word
+        text = _spelled(word).lstrip("\n")
         for mark in _RESERVED:
             text = text.replace(mark, "")
         if text:

@@ -78,7 +78,7 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
         model = Transformer(config.model, config.tokenizer.vocab_size, dtype, backend.natural, config.remat)
         rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
         optimizer = make_optimizer(config.optimizer, rate)
-        mesh = sharding.make_mesh(config.mesh, list(backend.devices), config.micro_batch_size)
+        mesh = sharding.make_mesh(config.mesh, backend.devices, config.micro_batch_size)
         trainer = Trainer(config, model, optimizer, rate, tokenizer.bos_id, mesh, backend.donate)
         batches = data.Batches(
             tokens,
@@ -119,7 +119,11 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
                 "matmul_peak": peak,
                 "tokens_per_step": config.tokens_per_step,
                 "total_steps": config.total_steps,
-            } | {f"floor_{name}": entropy[name] for name in ("nats_per_token", "nats_per_token_stderr") if name in entropy}
+            } | {
+                f"floor_{name}": entropy[name]
+                for name in ("nats_per_token", "nats_per_token_stderr")
+                if name in entropy
+            }
             sinks.write(run)
             progress.print(_headline(config, run, backend, step))
             meter = Meter(
@@ -133,7 +137,9 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
             checkpoints.close()
         outcome = Outcome(step, config.total_steps, stop[0] if stop else 0)
         if stop:
-            progress.print(f"stopped at step {step} of {config.total_steps}, saved; the same command goes on from there")
+            progress.print(
+                f"stopped at step {step} of {config.total_steps}, saved; the same command goes on from there"
+            )
         return outcome
 
 
@@ -180,7 +186,9 @@ def _steps(
         pending = {"step": step, "metrics": metrics}
 
         last = step == config.total_steps
-        due = {name: last or _due(step, getattr(config, name).every_steps) for name in ("evaluate", "sample", "checkpoint")}
+        due = {
+            name: last or _due(step, getattr(config, name).every_steps) for name in ("evaluate", "sample", "checkpoint")
+        }
         if any(due.values()) or stop:
             settle()
             with meter.paused():

@@ -34,5 +34,5 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def document_segments(tokens: Int[Array, "B T"], bos_id: int) -> Int[Array, "B T"]:
-    """Numbers the documents in each row: tokens before its first BOS are 0, those from the first BOS on 1, and so on."""
+    """Numbers the documents in each row: 0 before the first BOS, 1 from there to the next, and so on."""
     return jnp.cumsum(tokens == bos_id, axis=-1, dtype=jnp.int32)

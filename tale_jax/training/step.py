@@ -113,5 +113,3 @@ class Trainer:
         if jax.process_count() == 1:
             return jax.device_put(windows, self.batch_sharding)
         return jax.make_array_from_process_local_data(self.batch_sharding, windows)
-
-
