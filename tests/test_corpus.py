@@ -6,25 +6,25 @@ import itertools
 import json
 import random
 import tracemalloc
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, build_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tale_jax.text import readers
 from tale_jax.text.corpus import SPLITS, open_corpus
 
-WIKITEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext-2"
+WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext-2"
 
 
 @pytest.fixture
-def opened(tiny):
+def opened():
     """open_corpus with settings by name: opened("files", path=..., field=...)."""
 
     def opened(name, **settings):
         changes = {f"corpus.{key}": str(value) if key == "path" else value for key, value in settings.items()}
-        config = tiny(**{"corpus.name": name}, **changes)
+        config = build_config(**{"corpus.name": name}, **changes)
         return open_corpus(config.corpus, config.seed)
 
     return opened

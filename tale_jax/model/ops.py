@@ -47,6 +47,19 @@ def transpose(x: Float[Array, "*B M N"], natural: bool) -> Float[Array, "*B N M"
     return jax.lax.optimization_barrier(jnp.moveaxis(split, -1, -3)).reshape(*x.shape[:-2], x.shape[-1], rows)
 
 
+def _transposed_times(x: Array, y: Array, natural: bool) -> Array:
+    """x.T @ y, in the order that moves less memory: by transposing x, or y and the result."""
+    (rows, left), right = x.shape[-2:], y.shape[-1]
+    if natural and rows * left > rows * right + left * right:
+        return transpose(jnp.matmul(transpose(y, natural), x, preferred_element_type=x.dtype), natural)
+    return jnp.matmul(transpose(x, natural), y, preferred_element_type=x.dtype)
+
+
+def _rows(x: Array, w: Array) -> Array:
+    """`x` as one matrix when `w` is one matrix for all its leading axes."""
+    return x.reshape(-1, x.shape[-1]) if w.ndim == 2 else x
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(
     x: Float[Array, "*B M C"], w: Float[Array, "*E C N"], natural: bool = False, dtype: DTypeLike | None = None
@@ -63,12 +76,32 @@ def _matmul_backward(natural: bool, dtype: DTypeLike | None, saved: tuple[Array,
     x, w = saved
     dy = dy.astype(x.dtype)
     dx = jnp.matmul(dy, transpose(w, natural), preferred_element_type=x.dtype)
-    if w.ndim == 2:
-        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    return dx, jnp.matmul(transpose(x, natural), dy, preferred_element_type=w.dtype)
+    return dx, _transposed_times(_rows(x, w), _rows(dy, w), natural)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul_transposed(
+    x: Float[Array, "*B M C"], w: Float[Array, "*E N C"], natural: bool = False, dtype: DTypeLike | None = None
+) -> Float[Array, "*B M N"]:
+    """`x @ w.T` as `matmul` does it: for keys, and for the embedding as head."""
+    return jnp.matmul(x, transpose(w, natural), preferred_element_type=dtype or x.dtype)
+
+
+def _matmul_transposed_forward(x: Array, w: Array, natural: bool, dtype: DTypeLike | None):
+    return matmul_transposed(x, w, natural, dtype), (x, w)
+
+
+def _matmul_transposed_backward(natural: bool, dtype: DTypeLike | None, saved: tuple[Array, Array], dy: Array):
+    x, w = saved
+    dy = dy.astype(x.dtype)
+    dx = jnp.matmul(dy, w, preferred_element_type=x.dtype)
+    return dx, _transposed_times(_rows(dy, w), _rows(x, w), natural)
+
+
+matmul_transposed.defvjp(_matmul_transposed_forward, _matmul_transposed_backward)
 
 
 def causal_mask(
@@ -106,7 +139,7 @@ def attention(
     batch, heads, length, width = query.shape
     kv_heads, key_length = key.shape[1:3]
     grouped = (query * width**-0.5).reshape(batch, kv_heads, -1, width)
-    scores = matmul(grouped, transpose(key, natural), natural, jnp.float32)
+    scores = matmul_transposed(grouped, key, natural, jnp.float32)
     scores = scores.reshape(batch, kv_heads, -1, length, key_length)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(value.dtype)
     mixed = matmul(weights.reshape(batch, kv_heads, -1, key_length), value, natural)

@@ -61,8 +61,7 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T {self.features}"]:
         init = nn.initializers.zeros_init() if self.zero_init else nn.initializers.lecun_normal()
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        flat = ops.matmul(x.reshape(-1, x.shape[-1]), kernel.astype(self.dtype), self.natural)
-        return flat.reshape(*x.shape[:-1], self.features)
+        return ops.matmul(x, kernel.astype(self.dtype), self.natural)
 
 
 class Attention(nn.Module):
@@ -203,8 +202,7 @@ class Transformer(nn.Module):
             x = jax.lax.dynamic_slice_in_dim(x, only, 1, axis=1)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
         if c.tie_embeddings:
-            head = ops.transpose(embedding.astype(self.dtype), self.natural)
-            logits = ops.matmul(x.reshape(-1, c.embed_dim), head, self.natural).reshape(*x.shape[:2], self.vocab_size)
+            logits = ops.matmul_transposed(x, embedding.astype(self.dtype), self.natural)
         else:
             logits = Dense(self.vocab_size, self.dtype, self.natural, name="head")(x)
         if c.logit_softcap:

@@ -184,17 +184,19 @@ class Hub:
             ) from None
 
     def __iter__(self) -> Iterator[str]:
+        where = f"dataset {self.name}{f' ({self.config})' if self.config else ''}, split {self.split}"
+        return (_text(row, self.field, where) for row in self._rows(where))
+
+    def _rows(self, where: str) -> Iterator[dict[str, Any]]:
         import datasets
 
-        where = f"{self.name}{f' ({self.config})' if self.config else ''}, split {self.split}"
         try:
-            rows = datasets.load_dataset(self.name, self.config or None, split=self.split, streaming=True)
-            yield from (_text(dict(row), self.field, where) for row in rows)
+            yield from datasets.load_dataset(self.name, self.config or None, split=self.split, streaming=True)
         except ValueError as error:  # an unknown split or configuration
-            raise ValueError(f"dataset {where}: {first_line(error)}; see corpus.hub_config and corpus.*_split") from None
+            raise ValueError(f"{where}: {first_line(error)}; see corpus.hub_config and corpus.*_split") from None
         except (OSError, RuntimeError) as error:  # nearly all that the network and the hub's client raise
             raise ValueError(
-                f"dataset {where} cannot be read ({type(error).__name__}: {first_line(error)}); "
+                f"{where} cannot be read ({type(error).__name__}: {first_line(error)}); "
                 "check its name and the network, or download it and set corpus.path"
             ) from None
 
