@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 8  # sequences in one optimizer step
     config.micro_batch_size = 0  # sequences in one forward and backward pass; 0: batch_size (no accumulation)
     config.precision = "auto"  # of computing: auto, float32 or bfloat16; weights are always kept in float32
+    config.windows = "stream"  # stream: text cut wherever a window is full; document: each window begins with a document
     config.remat = "none"  # recompute in the backward pass: none, block, or a name in jax.checkpoint_policies
 
     config.corpus = corpus = ml_collections.ConfigDict()
@@ -57,6 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.scan_layers = False  # one compiled layer in a loop: faster to compile, somewhat slower to run
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
+    optimizer.name = "adamw"  # of the matrices in the blocks: adamw or muon; AdamW for everything else
     optimizer.learning_rate = 2e-3  # peak
     optimizer.embedding_rate = 3.0  # learning rate of embedding, head and norm scales, as a multiple of the peak
     optimizer.beta1 = 0.9
@@ -74,7 +76,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluate = evaluate = ml_collections.ConfigDict()
     evaluate.every_steps = 200  # 0: only at the end
     evaluate.max_windows = 128  # windows of the valid split used while training; 0: all
-    evaluate.context = "stream"  # what a token may look back on: stream (windows of the split) or document (its own)
     evaluate.batch_size = 0  # sequences scored at once; 0: micro_batch_size
 
     config.sample = sample = ml_collections.ConfigDict()

@@ -18,7 +18,7 @@ def get_config(variant: str = ""):
     config.model.num_heads = 4
     config.model.seq_len = 256
     config.model.mask_documents = True  # every tale is told for itself
-    config.evaluate.context = "document"
+    config.windows = "document"
 
     config.batch_size = 16
     config.total_steps = 700

@@ -28,7 +28,8 @@ REMAT = (
     "dots_with_no_batch_dims_saveable",
 )
 WANDB_MODES = ("off", "offline", "online")
-CONTEXTS = ("stream", "document")
+WINDOWS = ("stream", "document")
+OPTIMIZERS = ("adamw", "muon")
 
 # Settings that may change when a run goes on: none of them changes what is learned (total_steps only how long).
 FREE_TO_CHANGE = (
@@ -95,6 +96,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+    name: str
     learning_rate: float
     embedding_rate: float
     beta1: float
@@ -116,7 +118,6 @@ class ScheduleConfig:
 class EvaluateConfig:
     every_steps: int
     max_windows: int
-    context: str
     batch_size: int
 
 
@@ -164,6 +165,7 @@ class Config:
     batch_size: int
     micro_batch_size: int
     precision: str
+    windows: str
     remat: str
     corpus: CorpusConfig
     tokenizer: TokenizerConfig
@@ -306,7 +308,8 @@ def check(config: Config) -> None:
         "remat": REMAT,
         "corpus.name": CORPORA,
         "schedule.name": SCHEDULES,
-        "evaluate.context": CONTEXTS,
+        "windows": WINDOWS,
+        "optimizer.name": OPTIMIZERS,
         "metrics.wandb": WANDB_MODES,
         "backend.platform": PLATFORMS,
     }.items():

@@ -1,11 +1,11 @@
 """Token windows -> batches: shuffled afresh every pass, shared among processes, read ahead, resumable to the batch.
 
-The stream of prepared tokens is cut into windows that touch; a pass takes each once, in an order drawn from seed and
-pass; the next pass follows without a gap. Which windows make up batch n does not depend on how many processes
-there are: of P processes, process p takes examples p, p + P, ... of each batch. Hence the state is one integer, the
+The stream of prepared tokens is cut into windows that touch, or that each begin at a document; a pass takes each once,
+in an order drawn from seed and pass; the next pass follows without a gap. Which windows make up batch n does not depend
+on how many processes there are: of P processes, process p takes examples p, p + P, ... of each batch. Hence the state is one integer, the
 same on every process, and a run may go on with another number of them.
 
-    batches = Batches(tokens, seq_len=256, batch_size=8, seed=0)
+    batches = Batches(tokens, window_starts(tokens, 256), seq_len=256, batch_size=8, seed=0)
     batch = next(batches)                 # int32 [8, 257]: inputs batch[:, :-1], targets batch[:, 1:]
 """
 
@@ -18,23 +18,38 @@ import numpy as np
 from grain.experimental import ElasticIterator
 from jaxtyping import Int32, Integer
 
+from tale_jax.text.windows import document_starts
 
-def num_windows(num_tokens: int, seq_len: int) -> int:
-    """Whole windows in a stream: each takes `seq_len` inputs, and one token more as its last target."""
-    return max(0, (num_tokens - 1) // seq_len)
+
+def window_starts(
+    tokens: Integer[np.ndarray, " N"], seq_len: int, bos_id: int | None = None
+) -> Integer[np.ndarray, " windows"]:
+    """Where the windows of a stream start: each takes `seq_len` inputs, and one token more as its last target.
+
+    With `bos_id` every document begins a window (and goes on in further ones where it is longer); what follows it in the
+    window is the beginning of the next. Each token is then seen with all of its document before it, up to `seq_len`.
+    """
+    last = len(tokens) - seq_len - 1
+    if bos_id is None:
+        return np.arange(0, last + 1, seq_len)
+    begins = document_starts(tokens, bos_id)
+    counts = np.maximum(1, -(-(np.diff(begins, append=len(tokens)) - 1) // seq_len))
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.repeat(begins, counts) + seq_len * within
+    return starts[starts <= last]
 
 
 class Windows:
     """Random access to the windows of a token stream."""
 
-    def __init__(self, tokens: Integer[np.ndarray, " N"], seq_len: int):
-        self._tokens, self._seq_len = tokens, seq_len
+    def __init__(self, tokens: Integer[np.ndarray, " N"], starts: Integer[np.ndarray, " windows"], seq_len: int):
+        self._tokens, self._starts, self._seq_len = tokens, starts, seq_len
 
     def __len__(self) -> int:
-        return num_windows(len(self._tokens), self._seq_len)
+        return len(self._starts)
 
     def __getitem__(self, index: int) -> Int32[np.ndarray, " T1"]:
-        start = index * self._seq_len
+        start = self._starts[index]
         return self._tokens[start : start + self._seq_len + 1].astype(np.int32)
 
 
@@ -43,6 +58,7 @@ class Batches:
 
     Args:
       tokens: a stream of token ids [N], memory-mapped or not.
+      starts: of its windows, from `window_starts`.
       seq_len: inputs in a window; the stream is flat, so any length will do.
       batch_size: windows in a batch, over all processes.
       seed: of the order.
@@ -56,6 +72,7 @@ class Batches:
     def __init__(
         self,
         tokens: Integer[np.ndarray, " N"],
+        starts: Integer[np.ndarray, " windows"],
         *,
         seq_len: int,
         batch_size: int,
@@ -65,7 +82,7 @@ class Batches:
         num_threads: int = 2,
         prefetch: int = 4,
     ):
-        windows = Windows(tokens, seq_len)
+        windows = Windows(tokens, starts, seq_len)
         if len(windows) < batch_size:
             raise ValueError(
                 f"batch_size={batch_size} must not exceed the {len(windows)} windows of model.seq_len={seq_len} in the "

@@ -93,7 +93,7 @@ class Evaluation:
       split: train, valid or test.
       scorer: compiled for the model.
       tokenizer: that of the workdir.
-      context: "stream" or "document".
+      context: "stream" or "document", as `windows` in the config.
       stride: tokens between windows; 0: the context length.
       max_windows: spans scored at most, spread evenly over the split; 0: all.
     """
@@ -171,7 +171,7 @@ def evaluate(
     """
     config, tokenizer, log = experiment.config, experiment.tokenizer, experiment.workdir / "log.txt"
     scorer = Scorer(experiment.model, tokenizer, config.evaluate.batch_size)
-    evaluation = Evaluation(experiment.workdir, split, scorer, tokenizer, config.evaluate.context, stride)
+    evaluation = Evaluation(experiment.workdir, split, scorer, tokenizer, config.windows, stride)
     with Progress(f"evaluate {split}", total=len(evaluation.spans), unit="windows", log=log) as progress:
         result = evaluation(experiment.params, progress.advance)
     result |= {"step": experiment.step, "params": count_parameters(experiment.params)}

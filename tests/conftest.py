@@ -12,8 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jax
 import pytest
+
+hypothesis.settings.register_profile("tale_jax", deadline=None)  # no test asserts a time
+hypothesis.settings.load_profile("tale_jax")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # configs/ is a folder of scripts, not an installed package

@@ -109,15 +109,15 @@ def causal_mask(
     key_positions: Int[Array, "B S"],
     query_segments: Int[Array, "B T"] | None = None,
     key_segments: Int[Array, "B S"] | None = None,
-    window: int = 0,
+    window: int | Int[Array, ""] | None = None,
 ) -> Bool[Array, "B T S"]:
-    """Where a query may look: at keys not after it, of its own segment, fewer than `window` tokens back (0: any).
+    """Where a query may look: at keys not after it, of its own segment, fewer than `window` tokens back (None: any).
 
     A negative key position marks an empty slot of the cache.
     """
     query, key = query_positions[:, :, None], key_positions[:, None, :]
     mask = (key <= query) & (key >= 0)
-    if window:
+    if window is not None:
         mask &= key > query - window
     if query_segments is not None and key_segments is not None:
         mask &= query_segments[:, :, None] == key_segments[:, None, :]

@@ -277,28 +277,28 @@ SCENES: dict[str, tuple[str, ...]] = {
     ),
     # what the slower plots begin with
     "setting": (
-        "Most {weekday}s {he} had {~dish} with the {~folk} next door.",
+        "Most {weekday}s {hero} had {~dish} with the {~folk} next door.",
         "One {season} the whole town smelled of {~dish} and {~treat}.",
         "For most of the {season} everyone had a cold except {hero} and the {~folk}.",
         "The neighbors were the {~folk}, the {~folk} and {~count} hens.",
-        "For breakfast {he} had {~dish} and half of the {~treat}.",
+        "For breakfast {hero} had {~dish} and half of the {~treat}.",
         "{Hero} owned {a ~color} {~garment}, {~count} marbles and {a ~shiny}.",
-        "On weekdays {he} helped the {~folk}, and was paid in {~treat}.",
+        "On weekdays {hero} helped the {~folk}, and was paid in {~treat}.",
         "{His} best friends were {a ~mood} cat and the {~folk}.",
     ),
     # a kindness on the way, an obstacle, and the kindness repaid
     "meet": (
-        "On the way {he} came upon {a ~size} {animal} {trouble}.",
-        "Beside {a ~landmark} {he} found {a ~size} {animal} {trouble}.",
+        "On the way {hero} came upon {a ~size} {animal} {trouble}.",
+        "Beside {a ~landmark} {hero} found {a ~size} {animal} {trouble}.",
         "At the next bend was {a ~size} {animal} {trouble}.",
-        "{He} had not gone {~distance} when {he} met {a ~size} {animal} {trouble}.",
+        "{Hero} had not gone {~distance} when {he} met {a ~size} {animal} {trouble}.",
     ),
     "kind": (
         "{Hero} was in a hurry, but {he} {kindness}.",
         '"Hold still," said {hero}, and {he} {kindness}.',
         '"That will not do," said {hero}, who {kindness}.',
-        "Nobody else had stopped, so {he} {kindness}.",
-        "So {he} knelt down in the {~ground} and {kindness}.",
+        "Nobody else had stopped, so {hero} {kindness}.",
+        "So {hero} knelt down in the {~ground} and {kindness}.",
     ),
     "promise": (
         '"If you ever need me, {call}," said the {animal}.',
@@ -315,7 +315,7 @@ SCENES: dict[str, tuple[str, ...]] = {
         "But night fell like a lid on a pot, and {he} had only {~count} wet matches.",
     ),
     "gate": (
-        "Then {he} came to an iron gate with a lock as big as {a ~big}.",
+        "Then {hero} came to an iron gate with a lock as big as {a ~big}.",
         "Then came a high wall with {a ~color} gate, locked, and nobody answered the bell.",
     ),
     "cliff": (
@@ -323,7 +323,7 @@ SCENES: dict[str, tuple[str, ...]] = {
         "But the way led up a cliff, and {he} knew {~count} reasons not to climb it.",
     ),
     "boulder": (
-        "Then {he} found the road blocked by a boulder as big as {a ~big}.",
+        "Then {hero} found the road blocked by a boulder as big as {a ~big}.",
         "But a boulder had rolled onto the path, and the {~mood} crow on top would not move.",
     ),
     "fog": (
@@ -332,7 +332,7 @@ SCENES: dict[str, tuple[str, ...]] = {
     ),
     "call": (
         "So {hero} {called}.",
-        "In the end {he} remembered the {animal} and {called}.",
+        "In the end {hero} remembered the {animal} and {called}.",
         "{Hero} took a deep breath and {called}.",
         '"Now I need a friend," said {hero}, and {called}.',
     ),
@@ -340,20 +340,20 @@ SCENES: dict[str, tuple[str, ...]] = {
     "beaver": ("The {animal} gnawed through {a ~tree}, which fell across the water just like a bridge.",),
     "heron": ("The {animal} knew every stone under the water, and led {him} across in {~count} long steps.",),
     "owl": ("Down floated the {animal}, who could see {a ~shiny} at midnight, and led the way.",),
-    "bat": ("The {animal} squeaked at every root and rock, and {he} bumped only one {~body}.",),
+    "bat": ("The {animal} squeaked at every root and rock, and {hero} bumped only {his} {~body}.",),
     "firefly": ("The {animal} came with {~count} hundred cousins, and the path lit up like a birthday cake.",),
     "mouse": ("The {animal} slipped under the gate and opened the lock from inside with {a ~shiny}.",),
     "mole": ("The {animal} dug a tunnel, and {hero} crawled through with {~ground} in {his} hair.",),
     "magpie": ("The {animal}, who collects such things, brought the key, and {a ~shiny} as well.",),
     "goat": ('"Stairs," said the {animal}, looking up, and carried {him} to the top in {~count} jumps.',),
     "eagle": ("The {animal} carried {him} up by the {~garment}, as gently as an egg.",),
-    "spider": ("The {animal} spun a rope strong enough for {a ~proud}, and up {he} went.",),
+    "spider": ("The {animal} spun a rope strong enough for {a ~proud}, and up {hero} went.",),
     "bear": ("The {animal} yawned, leaned on the boulder and rolled it away like {a ~pop}.",),
     "donkey": ("The {animal} pulled, for once without arguing, and the boulder rolled into the {~ground}.",),
     "badger": ("The {animal} dug so fast that the boulder sank into the {~ground} with a sigh.",),
     "dog": ("The {animal} put its nose down and followed the road, which smelled of {~treat}.",),
-    "goose": ("The {animal} marched ahead, honking at every step, and {he} followed past {a ~landmark}.",),
-    "bee": ("The {animal} flew in a line as straight as {a ~tree}, and {he} followed the hum.",),
+    "goose": ("The {animal} marched ahead, honking at every step, and {hero} followed past {a ~landmark}.",),
+    "bee": ("The {animal} flew in a line as straight as {a ~tree}, and {hero} followed the hum.",),
     # a journey to fetch something
     "fetch": (
         "Early one {~weather} morning {his} {~mood} {elder} {ailment}.",
@@ -404,7 +404,7 @@ SCENES: dict[str, tuple[str, ...]] = {
     # a dear thing lost, and asked after, and found
     "lost": (
         "{His} dearest possession was {a worth} {thing}, a present from {his} {elder}.",
-        "What {he} loved best was {a worth} {thing} that had once belonged to {his} {elder}.",
+        "What {hero} loved best was {a worth} {thing} that had once belonged to {his} {elder}.",
         "No one ever saw {him} without the {worth} {thing} from {his} {elder}.",
     ),
     "wind": (
@@ -416,16 +416,16 @@ SCENES: dict[str, tuple[str, ...]] = {
         "Then a jackdaw, who already owned {a ~shiny}, saw the {thing} on the windowsill, and that was that.",
     ),
     "stream": (
-        "But while {he} was {~chore}, the stream picked up the {thing} and carried it round the bend.",
-        "Then {he} slipped on a wet {~color} stone. {Hero} got out of the stream, but the {thing} did not.",
+        "But while {hero} was {~chore}, the stream picked up the {thing} and carried it round the bend.",
+        "Then {hero} slipped on a wet {~color} stone. {He} got out of the stream, but the {thing} did not.",
     ),
     "pocket": (
         "But there was a hole in {his} {~garment}, and by {~meal} the {thing} was gone.",
-        "Then {he} turned a somersault in the {~ground}, and afterward {he} no longer had the {thing}.",
+        "Then {hero} turned a somersault in the {~ground}, and afterward {he} no longer had the {thing}.",
     ),
     "ask": (
-        "{He} asked the {one}, who knew nothing, but knew that the {two} knew everything.",
-        '"Have you seen my {thing}?" {he} asked the {one}. "Not I," said the {one}, "but try the {two}."',
+        "{Hero} asked the {one}, who knew nothing, but knew that the {two} knew everything.",
+        '"Have you seen my {thing}?" {hero} asked the {one}. "Not I," said the {one}, "but try the {two}."',
         'The {one} looked under a hat and shook {a ~mood} head. "Ask the {two}," said the {one}.',
     ),
     "hint": (
@@ -435,24 +435,24 @@ SCENES: dict[str, tuple[str, ...]] = {
     ),
     "wind found": (
         "{He} climbed up, with {his} heart going like a drum, and there hung the {thing}, waving.",
-        "No ladder was long enough, so {he} waited until the wind got bored and dropped it on {his} {~body}.",
+        "No ladder was long enough, so {hero} waited until the wind got bored and dropped it on {his} {~body}.",
     ),
     "jackdaw found": (
-        "{He} held up {a ~shiny}, which shone even brighter, and the jackdaw was happy to trade.",
-        "There it lay, between {a ~shiny} and {a ~shiny}, and {he} left a note to thank the jackdaw for its care.",
+        "{Hero} held up {a ~shiny}, which shone even brighter, and the jackdaw was happy to trade.",
+        "There it lay, between {a ~shiny} and {a ~shiny}, and {hero} left a note to thank the jackdaw for its care.",
     ),
     "stream found": (
-        "{He} waded in up to the {~deep}, and there was the {thing}, with {a ~mood} crab sitting on it.",
-        "{He} lay on {his} stomach and fished out first {a ~shiny}, then an eel, and then the {thing}.",
+        "{Hero} waded in up to the {~deep}, and there was the {thing}, with {a ~mood} crab sitting on it.",
+        "{Hero} lay on {his} stomach and fished out first {a ~shiny}, then an eel, and then the {thing}.",
     ),
     "pocket found": (
-        "{He} crawled about until {~meal} with {~ground} in {his} ears, and suddenly something twinkled.",
+        "{Hero} crawled about until {~meal} with {~ground} in {his} ears, and suddenly something twinkled.",
         "There sat {a ~mood} hen on the {thing}, hoping it would hatch, and {hero} had to apologize.",
     ),
     "safe": (
         '"Did you lose something today?" asked {his} {elder}. "Only for a while," said {hero}.',
-        "{He} wrote {his} name on the {thing}, in case it ever went traveling again.",
-        "{He} took {~treat} to the {two} as thanks, and some to the {one} for trying.",
+        "{Hero} wrote {his} name on the {thing}, in case it ever went traveling again.",
+        "{Hero} took {~treat} to the {two} as thanks, and some to the {one} for trying.",
     ),
     # a trade, and another, and another
     "wish": (
@@ -463,7 +463,7 @@ SCENES: dict[str, tuple[str, ...]] = {
     "start": (
         "{Hero} had no money, only {a thing}, but {he} put on {~color} boots and went to market.",
         '"I have {a thing} and two good feet," said {hero}. "That is a start."',
-        "Under the bed {he} found {a thing}, which was better than nothing, and off {he} went before {~meal}.",
+        "Under the bed {hero} found {a thing}, which was better than nothing, and off {he} went before {~meal}.",
     ),
     "trade one": (
         'First came {a ~mood} {one} {reason}. "Take my {thing}," said {hero}, and got {a gift} for it.',
@@ -472,12 +472,12 @@ SCENES: dict[str, tuple[str, ...]] = {
     ),
     "trade two": (
         "Then {a ~mood} {two} {reason} begged for the {gift} and offered {a swap}.",
-        "Next {he} gave the {gift} to {a ~mood} {two} {reason} and came away with {a swap}.",
+        "Next {hero} gave the {gift} to {a ~mood} {two} {reason} and came away with {a swap}.",
         '"Is that {a gift}?" cried {a ~mood} {two} {reason}. "I will give you {a swap} for it!"',
     ),
     "trade three": (
         "And who should come along but {a three} {reason}? So {hero} got {a goal} for the {swap}.",
-        '"My {swap} for your {goal}," {he} said to {a three} {reason}, and it was done by {~meal}.',
+        '"My {swap} for your {goal}," {hero} said to {a three} {reason}, and it was done by {~meal}.',
         "So it was that {a three} {reason} got the {swap} and {hero} got the {goal}.",
     ),
     "gift": (
@@ -497,9 +497,9 @@ SCENES: dict[str, tuple[str, ...]] = {
         "But a secret itches like {~thick}, and {hero} could not sit still.",
     ),
     "tell": (
-        "{He} told only {second}, and only in a whisper.",
-        "Then {he} met {second} at the {~place}, and out it slipped.",
-        '"Promise not to tell," {he} said to {second}, and told.',
+        "{Hero} told only {second}, and only in a whisper.",
+        "Then {hero} met {second} at the {~place}, and out it slipped.",
+        '"Promise not to tell," {hero} said to {second}, and told.',
     ),
     "pass": (
         "{Second} told nobody but the {third}, over {~treat}.",
@@ -520,8 +520,8 @@ SCENES: dict[str, tuple[str, ...]] = {
     ),
     "sorry": (
         '"It was me," said {hero}, "and I am sorry."',
-        "{He} said sorry to the {subject}, and sorry to {friend}, and meant both.",
-        '"I am sorry," {he} said, and offered the {subject} some {~treat}.',
+        "{Hero} said sorry to the {subject}, and sorry to {friend}, and meant both.",
+        '"I am sorry," {hero} said, and offered the {subject} some {~treat}.',
     ),
     "captain": ("So the town taught the {subject} to swim, beginning in {a ~raft}.",),
     "mayor": ("The {subject} laughed, hung the wig on {a ~landmark}, and felt much cooler.",),
@@ -532,16 +532,16 @@ SCENES: dict[str, tuple[str, ...]] = {
     "general": ("Ever since, the {subject} has been asked to every wedding, and brings {~count} handkerchiefs.",),
     # somebody small in a bad place
     "cry": (
-        "Early on {weekday} {he} heard a small cry and found {a ~size} {victim} {stuck}.",
-        "While {he} was {~chore}, {he} heard somebody weeping. It was {a ~size} {victim} {stuck}.",
+        "Early on {weekday} {hero} heard a small cry and found {a ~size} {victim} {stuck}.",
+        "While {hero} was {~chore}, {he} heard somebody weeping. It was {a ~size} {victim} {stuck}.",
         "Ever since dawn on {weekday} something had been squeaking, and {hero} found {a ~size} {victim} {stuck}.",
     ),
-    "roof try": ("{He} put out a dish of {~treat}, but the {victim} only looked down and cried louder.",),
-    "well try": ("{He} let down {his} {~garment} by one sleeve, but the well was deeper than that.",),
-    "pond try": ("{He} waded in, but the water came up to {his} {~deep} and kept on coming.",),
-    "bog try": ("{He} pulled, and the bog pulled back, and the bog had more practice than {a ~proud}.",),
-    "thorns try": ("{He} reached in with both hands and got nothing but {~count} scratches.",),
-    "chimney try": ("{He} called up the chimney and got no answer but soot, right on the {~body}.",),
+    "roof try": ("{Hero} put out a dish of {~treat}, but the {victim} only looked down and cried louder.",),
+    "well try": ("{Hero} let down {his} {~garment} by one sleeve, but the well was deeper than that.",),
+    "pond try": ("{Hero} waded in, but the water came up to {his} {~deep} and kept on coming.",),
+    "bog try": ("{Hero} pulled, and the bog pulled back, and the bog had more practice than {a ~proud}.",),
+    "thorns try": ("{Hero} reached in with both hands and got nothing but {~count} scratches.",),
+    "chimney try": ("{Hero} called up the chimney and got no answer but soot, right on the {~body}.",),
     "borrow": (
         'So {hero} ran to the {~mood} {owner} for {a tool}. "Bring it back by {meal}," said the {owner}.',
         '"Take my {tool}," said the {~mood} {owner}, "but mind the {~mind}."',
@@ -550,13 +550,13 @@ SCENES: dict[str, tuple[str, ...]] = {
     "roof": (
         "{Hero} climbed up, tucked the {victim} into {his} {~garment} and came down with both eyes shut.",
     ),
-    "well": ("{He} tied the rope to {a ~tree}, climbed down, and came up wearing the {victim} like a scarf.",),
-    "pond": ("{He} rowed in {~count} circles, then in a line, and lifted the {victim} aboard.",),
-    "bog": ("{He} laid the board on the mud, crawled out, and the {victim} came loose like {a ~pop}.",),
-    "thorns": ("Snip by snip {he} cut a door, and out walked the {victim}, as proud as {a ~proud}.",),
-    "chimney": ("{He} pushed gently from below, and the {victim} shot out at the top like {a ~pop}.",),
+    "well": ("{Hero} tied the rope to {a ~tree}, climbed down, and came up wearing the {victim} like a scarf.",),
+    "pond": ("{Hero} rowed in {~count} circles, then in a line, and lifted the {victim} aboard.",),
+    "bog": ("{Hero} laid the board on the mud, crawled out, and the {victim} came loose like {a ~pop}.",),
+    "thorns": ("Snip by snip {hero} cut a door, and out walked the {victim}, as proud as {a ~proud}.",),
+    "chimney": ("{Hero} pushed gently from below, and the {victim} shot out at the top like {a ~pop}.",),
     "return": (
-        "{He} brought the {tool} back to the {owner}, along with some {~treat}.",
+        "{Hero} brought the {tool} back to the {owner}, along with some {~treat}.",
         "The {owner} got the {tool} back before {meal}, a little dirty and much admired.",
         '"Did it help?" asked the {owner} when {he} brought the {tool} back. "Ask the {victim}," said {hero}.',
     ),

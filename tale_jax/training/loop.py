@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tale_jax import data, sharding
@@ -72,7 +73,8 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
     prepared = prepare(config, workdir, log)
     tokenizer = prepared.tokenizer
     tokens = prepared.tokens("train")
-    config = config.planned(data.num_windows(len(tokens), config.model.seq_len))
+    starts = data.window_starts(tokens, config.model.seq_len, tokenizer.bos_id if config.windows == "document" else None)
+    config = config.planned(len(starts))
     with Progress("train", total=config.total_steps, unit="steps", log=log) as progress:
         dtype, why = choose_precision(backend, config.precision)
         model = Transformer(config.model, config.tokenizer.vocab_size, dtype, backend.natural, config.remat)
@@ -82,6 +84,7 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
         trainer = Trainer(config, model, optimizer, rate, tokenizer.bos_id, mesh, backend.donate)
         batches = data.Batches(
             tokens,
+            starts,
             seq_len=config.model.seq_len,
             batch_size=config.batch_size,
             seed=config.seed,
@@ -208,10 +211,12 @@ class _Observer:
     def __init__(self, config, workdir, model, tokenizer, trainer, sinks, progress):
         self.progress = progress
         self._config, self._workdir, self._sinks, self._tokenizer = config, workdir, sinks, tokenizer
-        self._sampler = Sampler(model, None, tokenizer, batch_size=config.sample.num_samples)
+        # One token at a time is bound by memory and by small products: float32 is the faster dtype for it on a CPU.
+        decoder = model.clone(dtype=jnp.float32)
+        self._sampler = Sampler(decoder, None, tokenizer, batch_size=config.sample.num_samples)
         scorer = Scorer(model, tokenizer, config.evaluate.batch_size, trainer.place)
         self._evaluation = Evaluation(
-            workdir, "valid", scorer, tokenizer, config.evaluate.context, max_windows=config.evaluate.max_windows
+            workdir, "valid", scorer, tokenizer, config.windows, max_windows=config.evaluate.max_windows
         )
 
     def record(self, record: dict[str, Any]) -> None:

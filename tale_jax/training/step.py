@@ -42,16 +42,20 @@ def make_train_step(
 ) -> TrainStep:
     """A pure function (state, windows [batch_size, seq_len + 1]) → (state, metrics).
 
-    The batch is cut into micro-batches whose gradients are averaged, so that accumulation changes nothing but memory.
-    Metrics are scalars: `loss` in nats per token, `grad_norm` before clipping, `learning_rate`.
+    The batch is cut into micro-batches whose gradients are summed, so that accumulation changes nothing but memory.
+    Metrics are scalars: `loss` in nats per token (BOS not counted, as in evaluation), `grad_norm` before clipping, `learning_rate`.
     """
     num_micro = config.num_micro_batches
     dropout = config.model.dropout > 0
 
-    def loss_fn(params: Any, windows: Array, key: Array) -> Array:
-        return jnp.mean(token_losses(model, params, windows, bos_id, key if dropout else None))
-
     def gradients(params: Any, windows: Array, key: Array) -> tuple[Array, Any]:
+        # BOS carries no text, and where windows are packed nothing could tell that it comes: it is not learned.
+        num_counted = jnp.sum(windows[:, 1:] != bos_id)
+
+        def loss_fn(params: Any, windows: Array, key: Array) -> Array:
+            losses = token_losses(model, params, windows, bos_id, key if dropout else None)
+            return jnp.sum(losses * (windows[:, 1:] != bos_id)) / num_counted
+
         if num_micro == 1:
             return jax.value_and_grad(loss_fn)(params, windows, key)
         # Every device keeps its own sequences: micro-batch i takes each device's i-th share.
@@ -62,8 +66,7 @@ def make_train_step(
             return jax.tree_util.tree_map(jnp.add, total, one), None
 
         zero = (jnp.zeros(()), jax.tree_util.tree_map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, num_micro)))
-        return jax.tree_util.tree_map(lambda x: x / num_micro, total)
+        return jax.lax.scan(add, zero, (micro, jax.random.split(key, num_micro)))[0]
 
     def train_step(state: TrainState, windows: Int[Array, "B T1"]) -> tuple[TrainState, dict[str, Array]]:
         loss, grads = gradients(state.params, windows, jax.random.fold_in(state.key, state.step))
