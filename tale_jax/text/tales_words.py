@@ -425,7 +425,7 @@ SCENES: dict[str, tuple[str, ...]] = {
     ),
     "ask": (
         "{Hero} asked the {one}, who knew nothing, but knew that the {two} knew everything.",
-        '"Have you seen my {thing}?" {hero} asked the {one}. "Not I," said the {one}, "but try the {two}."',
+        '"Have you seen my {thing}?" {he} asked the {one}. "Not I," said the {one}, "but try the {two}."',
         'The {one} looked under a hat and shook {a ~mood} head. "Ask the {two}," said the {one}.',
     ),
     "hint": (
