@@ -26,6 +26,7 @@ def get_config(variant: str = ""):
     config.remat = "block"
     config.precision = "bfloat16"  # mixed: float32 weights, products in bfloat16
     config.model.qk_norm = False
+    config.model.scale_embeddings = False
     config.model.zero_init_outputs = False
     config.evaluate.every_steps = 500
     config.checkpoint.every_steps = 500
@@ -38,6 +39,7 @@ def get_config(variant: str = ""):
         config.schedule.name = "linear"  # to zero
         config.model.qk_norm = True  # keeps the higher rate stable
         config.precision = "auto"  # bfloat16 only where the machine is faster at it; an M2 has no native path
+        config.model.scale_embeddings = True  # rare tokens keep a voice of their own among the blocks
         config.model.zero_init_outputs = True  # every block begins as the identity
     elif variant:
         raise ValueError(f"configs/m2_air.py:{variant} is not a variant; there is configs/m2_air.py:tuned")

@@ -14,7 +14,7 @@ SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "what to
 STEP = flags.DEFINE_integer("step", 0, "checkpoint; 0: the best by validation loss", lower_bound=0)
 STRIDE = flags.DEFINE_integer("stride", 0, "tokens between windows; 0: the context; less: slides", lower_bound=0)
 PRECISION = flags.DEFINE_enum("precision", "float32", ["auto", "float32", "bfloat16"], "dtype to compute in")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 200, "tales to sample and judge; 0: none", lower_bound=0)
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "tales to sample and judge; 0: none", lower_bound=0)
 TEMPERATURE = flags.DEFINE_float("sample_temperature", 0.7, "of the sampled tales", lower_bound=0.0)
 SEED = flags.DEFINE_integer("seed", 0, "of the sampled tales", lower_bound=0)
 JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")

@@ -83,6 +83,7 @@ class ModelConfig:
     norm_eps: float
     qk_norm: bool
     tie_embeddings: bool
+    scale_embeddings: bool
     zero_init_outputs: bool
     dropout: float
     logit_softcap: float

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tale_jax.data import Batches, Windows, num_windows
+from tale_jax.data import Batches, Windows, window_starts
 
 TOKENS = np.arange(1005, dtype=np.uint16)  # 100 windows of 10, and a rest that no window has
 
@@ -19,17 +19,32 @@ def take(batches, count):
 
 
 def make(**changes):
-    return Batches(TOKENS, **({"seq_len": 10, "batch_size": 5, "seed": 0} | changes))
+    settings = {"seq_len": 10, "batch_size": 5, "seed": 0} | changes
+    return Batches(TOKENS, window_starts(TOKENS, settings["seq_len"]), **settings)
 
 
 @settings(deadline=None)
 @given(st.integers(0, 60), st.integers(1, 8))
 def test_windows_predict_every_token_but_the_first_once(num_tokens, seq_len):
-    windows = Windows(np.arange(num_tokens, dtype=np.uint16), seq_len)
-    assert len(windows) == num_windows(num_tokens, seq_len)
+    tokens = np.arange(num_tokens, dtype=np.uint16)
+    windows = Windows(tokens, window_starts(tokens, seq_len), seq_len)
     targets = [int(token) for i in range(len(windows)) for token in windows[i][1:]]
     assert targets == list(range(1, len(windows) * seq_len + 1))
     assert num_tokens - len(targets) <= seq_len
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=12), st.integers(2, 16))
+def test_windows_of_documents_show_every_token_with_what_came_before_it(lengths, seq_len):
+    """Each document begins a window; its tokens are all predicted, those of a window's length with their whole past."""
+    begins = np.cumsum([0, *lengths[:-1]])
+    tokens = np.full(sum(lengths) + seq_len + 1, 7, np.uint16)  # the last window of the stream needs room
+    tokens[begins] = 1
+    tokens[sum(lengths)] = 1
+    starts = window_starts(tokens, seq_len, bos_id=1).tolist()
+    assert set(begins.tolist()) <= set(starts)
+    for begin, length in zip(begins.tolist(), lengths, strict=True):
+        own = [start for start in starts if begin <= start < begin + length]
+        assert own == list(range(begin, begin + max(1, length - 1), seq_len))
 
 
 def test_each_pass_is_whole_and_in_a_new_order():

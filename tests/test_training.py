@@ -13,7 +13,7 @@ from tale_jax import sharding
 from tale_jax.config import MeshConfig
 from tale_jax.model.transformer import Transformer
 from tale_jax.training.loss import cross_entropy, document_segments
-from tale_jax.training.optimizer import groups, make_optimizer
+from tale_jax.training.optimizer import groups, make_optimizer, orthogonal
 from tale_jax.training.schedule import learning_rate
 from tale_jax.training.state import init_state
 from tale_jax.training.step import Trainer
@@ -22,7 +22,7 @@ V, BOS = 64, 1
 
 
 def make_trainer(devices=1, data=0, fsdp=1, dtype=jnp.float32, **changes) -> Trainer:
-    small = {"model.num_layers": 2, "model.embed_dim": 32, "model.num_heads": 4, "model.seq_len": 16, "batch_size": 8}
+    small = {"optimizer.learning_rate": 1e-3, "model.num_layers": 2, "model.embed_dim": 32, "model.num_heads": 4, "model.seq_len": 16, "batch_size": 8}
     config = build_config(**(small | {"total_steps": 20, "tokenizer.vocab_size": 512} | changes)).planned(100)
     model = Transformer(config.model, V, dtype, natural=True, remat=config.remat)
     rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
@@ -113,6 +113,27 @@ def test_weight_decay_only_on_matrices():
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
     for update, param, group in zip(*map(jax.tree_util.tree_leaves, (updates, params, groups(params))), strict=True):
         np.testing.assert_allclose(update, -0.05 * param if group == "matrix" else 0 * param, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])
+def test_orthogonal_keeps_the_directions_and_levels_their_lengths(shape):
+    x = jax.random.normal(jax.random.PRNGKey(0), shape)
+    y = np.asarray(orthogonal(x), np.float64)
+    u, s, vt = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
+    sizes = np.einsum("lmk,lmn,lkn->lk", u, y, vt)  # of y along the singular directions of x
+    assert (sizes > 0.6).all() and (sizes < 1.3).all()
+    np.testing.assert_allclose(np.einsum("lmk,lk,lkn->lmn", u, sizes, vt), y, atol=0.1)
+
+
+def test_muon_trains_the_matrices_and_adam_the_rest():
+    trainer = make_trainer(**{"optimizer.name": "muon"})
+    state, windows = trainer.init(), trainer.place(batches(1)[0])
+    before = state.params["blocks"]["mlp"]["down"]["kernel"]
+    state, _ = trainer.step(state, windows)
+    sizes = np.linalg.svd(np.asarray(state.params["blocks"]["mlp"]["down"]["kernel"] - before)[0], compute_uv=False)
+    assert sizes.max() / np.median(sizes) < 2  # every direction moves alike
+    final = losses(trainer, 20)
+    assert final[-1] < final[0]
 
 
 def test_clipping_bounds_the_step_not_the_metric():

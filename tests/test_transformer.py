@@ -49,7 +49,7 @@ def llama(params, tokens, config):
 
     rows = []
     for row in np.asarray(tokens):
-        xs = [p["embedding"][t] for t in row]
+        xs = [p["embedding"][t] * (width * heads) ** (config.scale_embeddings / 2) for t in row]
         for layer in range(config.num_layers):
             w = jax.tree_util.tree_map(lambda a, n=layer: a[n], p["blocks"])
             a = w["attention"]
@@ -84,9 +84,11 @@ def llama(params, tokens, config):
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("tie_embeddings", [True, False])
-@pytest.mark.parametrize("qk_norm", [True, False])
-def test_agrees_with_llama(tokens, num_kv_heads, tie_embeddings, qk_norm):
-    model, params = make(num_kv_heads=num_kv_heads, tie_embeddings=tie_embeddings, qk_norm=qk_norm)
+@pytest.mark.parametrize("ours", [True, False])  # with normalised queries and keys and a scaled embedding, or without
+def test_agrees_with_llama(tokens, num_kv_heads, tie_embeddings, ours):
+    model, params = make(
+        num_kv_heads=num_kv_heads, tie_embeddings=tie_embeddings, qk_norm=ours, scale_embeddings=ours
+    )
     logits, _ = model.apply({"params": params}, tokens)
     np.testing.assert_allclose(logits, llama(params, tokens, model.config), atol=1e-4)
 

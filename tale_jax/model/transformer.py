@@ -189,7 +189,10 @@ class Transformer(nn.Module):
         angles = ops.rotary_angles(positions, c.head_dim, c.rope_base)
 
         embedding = self.param("embedding", nn.initializers.normal(0.02), (self.vocab_size, c.embed_dim), jnp.float32)
-        x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+        x = jnp.take(embedding, tokens, axis=0)
+        if c.scale_embeddings:
+            x = x * c.embed_dim**0.5
+        x = x.astype(self.dtype)
         x = nn.Dropout(c.dropout, deterministic=deterministic, name="dropout")(x)
 
         cached = None if cache is None else (cache.keys, cache.values)

@@ -267,17 +267,16 @@ SCENES: dict[str, tuple[str, ...]] = {
         "Everyone by the {water} knew {hero}, the {trait} {child} from the {shape} {house} who {habit}.",
     ),
     "close": (
-        "And {he} {habit} to the end of {his} days.",
         "They had {~dish} that evening, and nobody left a crumb.",
         "That night {hero} slept like {a ~sleeper}.",
-        '"What a {weekday}," said {hero}, and went to bed.',
-        "Every {season} the {~folk} tells it again, and each time it gets a little longer.",
+        '"What a day," said {hero}, and went to bed.',
+        "Every {~season} the {~folk} tells it again, and each time it gets a little longer.",
         "The moon rose over the {water}, and the whole house smelled of {~dish}.",
         "If you ask about it today, {hero} will only smile and pass you the {~treat}.",
     ),
     # what the slower plots begin with
     "setting": (
-        "Most {weekday}s {hero} had {~dish} with the {~folk} next door.",
+        "Most {~weekday}s {hero} had {~dish} with the {~folk} next door.",
         "One {season} the whole town smelled of {~dish} and {~treat}.",
         "For most of the {season} everyone had a cold except {hero} and the {~folk}.",
         "The neighbors were the {~folk}, the {~folk} and {~count} hens.",
