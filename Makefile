@@ -38,7 +38,7 @@ test: lint ## ruff, pyright and the quick tests
 test-slow: env ## the tests that take longer
 	@$(PYTEST) -m 'slow and not hub'
 
-test-core: env ## the quick tests without the launch scripts, as another set of versions is checked in .ci/run
+test-core: env ## the quick tests without the launch scripts, for another set of versions (VENV, PYTHON, CONSTRAINTS)
 	@$(PYTEST) --ignore-glob='tests/test_launch*' --ignore=tests/test_house.py
 
 lint: env ## ruff and pyright

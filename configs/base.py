@@ -17,7 +17,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 8  # sequences in one optimizer step
     config.micro_batch_size = 0  # sequences in one forward and backward pass; 0: batch_size (no accumulation)
     config.precision = "auto"  # of computing: auto, float32 or bfloat16; weights are always kept in float32
-    config.windows = "stream"  # stream: text cut wherever a window is full; document: each window begins with a document
+    config.windows = (
+        "stream"  # stream: text cut wherever a window is full; document: each window begins with a document
+    )
     config.remat = "none"  # recompute in the backward pass: none, block, or a name in jax.checkpoint_policies
 
     config.corpus = corpus = ml_collections.ConfigDict()

@@ -27,7 +27,7 @@ def main(_: list[str]) -> None:
     from tale_jax.evaluate import evaluate
 
     here = backend.start("auto")
-    dtype, _ = backend.choose_precision(here, PRECISION.value)
+    dtype = backend.choose_precision(here, PRECISION.value)[0]
     result = evaluate(
         open_experiment(WORKDIR.value, STEP.value, dtype, here.natural),
         split=SPLIT.value,

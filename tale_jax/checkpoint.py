@@ -2,7 +2,7 @@
 
 Checkpoint N lies in `workdir/checkpoints/N/`, in four items: `params` (all that evaluation and sampling need),
 `training` (optimizer state, step, random state), `data` (position in the token windows) and `meta` (validation loss).
-Saving is asynchronous: the step goes on while the arrays are written, and a folder without its final name is not a checkpoint.
+Saving is asynchronous: steps go on while the arrays are written. A folder without its final name is no checkpoint.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 The stream of prepared tokens is cut into windows that touch, or that each begin at a document; a pass takes each once,
 in an order drawn from seed and pass; the next pass follows without a gap. Which windows make up batch n does not depend
-on how many processes there are: of P processes, process p takes examples p, p + P, ... of each batch. Hence the state is one integer, the
-same on every process, and a run may go on with another number of them.
+on how many processes there are: of P processes, process p takes examples p, p + P, ... of each batch. Hence the state
+is one integer, the same on every process, and a run may go on with another number of them.
 
     batches = Batches(tokens, window_starts(tokens, 256), seq_len=256, batch_size=8, seed=0)
     batch = next(batches)                 # int32 [8, 257]: inputs batch[:, :-1], targets batch[:, 1:]
@@ -26,8 +26,8 @@ def window_starts(
 ) -> Integer[np.ndarray, " windows"]:
     """Where the windows of a stream start: each takes `seq_len` inputs, and one token more as its last target.
 
-    With `bos_id` every document begins a window (and goes on in further ones where it is longer); what follows it in the
-    window is the beginning of the next. Each token is then seen with all of its document before it, up to `seq_len`.
+    With `bos_id` every document begins a window (and goes on in further ones where it is longer); what follows it in
+    the window is the beginning of the next. Each token then has all of its document before it, up to `seq_len`.
     """
     last = len(tokens) - seq_len - 1
     if bos_id is None:

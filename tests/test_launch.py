@@ -67,6 +67,7 @@ def test_a_moved_workdir_is_all_that_is_needed(told, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_interrupt_saves_and_the_same_command_goes_on(tmp_path):
     process = start_script("train", *flags(tmp_path / "run", "--config.total_steps=100000"))
     metrics = tmp_path / "run" / "metrics.jsonl"

@@ -22,7 +22,14 @@ V, BOS = 64, 1
 
 
 def make_trainer(devices=1, data=0, fsdp=1, dtype=jnp.float32, **changes) -> Trainer:
-    small = {"optimizer.learning_rate": 1e-3, "model.num_layers": 2, "model.embed_dim": 32, "model.num_heads": 4, "model.seq_len": 16, "batch_size": 8}
+    small = {
+        "optimizer.learning_rate": 1e-3,
+        "model.num_layers": 2,
+        "model.embed_dim": 32,
+        "model.num_heads": 4,
+        "model.seq_len": 16,
+        "batch_size": 8,
+    }
     config = build_config(**(small | {"total_steps": 20, "tokenizer.vocab_size": 512} | changes)).planned(100)
     model = Transformer(config.model, V, dtype, natural=True, remat=config.remat)
     rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
@@ -119,7 +126,7 @@ def test_weight_decay_only_on_matrices():
 def test_orthogonal_keeps_the_directions_and_levels_their_lengths(shape):
     x = jax.random.normal(jax.random.PRNGKey(0), shape)
     y = np.asarray(orthogonal(x), np.float64)
-    u, s, vt = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
+    u, _, vt = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
     sizes = np.einsum("lmk,lmn,lkn->lk", u, y, vt)  # of y along the singular directions of x
     assert (sizes > 0.6).all() and (sizes < 1.3).all()
     np.testing.assert_allclose(np.einsum("lmk,lk,lkn->lmn", u, sizes, vt), y, atol=0.1)

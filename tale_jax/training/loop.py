@@ -73,7 +73,8 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
     prepared = prepare(config, workdir, log)
     tokenizer = prepared.tokenizer
     tokens = prepared.tokens("train")
-    starts = data.window_starts(tokens, config.model.seq_len, tokenizer.bos_id if config.windows == "document" else None)
+    mark = tokenizer.bos_id if config.windows == "document" else None
+    starts = data.window_starts(tokens, config.model.seq_len, mark)
     config = config.planned(len(starts))
     with Progress("train", total=config.total_steps, unit="steps", log=log) as progress:
         dtype, why = choose_precision(backend, config.precision)

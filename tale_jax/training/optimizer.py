@@ -2,7 +2,7 @@
 
 Embedding, head and norm scales learn faster and are not decayed: at this size the embedding is a third of the weights,
 and each row of it sees only the steps in which its token occurs. The matrices take AdamW, or Muon, which gives every
-direction of an update the same length, so that rare ones (a name to be copied, say) are learned as fast as frequent ones.
+direction of an update the same length, so that rare ones (a name to be copied, say) are learned like frequent ones.
 """
 
 from typing import Any, NamedTuple
@@ -52,15 +52,16 @@ def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
     for AdamW.
     """
 
-    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        moved = jax.tree_util.tree_map(lambda m, g: momentum * m + g, state.momentum, grads)
-        ahead = jax.tree_util.tree_map(lambda m, g: momentum * m + g, moved, grads)
+        moved = jax.tree_util.tree_map(lambda m, g: momentum * m + g, state.momentum, updates)
+        ahead = jax.tree_util.tree_map(lambda m, g: momentum * m + g, moved, updates)
         return jax.tree_util.tree_map(lambda x: 0.2 * max(x.shape[-2:]) ** 0.5 * orthogonal(x), ahead), MuonState(moved)
 
-    return optax.GradientTransformation(
-        lambda params: MuonState(jax.tree_util.tree_map(jnp.zeros_like, params)), update
-    )
+    def init(params: Any) -> MuonState:
+        return MuonState(jax.tree_util.tree_map(jnp.zeros_like, params))
+
+    return optax.GradientTransformation(init, update)
 
 
 def orthogonal(x: Float[Array, "L M N"], steps: int = 5) -> Float[Array, "L M N"]:

@@ -43,7 +43,8 @@ def make_train_step(
     """A pure function (state, windows [batch_size, seq_len + 1]) → (state, metrics).
 
     The batch is cut into micro-batches whose gradients are summed, so that accumulation changes nothing but memory.
-    Metrics are scalars: `loss` in nats per token (BOS not counted, as in evaluation), `grad_norm` before clipping, `learning_rate`.
+    Metrics are scalars: `loss` in nats per token (BOS not counted, as in evaluation), `grad_norm` before
+    clipping, `learning_rate`.
     """
     num_micro = config.num_micro_batches
     dropout = config.model.dropout > 0
