@@ -104,5 +104,5 @@ def test_more_context_is_not_worse_counted(experiment):
     make = lambda stride: Evaluation(experiment.workdir, "valid", scorer, experiment.tokenizer, "stream", stride)  # noqa: E731
     plain, sliding = (make(stride)(experiment.params) for stride in (0, 64))
     assert plain["tokens"] == sliding["tokens"] and sliding["stride"] == 64
-    with pytest.raises(ValueError, match="stride=9999 must be at most the context of 256 tokens"):
+    with pytest.raises(ValueError, match="stride=9999 must be at most the context of 208 tokens"):
         make(9999)

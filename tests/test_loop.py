@@ -152,7 +152,7 @@ def test_every_setting_is_read(tmp_path, cpu, monkeypatch):
     monkeypatch.setattr(config_module, "check", lambda config: None)
     train(config, tmp_path, cpu)
     elsewhere = {  # read by other scripts, or for another corpus or variant
-        ("CorpusConfig", "field"), ("CorpusConfig", "hub_name"), ("CorpusConfig", "hub_config"),
+        ("CorpusConfig", "path"), ("CorpusConfig", "max_train_bytes"), ("CorpusConfig", "field"), ("CorpusConfig", "hub_name"), ("CorpusConfig", "hub_config"),
         ("CorpusConfig", "train_split"), ("CorpusConfig", "valid_split"), ("CorpusConfig", "test_split"),
         ("CorpusConfig", "held_out"), ("MetricsConfig", "wandb_project"), ("ScheduleConfig", "decay_fraction"),
         ("BackendConfig", "platform"), ("Config", "backend"),

@@ -116,7 +116,7 @@ def test_windows_of_other_settings_are_refused_by_the_field_that_differs(tiny_ta
     assert f"{field}={value}" in message
     assert "\n" not in message
     if field == "model.seq_len":
-        assert "must not exceed the windows of 256 tokens" in message
+        assert "must not exceed the windows of 208 tokens" in message
     assert contents(workdir) == before
 
 
