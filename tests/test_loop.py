@@ -151,12 +151,13 @@ def test_every_setting_is_read(tmp_path, cpu, monkeypatch):
     monkeypatch.setattr(config_module.Config, "save", lambda self, workdir: None)
     monkeypatch.setattr(config_module, "check", lambda config: None)
     train(config, tmp_path, cpu)
-    elsewhere = {  # read by other scripts, or for another corpus or variant
-        ("CorpusConfig", "path"), ("CorpusConfig", "max_train_bytes"), ("CorpusConfig", "field"), ("CorpusConfig", "hub_name"), ("CorpusConfig", "hub_config"),
-        ("CorpusConfig", "train_split"), ("CorpusConfig", "valid_split"), ("CorpusConfig", "test_split"),
-        ("CorpusConfig", "held_out"), ("MetricsConfig", "wandb_project"), ("ScheduleConfig", "decay_fraction"),
-        ("BackendConfig", "platform"), ("Config", "backend"),
-    }  # fmt: skip
+    corpus = "path max_train_bytes field hub_name hub_config train_split valid_split test_split held_out".split()
+    elsewhere = {("CorpusConfig", name) for name in corpus} | {  # of other corpora, schedules and scripts
+        ("MetricsConfig", "wandb_project"),
+        ("ScheduleConfig", "decay_fraction"),
+        ("BackendConfig", "platform"),
+        ("Config", "backend"),
+    }
     unread = {
         (cls.__name__, field.name) for cls in classes for field in dataclasses.fields(cls)
         if (cls.__name__, field.name) not in read | elsewhere and cls.__name__.endswith("Config")
