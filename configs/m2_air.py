@@ -24,6 +24,7 @@ def get_config(variant: str = ""):
     config.schedule.name = "cosine"
     config.schedule.warmup_steps = 1000
     config.remat = "block"
+    config.model.scan_layers = True  # less memory to compile, and remat that no compiler undoes; same weights and values
     config.precision = "bfloat16"  # mixed: float32 weights, products in bfloat16
     config.model.qk_norm = False
     config.model.scale_embeddings = False
