@@ -23,7 +23,7 @@ V, BOS = 64, 1
 
 def make_trainer(devices=1, data=0, fsdp=1, dtype=jnp.float32, **changes) -> Trainer:
     small = {
-        "optimizer.learning_rate": 3e-4,
+        "optimizer.learning_rate": 1e-4,
         "optimizer.eps": 1e-4,  # where gradients vanish Adam divides by rounding noise, which no order of sums repeats
         "model.num_layers": 2,
         "model.embed_dim": 32,
@@ -159,12 +159,12 @@ def test_accumulation_equals_the_large_batch(micro):
 @pytest.mark.parametrize(("data", "fsdp", "micro"), [(8, 1, 8), (1, 8, 8), (2, 4, 8)])
 def test_eight_devices_equal_one_over_twenty_steps(data, fsdp, micro):
     sharded = losses(make_trainer(8, data, fsdp, micro_batch_size=micro))
-    np.testing.assert_allclose(sharded, losses(make_trainer()), rtol=1e-5)
+    np.testing.assert_allclose(sharded, losses(make_trainer()), atol=1e-5)
 
 
 def test_accumulation_on_a_mesh_equals_one_device():
     spread = losses(make_trainer(4, 2, 2, micro_batch_size=4), 5)
-    np.testing.assert_allclose(spread, losses(make_trainer(), 5), rtol=1e-5)
+    np.testing.assert_allclose(spread, losses(make_trainer(), 5), atol=1e-5)
 
 
 def test_fsdp_shares_matrices_and_their_optimizer_state():

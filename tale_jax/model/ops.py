@@ -109,7 +109,7 @@ def causal_mask(
     key_positions: Int[Array, "B S"],
     query_segments: Int[Array, "B T"] | None = None,
     key_segments: Int[Array, "B S"] | None = None,
-    window: int | Int[Array, ""] | None = None,
+    window: int | None = None,
 ) -> Bool[Array, "B T S"]:
     """Where a query may look: at keys not after it, of its own segment, fewer than `window` tokens back (None: any).
 

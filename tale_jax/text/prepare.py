@@ -10,7 +10,6 @@ settings are refused, never overwritten.
 import dataclasses
 import errno
 import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from jaxtyping import Integer
 from tale_jax.config import Config
 from tale_jax.progress import Progress
 from tale_jax.text.corpus import SPLITS, Corpus, open_corpus, settings
+from tale_jax.text.tales import ratio
 from tale_jax.text.tokenizer import Tokenizer, check_tokenizer, train_tokenizer
 from tale_jax.text.windows import Manifest, document_starts, iter_documents, load_manifest, load_tokens
 
@@ -184,10 +184,7 @@ def _entropy(corpus: Corpus, split: str, tokens: np.ndarray, tokenizer: Tokenize
         "token": np.diff(document_starts(tokens, tokenizer.bos_id), append=len(tokens)) - 1,
     }
     for unit, size in sizes.items():
-        ratio = nats.sum() / size.sum()
-        deviation = math.sqrt(np.sum((nats - ratio * size) ** 2) / max(1, len(nats) - 1))  # of a ratio, linearised
-        entropy[f"nats_per_{unit}"] = float(ratio)
-        entropy[f"nats_per_{unit}_stderr"] = float(deviation / math.sqrt(len(nats)) / size.mean())
+        entropy[f"nats_per_{unit}"], entropy[f"nats_per_{unit}_stderr"] = ratio(nats.tolist(), size.tolist())
     return entropy
 
 

@@ -137,7 +137,7 @@ def ratio(totals: Sequence[float], units: Sequence[float]) -> tuple[float, float
     number, unit_sum = len(totals), math.fsum(units)
     value = math.fsum(totals) / unit_sum
     squares = math.fsum((total - value * unit) ** 2 for total, unit in zip(totals, units, strict=True))
-    return value, math.sqrt(squares * number / (number - 1)) / unit_sum
+    return value, math.sqrt(squares * number / max(1, number - 1)) / unit_sum
 
 
 # The stories ----------------------------------------------------------------------------------------------------------

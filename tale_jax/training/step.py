@@ -50,7 +50,7 @@ def make_train_step(
     dropout = config.model.dropout > 0
 
     def gradients(params: Any, windows: Array, key: Array) -> tuple[Array, Any]:
-        # BOS carries no text, and where windows are packed nothing could tell that it comes: it is not learned.
+        # BOS carries no text, so it is not learned, as evaluation does not count it.
         num_counted = jnp.sum(windows[:, 1:] != bos_id)
 
         def loss_fn(params: Any, windows: Array, key: Array) -> Array:
