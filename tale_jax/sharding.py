@@ -19,7 +19,7 @@ RULES = (
     (r"(^|\.)embedding$", PartitionSpec("fsdp", None)),
     (r"blocks\..*(output|down)\.kernel$", PartitionSpec(None, None, "fsdp")),
     (r"blocks\..*\.kernel$", PartitionSpec(None, "fsdp", None)),
-    (r"head\.kernel$", PartitionSpec("fsdp", None)),
+    (r"(^|\.)head$", PartitionSpec("fsdp", None)),
     (r".*", PartitionSpec()),
 )
 BATCH = PartitionSpec(("data", "fsdp"))

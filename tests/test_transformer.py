@@ -77,7 +77,7 @@ def llama(params, tokens, config):
                 xs.append(
                     x + (gate / (1 + np.exp(-gate)) * (h @ w["mlp"]["up"]["kernel"])) @ w["mlp"]["down"]["kernel"]
                 )
-        head = p["embedding"].T if config.tie_embeddings else p["head"]["kernel"]
+        head = p["embedding"].T if config.tie_embeddings else p["head"]
         rows.append([norm(x, p["final_norm"]["scale"]) @ head for x in xs])
     return np.array(rows)
 
@@ -102,7 +102,7 @@ def test_causal_by_gradient(tokens):
         return model.apply({"params": noisy}, jnp.arange(16)[None])[0][0, position].sum()
 
     model = model.clone(config=dataclasses.replace(model.config, tie_embeddings=False))
-    params = params | {"head": {"kernel": jax.random.normal(jax.random.PRNGKey(3), (32, V))}}
+    params = params | {"head": jax.random.normal(jax.random.PRNGKey(3), (32, V))}
     for position in (0, 7, 15):
         moved = jnp.abs(jax.grad(logit_sum)(jnp.zeros_like(params["embedding"]), position)).sum(-1)[:16]
         assert (moved[: position + 1] > 0).all() and (moved[position + 1 :] == 0).all()

@@ -9,13 +9,14 @@ first; any other form runs several times slower, in float32, and the gradients o
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
+SMALLEST_BLOCK, MOST_BLOCKS = 128, 16  # rows of a block of causal attention: fewer do not pay, more cost compilation
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
@@ -55,50 +56,43 @@ def _transposed_times(x: Array, y: Array, natural: bool) -> Array:
     return jnp.matmul(transpose(x, natural), y, preferred_element_type=x.dtype)
 
 
-def _rows(x: Array, w: Array) -> Array:
-    """`x` as one matrix when `w` is one matrix for all its leading axes."""
-    return x.reshape(-1, x.shape[-1]) if w.ndim == 2 else x
+def _rows(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(
-    x: Float[Array, "*B M C"], w: Float[Array, "*E C N"], natural: bool = False, dtype: DTypeLike | None = None
-) -> Float[Array, "*B M N"]:
-    """`x @ w` over equal leading axes, or with one matrix `w` for all of them; the result in `dtype` (that of `x`)."""
-    return jnp.matmul(x, w, preferred_element_type=dtype or x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: Float[Array, "*B C"], w: Float[Array, "C N"], natural: bool = False) -> Float[Array, "*B N"]:
+    """`x @ w`, in the dtype of `x`."""
+    return jnp.matmul(x, w, preferred_element_type=x.dtype)
 
 
-def _matmul_forward(x: Array, w: Array, natural: bool, dtype: DTypeLike | None) -> tuple[Array, tuple[Array, Array]]:
-    return matmul(x, w, natural, dtype), (x, w)
+def _matmul_forward(x: Array, w: Array, natural: bool) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(x, w, natural), (x, w)
 
 
-def _matmul_backward(natural: bool, dtype: DTypeLike | None, saved: tuple[Array, Array], dy: Array):
+def _matmul_backward(natural: bool, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
-    dy = dy.astype(x.dtype)
     dx = jnp.matmul(dy, transpose(w, natural), preferred_element_type=x.dtype)
-    return dx, _transposed_times(_rows(x, w), _rows(dy, w), natural)
+    return dx, _transposed_times(_rows(x), _rows(dy), natural)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul_transposed(
-    x: Float[Array, "*B M C"], w: Float[Array, "*E N C"], natural: bool = False, dtype: DTypeLike | None = None
-) -> Float[Array, "*B M N"]:
-    """`x @ w.T` as `matmul` does it: for keys, and for the embedding as head."""
-    return jnp.matmul(x, transpose(w, natural), preferred_element_type=dtype or x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul_transposed(x: Float[Array, "*B C"], w: Float[Array, "N C"], natural: bool = False) -> Float[Array, "*B N"]:
+    """`x @ w.T` as `matmul` does it: for the embedding as head."""
+    return jnp.matmul(x, transpose(w, natural), preferred_element_type=x.dtype)
 
 
-def _matmul_transposed_forward(x: Array, w: Array, natural: bool, dtype: DTypeLike | None):
-    return matmul_transposed(x, w, natural, dtype), (x, w)
+def _matmul_transposed_forward(x: Array, w: Array, natural: bool) -> tuple[Array, tuple[Array, Array]]:
+    return matmul_transposed(x, w, natural), (x, w)
 
 
-def _matmul_transposed_backward(natural: bool, dtype: DTypeLike | None, saved: tuple[Array, Array], dy: Array):
+def _matmul_transposed_backward(natural: bool, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
-    dy = dy.astype(x.dtype)
     dx = jnp.matmul(dy, w, preferred_element_type=x.dtype)
-    return dx, _transposed_times(_rows(dy, w), _rows(x, w), natural)
+    return dx, _transposed_times(_rows(dy), _rows(x), natural)
 
 
 matmul_transposed.defvjp(_matmul_transposed_forward, _matmul_transposed_backward)
@@ -130,17 +124,65 @@ def attention(
     value: Float[Array, "B K S H"],
     mask: Bool[Array, "_ T S"],
     natural: bool = False,
+    causal: bool = False,
 ) -> Float[Array, "B N T H"]:
     """Scaled dot-product attention with grouped queries (Ainslie et al. 2023), softmax in float32.
+
+    With `causal`, which says that no query may look at a key after its own index, blocks of queries meet only the keys
+    up to their end, and no more scores than those of one block are in memory, forward or backward (Dao et al. 2022).
+    """
+    length = query.shape[2]
+    size = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS)) if causal else length
+    parts = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        seen = end if causal else key.shape[2]
+        block = query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], mask[:, start:end, :seen]
+        parts.append(_attend(*block, natural))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(query: Array, key: Array, value: Array, mask: Array, natural: bool) -> Array:
+    return _attend_forward(query, key, value, mask, natural)[0]
+
+
+def _scores(query: Array, key: Array, mask: Array, natural: bool) -> Array:
+    """Masked scores [B, K, G T, S] in float32.
 
     The G query heads that share a key/value head are laid end to end along T: no key or value is copied for them, and
     each product contracts one axis.
     """
-    batch, heads, length, width = query.shape
-    kv_heads, key_length = key.shape[1:3]
+    (batch, heads, length, width), (kv_heads, key_length) = query.shape, key.shape[1:3]
     grouped = (query * width**-0.5).reshape(batch, kv_heads, -1, width)
-    scores = matmul_transposed(grouped, key, natural, jnp.float32)
-    scores = scores.reshape(batch, kv_heads, -1, length, key_length)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(value.dtype)
-    mixed = matmul(weights.reshape(batch, kv_heads, -1, key_length), value, natural)
-    return mixed.reshape(batch, heads, length, width)
+    scores = jnp.matmul(grouped, transpose(key, natural), preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, key_length)
+    return jnp.where(mask[:, None, None], scores, MASKED).reshape(batch, kv_heads, -1, key_length)
+
+
+def _attend_forward(query: Array, key: Array, value: Array, mask: Array, natural: bool) -> tuple[Array, Any]:
+    scores = _scores(query, key, mask, natural)
+    peak = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - peak).astype(value.dtype)
+    total = jnp.sum(weights, axis=-1, keepdims=True, dtype=jnp.float32)
+    mixed = (jnp.matmul(weights, value, preferred_element_type=jnp.float32) / total).astype(value.dtype)
+    return mixed.reshape(query.shape), (query, key, value, mask, peak + jnp.log(total), mixed)
+
+
+def _attend_backward(natural: bool, saved: Any, dy: Array) -> tuple[Array, Array, Array, None]:
+    """Recomputes the weights from the log-sum-exp of each row, which is all that the forward pass keeps of them."""
+    query, key, value, mask, log_sum, mixed = saved
+    width = query.shape[-1]
+    dy, dtype = dy.reshape(mixed.shape), value.dtype
+    weights = jnp.exp(_scores(query, key, mask, natural) - log_sum).astype(dtype)
+    dvalue = jnp.matmul(transpose(weights, natural), dy, preferred_element_type=dtype)
+    dweights = jnp.matmul(dy, transpose(value, natural), preferred_element_type=dtype).astype(jnp.float32)
+    along = jnp.sum(dy.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1, keepdims=True)
+    dscores = (weights.astype(jnp.float32) * (dweights - along)).astype(dtype)
+    dquery = jnp.matmul(dscores, key, preferred_element_type=dtype).reshape(query.shape) * width**-0.5
+    grouped = (query * width**-0.5).reshape(dy.shape)
+    dkey = jnp.matmul(transpose(dscores, natural), grouped, preferred_element_type=dtype)
+    return dquery, dkey, dvalue, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tale_jax.config import ModelConfig
 from tale_jax.model import ops
+from tale_jax.model.head import Head, cross_entropy, logits, weighted_cross_entropy
 
 
 class Cache(flax.struct.PyTreeNode):
@@ -94,7 +95,8 @@ class Attention(nn.Module):
                 for old, new in zip(cached, (key, value), strict=True)
             )
             cached = key, value
-        mixed = ops.attention(query, key.astype(self.dtype), value.astype(self.dtype), mask, self.natural)
+        key, value = key.astype(self.dtype), value.astype(self.dtype)
+        mixed = ops.attention(query, key, value, mask, self.natural, causal=cached is None)
         mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)
         return Dense(c.embed_dim, self.dtype, self.natural, c.zero_init_outputs, name="output")(mixed), cached
 
@@ -160,19 +162,24 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         deterministic: bool = True,
         only: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B _ V"], Cache | None]:
-        """Logits of the token that follows each position.
+        targets: Int[Array, "B T"] | None = None,
+        weights: Float[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B _ V"] | Float[Array, "B T"] | Float[Array, ""], Cache | None]:
+        """Logits of the token that follows each position, or how well they foretell `targets`.
 
         Args:
           tokens: ids.
-          positions: of the tokens; by default they count on from the cache, or from 0. -1 marks padding.
+          positions: of the tokens, in rising order; by default they count on from the cache, or from 0. -1 marks
+            padding.
           segments: documents; attention stays inside one. Without a cache only.
           cache: what came before. The T tokens go to the next slots of its ring, and must not wrap around in one call.
           deterministic: no dropout (otherwise the rng "dropout" is needed).
           only: the one index along T whose logits are wanted; the result is then [B, 1, V].
+          targets: the result is then the nats of each target [B, T], and the logits are never all in memory.
+          weights: the result is then one number, the sum of weight times nats: the quickest to differentiate.
 
         Returns:
-          logits in `dtype`, and the cache with these tokens in it (None if none was given).
+          logits in `dtype` (or nats in float32), and the cache with these tokens in it (None if none was given).
         """
         c = self.config
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
@@ -181,6 +188,8 @@ class Transformer(nn.Module):
         if cache is None:
             slot, slot_positions = start, positions
             mask = ops.causal_mask(positions, positions, segments, segments)
+            if self.natural:
+                mask = jax.lax.optimization_barrier(mask)
         else:
             num_slots = cache.positions.shape[1]
             slot = start % num_slots
@@ -204,13 +213,15 @@ class Transformer(nn.Module):
         if only is not None:
             x = jax.lax.dynamic_slice_in_dim(x, only, 1, axis=1)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
-        if c.tie_embeddings:
-            logits = ops.matmul_transposed(x, embedding.astype(self.dtype), self.natural)
-        else:
-            logits = Dense(self.vocab_size, self.dtype, self.natural, name="head")(x)
-        if c.logit_softcap:
-            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
-        return logits, cache
+        head = Head(c.tie_embeddings, c.logit_softcap, self.natural)
+        table = embedding
+        if not c.tie_embeddings:
+            table = self.param("head", nn.initializers.lecun_normal(), (c.embed_dim, self.vocab_size), jnp.float32)
+        if targets is None:
+            return logits(x, table, head), cache
+        if weights is None:
+            return cross_entropy(x, table, targets, head), cache
+        return weighted_cross_entropy(x, table, targets, weights, head), cache
 
     def _stack(self) -> Any:
         """`Block` over the layers: rematerialised as asked, a loop or unrolled, its weights stacked either way."""

@@ -80,7 +80,7 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
         dtype, why = choose_precision(backend, config.precision)
         model = Transformer(config.model, config.tokenizer.vocab_size, dtype, backend.natural, config.remat)
         rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
-        optimizer = make_optimizer(config.optimizer, rate)
+        optimizer = make_optimizer(config.optimizer, rate, backend.natural)
         mesh = sharding.make_mesh(config.mesh, backend.devices, config.micro_batch_size)
         trainer = Trainer(config, model, optimizer, rate, tokenizer.bos_id, mesh, backend.donate)
         batches = data.Batches(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from tale_jax.config import Config
 from tale_jax.model.transformer import Transformer
 from tale_jax.sharding import batch_sharding, shardings
-from tale_jax.training.loss import cross_entropy, document_segments
+from tale_jax.training.loss import document_segments
 from tale_jax.training.state import TrainState, init_state
 
 TrainStep = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
@@ -23,18 +23,24 @@ def token_losses(
     params: Any,
     windows: Int[Array, "B T1"],
     bos_id: int,
+    weights: Float[Array, "B T"] | None = None,
     dropout_key: Array | None = None,
-) -> Float[Array, "B T"]:
-    """Nats of each token of a batch of windows but the first; training and scoring both call this."""
+) -> Float[Array, "B T"] | Float[Array, ""]:
+    """Nats of each token of a batch of windows but the first, or with `weights` their weighted sum.
+
+    Training and scoring both call this.
+    """
     inputs, targets = windows[:, :-1], windows[:, 1:]
-    logits, _ = model.apply(
+    losses, _ = model.apply(
         {"params": params},
         inputs,
         segments=document_segments(inputs, bos_id) if model.config.mask_documents else None,
+        targets=targets,
+        weights=weights,
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
-    return cross_entropy(logits, targets)
+    return losses
 
 
 def make_train_step(
@@ -54,8 +60,8 @@ def make_train_step(
         num_counted = jnp.sum(windows[:, 1:] != bos_id)
 
         def loss_fn(params: Any, windows: Array, key: Array) -> Array:
-            losses = token_losses(model, params, windows, bos_id, key if dropout else None)
-            return jnp.sum(losses * (windows[:, 1:] != bos_id)) / num_counted
+            weights = (windows[:, 1:] != bos_id) / num_counted
+            return token_losses(model, params, windows, bos_id, weights, key if dropout else None)
 
         if num_micro == 1:
             return jax.value_and_grad(loss_fn)(params, windows, key)

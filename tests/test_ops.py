@@ -1,0 +1,88 @@
+"""Blocked attention and natural layout against the plain formulas, in value and gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tale_jax.model import ops
+
+
+def inputs(length, heads=4, kv_heads=2, width=8, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.PRNGKey(0), 4)
+    shapes = [(2, heads, length, width)] + 2 * [(2, kv_heads, length, width)] + [(2, heads, length, width)]
+    return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def plain(query, key, value, mask):
+    """Every query head with a key and value of its own, the whole matrix of scores, automatic differentiation."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = jnp.repeat(key, shared, axis=1), jnp.repeat(value, shared, axis=1)
+    scores = jnp.einsum("bnth,bnsh->bnts", query, key) / query.shape[-1] ** 0.5
+    return jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1), value)
+
+
+def value_and_gradients(attend, query, key, value, dy):
+    mixed, pull = jax.vjp(attend, query, key, value)
+    return mixed, *pull(dy)
+
+
+@pytest.mark.parametrize("natural", [False, True])
+@pytest.mark.parametrize("length", [24, 208, 300])  # one block, a short last one, three
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_blocks_of_attention_are_the_plain_formula(natural, length, documents, kv_heads):
+    query, key, value, dy = inputs(length, kv_heads=kv_heads)
+    positions = jnp.arange(length)[None]
+    segments = positions // 20 if documents else None
+    mask = ops.causal_mask(positions, positions, segments, segments)
+    mine = value_and_gradients(
+        lambda q, k, v: ops.attention(q, k, v, mask, natural, causal=True), query, key, value, dy
+    )
+    known = value_and_gradients(lambda q, k, v: plain(q, k, v, mask), query, key, value, dy)
+    for a, b in zip(mine, known, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_blocks_hold_no_square_of_scores():
+    query, key, value, _ = inputs(512, heads=1, kv_heads=1)
+    positions = jnp.arange(512)[None]
+    mask = ops.causal_mask(positions, positions)
+
+    def total(causal):
+        def f(q, k, v):
+            return ops.attention(q, k, v, mask, causal=causal).sum()
+
+        return jax.jit(jax.grad(f, (0, 1, 2))).lower(query, key, value).as_text()
+
+    assert "1x512x512xf32" in total(causal=False) and "1x512x512xf32" not in total(causal=True)
+
+
+def test_bfloat16_attention_stays_near_float32():
+    arrays, narrow = inputs(130), inputs(130, dtype=jnp.bfloat16)
+    positions = jnp.arange(130)[None]
+    mask = ops.causal_mask(positions, positions)
+    for natural in (False, True):
+
+        def attend(q, k, v, n=natural):
+            return ops.attention(q, k, v, mask, n, causal=True)
+
+        for a, b in zip(value_and_gradients(attend, *narrow), value_and_gradients(attend, *arrays), strict=True):
+            assert a.dtype == jnp.bfloat16
+            assert jnp.abs(a.astype(jnp.float32) - b).max() < 0.03 * jnp.abs(b).max()
+
+
+@pytest.mark.parametrize("natural", [False, True])
+@pytest.mark.parametrize("shape", [(64, 24, 16), (64, 16, 24), (60, 24, 16)])  # fewer and more columns, an odd count
+def test_products_have_the_gradients_of_automatic_differentiation(natural, shape):
+    rows, inner, columns = shape
+    keys = jax.random.split(jax.random.PRNGKey(0), 4)
+    x, dy = jax.random.normal(keys[0], (2, rows // 2, inner)), jax.random.normal(keys[1], (2, rows // 2, columns))
+    for product, w, known in (
+        (ops.matmul, jax.random.normal(keys[2], (inner, columns)), lambda x, w: x @ w),
+        (ops.matmul_transposed, jax.random.normal(keys[3], (columns, inner)), lambda x, w: x @ w.T),
+    ):
+        y, pull = jax.vjp(lambda x, w, f=product: f(x, w, natural), x, w)
+        y2, pull2 = jax.vjp(known, x, w)
+        for a, b in zip((y, *pull(dy)), (y2, *pull2(dy)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
