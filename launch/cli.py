@@ -29,6 +29,7 @@ FLAGS = flags.FLAGS
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
     """Parses the flags, calls `main(argv)` and exits, turning what goes wrong into one line and an exit code."""
+    _ask_for_huge_pages()
     try:
         try:
             app.run(main, flags_parser=_parse)
@@ -44,6 +45,18 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
             traceback.print_exc()
         _fail(_one_line(error))
     sys.exit(0)
+
+
+def _ask_for_huge_pages() -> None:
+    """Starts this script once more where glibc then gives large arrays huge pages: it must be told before Python starts.
+
+    A training step on CPU touches hundreds of megabytes in pages of 4 kB otherwise, and waits for their addresses.
+    """
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if "GLIBC_TUNABLES" in os.environ or not switch.is_file() or "[madvise]" not in switch.read_text():
+        return
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

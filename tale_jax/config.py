@@ -85,6 +85,7 @@ class ModelConfig:
     tie_embeddings: bool
     scale_embeddings: bool
     zero_init_outputs: bool
+    previous_token_head: bool
     dropout: float
     logit_softcap: float
     mask_documents: bool
@@ -372,6 +373,12 @@ def check(config: Config) -> None:
         "model.embed_dim",
         f"give heads of an even width (it is {model.embed_dim // model.num_heads}) for rotary positions",
         f"try {nearest}",
+    )
+    need(
+        not model.previous_token_head or (model.num_kv_heads or model.num_heads) > 1,
+        "model.previous_token_head",
+        "be False unless another key/value head is left for the rest",
+        "set model.num_kv_heads to 2 or more",
     )
     if model.num_kv_heads:
         divisors = [d for d in range(1, model.num_heads + 1) if model.num_heads % d == 0]

@@ -25,6 +25,7 @@ LAYERS = (
     ("tale_jax.training.state", "tale_jax.training.loss", "tale_jax.training.optimizer"),
     ("tale_jax.model.lora", "tale_jax.training.schedule", "tale_jax.sharding"),
     ("tale_jax.model.transformer",),
+    ("tale_jax.model.head",),
     ("tale_jax.model.*",),
     ("tale_jax.text.prepare",),
     ("tale_jax.text.corpus", "tale_jax.text.windows"),

@@ -6,10 +6,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import build_config
 
+from tale_jax.model import ops
 from tale_jax.model.transformer import Cache, Transformer, count_parameters, flops_per_token
+from tale_jax.training.state import init_state
 
 V = 96
 
@@ -86,9 +89,7 @@ def llama(params, tokens, config):
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 @pytest.mark.parametrize("ours", [True, False])  # with normalised queries and keys and a scaled embedding, or without
 def test_agrees_with_llama(tokens, num_kv_heads, tie_embeddings, ours):
-    model, params = make(
-        num_kv_heads=num_kv_heads, tie_embeddings=tie_embeddings, qk_norm=ours, scale_embeddings=ours
-    )
+    model, params = make(num_kv_heads=num_kv_heads, tie_embeddings=tie_embeddings, qk_norm=ours, scale_embeddings=ours)
     logits, _ = model.apply({"params": params}, tokens)
     np.testing.assert_allclose(logits, llama(params, tokens, model.config), atol=1e-4)
 
@@ -194,3 +195,30 @@ def test_counts_by_hand():
     assert count_parameters(params) == by_hand
     products = 3 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48) + V * 32
     assert flops_per_token(model.config, V) == 6 * products + 6 * 3 * 16 * 32
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}, {"qk_norm": False}, {"embed_dim": 128, "num_heads": 2}])
+def test_the_previous_token_head_looks_one_token_back(changes):
+    """Head 0 of layer 0 has most of its attention on the token before, whatever the tokens are."""
+    model, _ = make(**changes)
+    c = dataclasses.replace(model.config, previous_token_head=True)
+    params = init_state(Transformer(c, V), optax.sgd(0.1), seed=0).params
+    attention, positions = params["blocks"]["attention"], jnp.arange(16)[None]
+
+    def look(tokens):
+        x = ops.rms_norm(params["embedding"][tokens], jnp.ones(c.embed_dim), c.norm_eps)
+        query, key = ((x @ attention[name]["kernel"][0, :, : c.head_dim])[:, None] for name in ("query", "key"))
+        if c.qk_norm:
+            query, key = (ops.rms_norm(y, jnp.ones(c.head_dim), c.norm_eps) for y in (query, key))
+        angles = ops.rotary_angles(positions, c.head_dim, c.rope_base)
+        scores = jnp.einsum("bnth,bnsh->ts", ops.rotate(query, angles), ops.rotate(key, angles)) / c.head_dim**0.5
+        return jax.nn.softmax(jnp.where(ops.causal_mask(positions, positions)[0], scores, -1e30), axis=-1)
+
+    for seed in range(3):
+        weights = look(jax.random.randint(jax.random.PRNGKey(seed), (1, 16), 0, V))
+        np.testing.assert_array_equal(weights[1:].argmax(-1), np.arange(15))
+
+
+def test_a_previous_token_head_needs_a_key_value_head_of_its_own():
+    with pytest.raises(ValueError, match=r"model\.previous_token_head=True must .*model\.num_kv_heads"):
+        build_config(**{"model.previous_token_head": True, "model.num_heads": 2, "model.num_kv_heads": 1})

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tale_jax.config import ModelConfig
 from tale_jax.model import ops
 from tale_jax.model.head import Head, cross_entropy, logits, weighted_cross_entropy
+from tale_jax.model.initial import EMBEDDING_STD
 
 
 class Cache(flax.struct.PyTreeNode):
@@ -197,7 +198,9 @@ class Transformer(nn.Module):
             mask = ops.causal_mask(positions, slot_positions, window=num_slots)
         angles = ops.rotary_angles(positions, c.head_dim, c.rope_base)
 
-        embedding = self.param("embedding", nn.initializers.normal(0.02), (self.vocab_size, c.embed_dim), jnp.float32)
+        embedding = self.param(
+            "embedding", nn.initializers.normal(EMBEDDING_STD), (self.vocab_size, c.embed_dim), jnp.float32
+        )
         x = jnp.take(embedding, tokens, axis=0)
         if c.scale_embeddings:
             x = x * c.embed_dim**0.5
