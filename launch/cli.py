@@ -48,7 +48,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
 
 def _ask_for_huge_pages() -> None:
-    """Starts this script once more where glibc then gives large arrays huge pages: it must be told before Python starts.
+    """Starts this script once more where glibc then gives large arrays huge pages: it asks only as a process begins.
 
     A training step on CPU touches hundreds of megabytes in pages of 4 kB otherwise, and waits for their addresses.
     """

@@ -197,7 +197,7 @@ def test_counts_by_hand():
     assert flops_per_token(model.config, V) == 6 * products + 6 * 3 * 16 * 32
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}, {"qk_norm": False}, {"embed_dim": 128, "num_heads": 2}])
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}, {"qk_norm": False, "embed_dim": 128, "num_heads": 2}])
 def test_the_previous_token_head_looks_one_token_back(changes):
     """Head 0 of layer 0 has most of its attention on the token before, whatever the tokens are."""
     model, _ = make(**changes)
