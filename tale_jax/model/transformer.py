@@ -94,7 +94,11 @@ class Attention(nn.Module):
                 for old, new in zip(cached, (key, value), strict=True)
             )
             cached = key, value
-        mixed = ops.attention(query, key.astype(self.dtype), value.astype(self.dtype), mask, self.natural)
+        key, value = key.astype(self.dtype), value.astype(self.dtype)
+        if cached is not None and x.shape[1] == 1:
+            mixed = ops.attend_one(query, key, value, mask)
+        else:
+            mixed = ops.attention(query, key, value, mask, self.natural)
         mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)
         return Dense(c.embed_dim, self.dtype, self.natural, c.zero_init_outputs, name="output")(mixed), cached
 
