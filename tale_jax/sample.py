@@ -131,7 +131,7 @@ class Sampler:
     def __init__(
         self, model: Transformer, params: Any, tokenizer: Tokenizer, *, batch_size: int = 32, donate: bool = False
     ):
-        # The same values as the model's, in the form that is fastest for a few rows; `_load` brings the weights into it.
+        # The same values as the model's, in the form that is fastest for a few rows; `_load` gives it its weights.
         config = dataclasses.replace(model.config, scan_layers=False, tie_embeddings=False)
         self.model = model.clone(config=config, natural=False, remat="none")
         # XLA on CPU multiplies one row of bfloat16 by converting all weights to float32, for two it has a product.
@@ -331,7 +331,9 @@ class Generation:
             repetition_penalty=jnp.float32(s.repetition_penalty),
         )
         key, numbers = jax.random.PRNGKey(self.seed), np.arange(num_rows, dtype=np.int32) + group[0].number
-        state = jax.block_until_ready(sampler.prefill(self.weights, tokens, np.int32(length), seen, rows=num_rows, slots=slots))
+        state = jax.block_until_ready(
+            sampler.prefill(self.weights, tokens, np.int32(length), seen, rows=num_rows, slots=slots)
+        )
         while live := [row for row in group if not row.finished]:
             begin, before = time.perf_counter(), sum(row.tokens for row in live)
             state, drawn, logprobs = sampler.decode(self.weights, state, key, numbers, knobs)

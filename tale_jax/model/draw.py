@@ -25,7 +25,7 @@ class Knobs(NamedTuple):
 def draw(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"], knobs: Knobs, keys: UInt32[Array, "B 2"]
 ) -> Int[Array, " B"]:
-    """One token a row, from the logits filtered; at temperature 0 or top-k 1 the likeliest, the first of those that tie.
+    """One token a row, from the logits filtered; at temperature 0 or top-k 1 the likeliest, the first of equals.
 
     Which of the two is decided on the device, so that greedy text costs no random numbers, and one program does both.
     """

@@ -154,8 +154,9 @@ def attend_one(
 ) -> Float[Array, "B N 1 H"]:
     """`attention` of one query a sequence, as decoding asks for it: the same values, by sums instead of products.
 
-    A product of one row is no work, only a passage over the cache. As a sum XLA fuses it with the conversion to float32;
-    as a product of bfloat16 on a CPU it first writes the whole cache again in float32 (seven times slower, measured).
+    A product of one row is no work, only a passage over the cache. As a sum XLA fuses it with the conversion to
+    float32; as a product of bfloat16 on a CPU it first writes the whole cache again in float32 (up to seven times
+    slower, measured).
     """
     batch, heads, _, width = query.shape
     grouped = (query * width**-0.5).reshape(batch, key.shape[1], -1, 1, width).astype(jnp.float32)
