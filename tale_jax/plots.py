@@ -10,7 +10,8 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tale_jax.runs import Run
@@ -56,6 +57,31 @@ def plots(runs: Sequence[Run]) -> str:
             if figure is not None
         ]
     return f'<div class="plots">{"".join(shown)}</div>' if shown else "<p>No step has been recorded yet.</p>"
+
+
+def plot_rates(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draws the rates of benchmark records (see `bench/measure.py`), by their names, as a picture of their own.
+
+    One panel for training, scoring and so on: tokens a second with quartiles, and the share of the matmul peak beside.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(records)
+    kinds = [kind for kind, rate in records[names[0]].items() if isinstance(rate, Mapping) and "low" in rate]
+    figure = Figure(figsize=(3.2 * len(kinds) + 1, 3.6), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        rates = [records[name][kind] for name in names]
+        middle = [rate["tokens_per_second"] for rate in rates]
+        spread = [[m - r["low"] for m, r in zip(middle, rates)], [r["high"] - m for m, r in zip(middle, rates)]]
+        bars = axes.bar(range(len(names)), middle, yerr=spread, capsize=3, width=0.6, color="#4878a8")
+        axes.bar_label(bars, [f"{compact(rate)}\n{r['peak_share']:.0%} of peak" for rate, r in zip(middle, rates)])
+        axes.set_xticks(range(len(names)), names, rotation=20 if len(names) > 2 else 0)
+        axes.set_ylim(0, 1.25 * max(r["high"] for r in rates))
+        axes.set_title(kind, loc="left")
+        axes.set_ylabel("tokens per second")
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def compact(value: float | int) -> str:

@@ -2,13 +2,14 @@
 
 A prompt is read in one pass (prefill) that fills the key/value cache; then tokens come in compiled chunks: the draw
 (`model/draw.py`) happens on the device, and the host looks in once a chunk, to spell the text, find its end and pass it
-on. Prompts and rows are padded to powers of two, and the settings of the draw are arguments of the program: no prompt,
-seed or setting of its own makes it compile again. Text may outgrow the context of the model: the cache is a ring, and
-each token looks back on the last `seq_len`.
+on. Prompts, rows and the slots of the cache are padded to powers of two, and the settings of the draw are arguments of
+the program: no prompt, seed or setting of its own makes it compile again. Text may outgrow the context of the model:
+the cache is a ring, and each token looks back on the last `seq_len`.
 
 Between the steps, weights and cache are kept apart by layer. The model wants them stacked, and XLA sees through a stack
 that is made and sliced in one program; of a stack that comes from outside it copies every layer for every token, which
-made decoding three times slower on a CPU.
+made decoding three times slower on a CPU. For the same reason weights are converted to the compute dtype, and a tied
+embedding is transposed to a head, before the first token: done inside the loop, that was half the time of a token.
 
     sampler = Sampler(experiment.model, experiment.params, tokenizer)
     for piece in sampler.stream("Once", SampleSettings(max_tokens=100, temperature=0.7), seed=1):
@@ -33,11 +34,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from tale_jax.model.draw import Knobs, filter_logits
+from tale_jax.model.draw import Knobs, draw
 from tale_jax.model.transformer import Cache, Transformer
 from tale_jax.text.tokenizer import Tokenizer
 
 CHUNK = 16  # tokens between two looks of the host
+LEAST_SLOTS = 64  # of the cache: short texts do not look at all of a long context, and still share one program
 LONG_PROMPT = ("refuse", "window")
 
 
@@ -130,15 +132,18 @@ class Sampler:
     def __init__(
         self, model: Transformer, params: Any, tokenizer: Tokenizer, *, batch_size: int = 32, donate: bool = False
     ):
-        config = dataclasses.replace(model.config, scan_layers=False)
-        self.model = model.clone(config=config, natural=False, remat="none")  # the same values, the fastest for a token
+        # The same values as the model's, in the form that is fastest for a few rows; `_load` gives it its weights.
+        config = dataclasses.replace(model.config, scan_layers=False, tie_embeddings=False)
+        self.model = model.clone(config=config, natural=False, remat="none")
+        # XLA on CPU multiplies one row of bfloat16 by converting all weights to float32, for two it has a product.
+        self.least_rows = 2 if model.dtype == jnp.bfloat16 else 1
         self.tokenizer, self.batch_size, self.context = tokenizer, batch_size, config.seq_len
         ids, marks = np.arange(model.vocab_size), (tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id)
         self._never = (np.isin(ids, marks) & (ids != tokenizer.eos_id)) | (ids >= tokenizer.vocab_size)
         self.load = jax.jit(self._load)
-        self.prefill = jax.jit(self._prefill, static_argnames="rows")
+        self.prefill = jax.jit(self._prefill, static_argnames=("rows", "slots"))
         self.decode = jax.jit(self._decode, donate_argnums=(1,) if donate else ())
-        self.warm: set[int] = set()  # numbers of rows that `decode` has run with
+        self.warm: set[tuple[int, int]] = set()  # numbers of rows and of slots that `decode` has run with
         self._weights = None if params is None else self.load(params)
 
     def sample(
@@ -189,8 +194,10 @@ class Sampler:
         return ids[-max(1, self.context * 3 // 4) :]  # the first quarter of new text still sees all of these
 
     def _load(self, params: Any) -> Any:
-        """The weights with those of each layer apart."""
-        return {**params, "blocks": _apart(params["blocks"], self.model.config.num_layers)}
+        """The weights as decoding wants them, once: matrices in the compute dtype, layers apart, the head a matrix."""
+        head = params["head"] if "head" in params else params["embedding"].T
+        blocks = _apart(params["blocks"], self.model.config.num_layers)
+        return {**params, "head": head.astype(self.model.dtype), "blocks": _kernels_as(blocks, self.model.dtype)}
 
     def _forward(
         self, weights: Any, tokens: Int[Array, "B T"], cache: Cache, **how: Any
@@ -201,11 +208,17 @@ class Sampler:
         return result[0][:, 0].astype(jnp.float32), result[1]
 
     def _prefill(
-        self, weights: Any, tokens: Int[Array, "1 T"], length: Int[Array, ""], seen: Bool[Array, " V"], rows: int
+        self,
+        weights: Any,
+        tokens: Int[Array, "1 T"],
+        length: Int[Array, ""],
+        seen: Bool[Array, " V"],
+        rows: int,
+        slots: int = 0,
     ) -> State:
-        """Reads the first `length` of the tokens, once for all `rows`."""
+        """Reads the first `length` of the tokens, once for all `rows`, into a cache of `slots` (0: the context)."""
         index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        cache = Cache.empty(self.model.config, 1, self.model.dtype)
+        cache = Cache.empty(self.model.config, 1, self.model.dtype, slots)
         positions = jnp.where(index < length, index, -1)[None]
         logits, cache = self._forward(weights, tokens, cache, positions=positions, only=length - 1)
         state = State(
@@ -225,22 +238,30 @@ class Sampler:
         ids = jnp.arange(self.model.vocab_size, dtype=jnp.int32)
         fold_in = jax.random.fold_in
         streams = jax.vmap(fold_in, (None, 0))(key, numbers)  # of random numbers, one for each sample
-        greedy = (knobs.temperature == 0) | (knobs.top_k == 1)  # exactly, even where the best two tie
 
         def step(state: State, _: None) -> tuple[State, tuple[Array, Array]]:
-            logits = filter_logits(jnp.where(self._never, -jnp.inf, state.logits), state.seen, knobs)
-            draws = jax.vmap(jax.random.categorical)(jax.vmap(fold_in, (0, None))(streams, state.step), logits)
-            token = jnp.where(greedy, jnp.argmax(logits, axis=-1), draws).astype(jnp.int32)
-            chosen = ids == token[:, None]
-            logprob = jnp.sum(jnp.where(chosen, jax.nn.log_softmax(state.logits), 0), axis=-1)
+            keys = jax.vmap(fold_in, (0, None))(streams, state.step)
+            token = draw(jnp.where(self._never, -jnp.inf, state.logits), state.seen, knobs, keys)
+            chosen = jnp.take_along_axis(state.logits, token[:, None], axis=-1)[:, 0]
+            logprob = chosen - jax.nn.logsumexp(state.logits, axis=-1)
+            seen = state.seen | (ids == token[:, None])
             keys, values = _stacked(state.layers)
             logits, cache = self._forward(weights, token[:, None], Cache(keys, values, state.positions, state.length))
             layers = _apart((cache.keys, cache.values), len(state.layers))
-            state = State(layers, cache.positions, cache.length, logits, state.seen | chosen, state.step + 1)
+            state = State(layers, cache.positions, cache.length, logits, seen, state.step + 1)
             return state, (token, logprob)
 
         state, (tokens, logprobs) = jax.lax.scan(step, state, None, length=CHUNK)
         return state, tokens, logprobs
+
+
+def _kernels_as(tree: Any, dtype: Any) -> Any:
+    """The tree with its matrices in `dtype`; scales of norms stay as they are."""
+
+    def one(path: tuple, x: Array) -> Array:
+        return x.astype(dtype) if path[-1].key == "kernel" else x
+
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def _apart(stacked: Any, num_layers: int) -> tuple[Any, ...]:
@@ -298,7 +319,8 @@ class Generation:
     def _write(self, group: list["_Row"]) -> Iterator[None]:
         """Adds tokens to the rows until all are finished; yields after each chunk of them."""
         sampler, s, length = self.sampler, self.settings, len(self.ids)
-        num_rows = min(sampler.batch_size, _power_of_two(len(group)))
+        num_rows = max(sampler.least_rows, min(sampler.batch_size, _power_of_two(len(group))))
+        slots = min(sampler.context, max(LEAST_SLOTS, _power_of_two(length + s.max_tokens)))
         tokens = np.zeros((1, min(sampler.context, _power_of_two(max(length, 16)))), np.int32)
         tokens[0, :length] = self.ids
         seen = np.isin(np.arange(sampler.model.vocab_size), self.ids)
@@ -310,7 +332,9 @@ class Generation:
             repetition_penalty=jnp.float32(s.repetition_penalty),
         )
         key, numbers = jax.random.PRNGKey(self.seed), np.arange(num_rows, dtype=np.int32) + group[0].number
-        state = jax.block_until_ready(sampler.prefill(self.weights, tokens, np.int32(length), seen, rows=num_rows))
+        state = jax.block_until_ready(
+            sampler.prefill(self.weights, tokens, np.int32(length), seen, rows=num_rows, slots=slots)
+        )
         while live := [row for row in group if not row.finished]:
             begin, before = time.perf_counter(), sum(row.tokens for row in live)
             state, drawn, logprobs = sampler.decode(self.weights, state, key, numbers, knobs)
@@ -323,8 +347,8 @@ class Generation:
             for row in live:
                 column = row.number - group[0].number
                 row.write(drawn[:, column].tolist(), logprobs[:, column].tolist())
-            self._chunks.append((num_rows in sampler.warm, sum(row.tokens for row in live) - before, seconds))
-            sampler.warm.add(num_rows)
+            self._chunks.append(((num_rows, slots) in sampler.warm, sum(row.tokens for row in live) - before, seconds))
+            sampler.warm.add((num_rows, slots))
             yield
 
 

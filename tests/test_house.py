@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("launch.*",),
     ("configs.*",),
-    ("tale_jax.training.loop",),
+    ("tale_jax.bench.show",),
+    ("tale_jax.training.loop", "tale_jax.bench.processes", "tale_jax.bench.profile"),
+    ("tale_jax.bench.measure",),
     ("tale_jax.evaluate", "tale_jax.plan", "tale_jax.report", "tale_jax.convert.*"),
     ("tale_jax.sample", "tale_jax.plots"),
     ("tale_jax.runs",),
@@ -38,8 +40,8 @@ LAYERS = (
 ONE_ROOM = ("launch.", "configs.", "tale_jax.convert.")
 # Devices and meshes are decided at the top; dtypes and specs travel down as arguments.
 USED_ONLY_BY = {
-    "tale_jax.backend": ("launch.*", "tale_jax.training.loop", "tale_jax.training.step"),
-    "tale_jax.sharding": ("launch.*", "tale_jax.training.loop", "tale_jax.training.step"),
+    "tale_jax.backend": ("launch.*", "tale_jax.training.loop", "tale_jax.training.step", "tale_jax.bench.*"),
+    "tale_jax.sharding": ("launch.*", "tale_jax.training.loop", "tale_jax.training.step", "tale_jax.bench.measure"),
 }
 # Libraries, and the files of the package, the configs and the scripts that may import them.
 ROOMS = {

@@ -258,6 +258,33 @@ def test_nothing_compiles_twice(tiny_model, tokenizer):
     assert (sampler.prefill._cache_size(), sampler.decode._cache_size()) == (1, 1)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_short_text_looks_at_a_short_cache(tokenizer, dtype):
+    model, params = make(tokenizer, dtype, seq_len=256)
+    sampler = Sampler(model, params, tokenizer)
+    used = []
+    sampler.prefill, prefill = lambda *a, **how: used.append(how) or prefill(*a, **how), sampler.prefill
+    settings = SampleSettings(max_tokens=40, temperature=0.0)
+    [short] = sampler.sample(PROMPT, settings)
+    [long] = sampler.sample(PROMPT, dataclasses.replace(settings, max_tokens=200))
+    assert [how["slots"] for how in used] == [64, 256]
+    if dtype == jnp.float32:
+        assert long.text.startswith(short.text)
+    assert {how["rows"] for how in used} == {1 if dtype == jnp.float32 else 2}
+
+
+def test_bfloat16_decodes_as_the_full_forward_within_its_rounding(tokenizer):
+    model, params = make(tokenizer, jnp.bfloat16)
+    sampler = Sampler(model, params, tokenizer)
+    tokens, logprobs = draw(sampler, [tokenizer.bos_id], rows=2)
+    whole = np.concatenate([np.full((2, 1), tokenizer.bos_id), tokens.T], axis=1)
+    logits, _ = model.apply({"params": params}, jnp.asarray(whole))
+    expected = log_softmax(np.asarray(logits, np.float32))[:, np.arange(CHUNK), :]
+    expected = np.take_along_axis(expected, tokens.T[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(logprobs.T, expected, atol=0.3)
+    assert np.abs(logprobs.T - expected).mean() < 0.05
+
+
 def test_another_shape_of_model_decodes_too(tokenizer):
     model, params = make(tokenizer, scan_layers=True, num_kv_heads=4, tie_embeddings=False)
     sampler = Sampler(model, params, tokenizer, donate=True)

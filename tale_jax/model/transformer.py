@@ -97,7 +97,10 @@ class Attention(nn.Module):
             )
             cached = key, value
         key, value = key.astype(self.dtype), value.astype(self.dtype)
-        mixed = ops.attention(query, key, value, mask, self.natural, causal=cached is None)
+        if cached is not None and x.shape[1] == 1:
+            mixed = ops.attend_one(query, key, value, mask)
+        else:
+            mixed = ops.attention(query, key, value, mask, self.natural, causal=cached is None)
         mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)
         return Dense(c.embed_dim, self.dtype, self.natural, c.zero_init_outputs, name="output")(mixed), cached
 

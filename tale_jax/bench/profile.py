@@ -1,0 +1,99 @@
+"""What part of a training step is what: the blocks' products, attention, head and loss, optimizer, norms, the rest.
+
+A few steps run under `jax.profiler`. Each event of its trace has the name of an instruction of the compiled program,
+whose `op_name` says which module of the model it came from. A fused instruction counts for the module it ends in, and
+on a backend whose traces do not name instructions there is nothing to say.
+"""
+
+import dataclasses
+import gzip
+import json
+import re
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from tale_jax.bench.measure import Bench
+
+NUM_STEPS = 3
+CONTAINERS = ("while", "call", "conditional")  # what runs inside them is counted by itself
+# The first pattern found in an op_name decides; what has none of these names came after the gradient.
+PARTS = (
+    ("blocks: products", r"/(query|key|value|output|gate|up|down|\w*qkv\w*|gate_up)/.*(dot|matmul|transpose)"),
+    ("blocks: norms", r"norm"),
+    ("blocks: attention core", r"attention"),
+    ("blocks: rest", r"blocks|mlp"),
+    ("embedding", r"_take|gather|scatter"),
+    ("head and loss", r"Transformer|jvp|transpose\(|while/body"),
+    ("optimizer", r""),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Milliseconds of one step by part, and the instructions that took longest: (name, part, op_name, ms)."""
+
+    parts: dict[str, float]
+    longest: tuple[tuple[str, str, str, float], ...]
+
+    def record(self) -> dict[str, Any]:
+        total = sum(self.parts.values()) or 1.0
+        parts = {part: {"ms": ms, "share": ms / total} for part, ms in self.parts.items()}
+        names = ("instruction", "part", "op_name", "ms")
+        return {"profile": parts, "longest": [dict(zip(names, row, strict=True)) for row in self.longest]}
+
+    def tables(self) -> list[Table]:
+        shares = Table("part of a training step", "ms", "share", box=None, header_style="bold")
+        total = sum(self.parts.values())
+        for part, ms in sorted(self.parts.items(), key=lambda item: -item[1]):
+            shares.add_row(part, f"{ms:,.1f}", f"{ms / total:.1%}")
+        longest = Table("longest instructions", "part", "ms", "from", box=None, header_style="bold")
+        for name, part, op_name, ms in self.longest:
+            longest.add_row(name, part, f"{ms:,.1f}", op_name[-60:])
+        return [shares, longest]
+
+
+def part_of(op_name: str) -> str:
+    """The part of the step that an instruction belongs to, by its `op_name`."""
+    return next(part for part, pattern in PARTS if re.search(pattern, op_name))
+
+
+def profile(bench: Bench, num_longest: int = 12) -> Profile:
+    """Profiles training steps of a config. Raises ValueError when the trace of this backend names no instruction."""
+    state = bench.trainer.init()
+    windows = bench.trainer.place(bench.windows(bench.config.batch_size))
+    op_names = instructions(bench.trainer.step.lower(state, windows).compile().as_text() or "")
+    state = bench.step(bench.step(state))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            for _ in range(NUM_STEPS):
+                state = bench.step(state)
+        [trace] = Path(folder).rglob("perfetto_trace.json.gz")
+        with gzip.open(trace, "rt", encoding="utf-8") as file:
+            events = json.load(file)["traceEvents"]
+    spent = Counter[str]()
+    for event in events:
+        if event.get("ph") == "X" and event["name"] in op_names:
+            spent[event["name"]] += event["dur"] / 1e3 / NUM_STEPS
+    if not spent:
+        raise ValueError(f"--profile needs traces that name instructions, and {bench.backend.platform} gives none")
+    parts = Counter[str]()
+    for name, ms in spent.items():
+        parts[part_of(op_names[name])] += ms
+    longest = [(name, part_of(op_names[name]), op_names[name], ms) for name, ms in spent.most_common(num_longest)]
+    return Profile(dict(parts), tuple(longest))
+
+
+def instructions(hlo: str) -> dict[str, str]:
+    """The instructions of a compiled program that do work themselves, and their `op_name` ("" where it has none)."""
+    found = {}
+    for line in hlo.splitlines():
+        match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = .*?[\])}] ([\w\-]+)\(", line)
+        if match and match[2] not in CONTAINERS:
+            op_name = re.search(r'op_name="([^"]*)"', line)
+            found[match[1]] = op_name[1] if op_name else ""
+    return found
