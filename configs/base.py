@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.tie_embeddings = True  # one table for embedding and head
     model.scale_embeddings = True  # by sqrt(embed_dim), so that a token's own vector is not drowned by the blocks
     model.zero_init_outputs = True  # start the two output projections of each block at zero
-    model.previous_token_head = False  # start one head of the first layer as a look at the token before
+    model.induction_init = False  # start one head of each layer as what copying from earlier in a text needs
     model.dropout = 0.0  # of embeddings and block outputs while training; 0: off
     model.logit_softcap = 0.0  # logits = cap * tanh(logits / cap); 0: off
     model.mask_documents = False  # attention stays inside one document

@@ -21,8 +21,8 @@ def get_config(variant: str = ""):
     config.model.mask_documents = True
 
     # Names, places and things are copied from earlier in the tale. A model learns that after so many steps rather than
-    # so many tokens, and sooner with Muon and a head to begin with: small batches, many steps.
-    config.model.previous_token_head = True
+    # so many tokens, sooner with Muon, and soonest from weights that have begun to: small batches, many steps.
+    config.model.induction_init = True
     config.batch_size = 8
     config.total_steps = 2000
     config.optimizer.name = "muon"

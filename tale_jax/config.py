@@ -85,7 +85,7 @@ class ModelConfig:
     tie_embeddings: bool
     scale_embeddings: bool
     zero_init_outputs: bool
-    previous_token_head: bool
+    induction_init: bool
     dropout: float
     logit_softcap: float
     mask_documents: bool
@@ -375,8 +375,8 @@ def check(config: Config) -> None:
         f"try {nearest}",
     )
     need(
-        not model.previous_token_head or (model.num_kv_heads or model.num_heads) > 1,
-        "model.previous_token_head",
+        not model.induction_init or (model.num_kv_heads or model.num_heads) > 1,
+        "model.induction_init",
         "be False unless another key/value head is left for the rest",
         "set model.num_kv_heads to 2 or more",
     )

@@ -198,10 +198,10 @@ def test_counts_by_hand():
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}, {"qk_norm": False, "embed_dim": 128, "num_heads": 2}])
-def test_the_previous_token_head_looks_one_token_back(changes):
+def test_induction_init_looks_one_token_back(changes):
     """Head 0 of layer 0 has most of its attention on the token before, whatever the tokens are."""
     model, _ = make(**changes)
-    c = dataclasses.replace(model.config, previous_token_head=True)
+    c = dataclasses.replace(model.config, induction_init=True)
     params = init_state(Transformer(c, V), optax.sgd(0.1), seed=0).params
     attention, positions = params["blocks"]["attention"], jnp.arange(16)[None]
 
@@ -219,6 +219,23 @@ def test_the_previous_token_head_looks_one_token_back(changes):
         np.testing.assert_array_equal(weights[1:].argmax(-1), np.arange(15))
 
 
-def test_a_previous_token_head_needs_a_key_value_head_of_its_own():
-    with pytest.raises(ValueError, match=r"model\.previous_token_head=True must .*model\.num_kv_heads"):
-        build_config(**{"model.previous_token_head": True, "model.num_heads": 2, "model.num_kv_heads": 1})
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}])
+def test_induction_init_passes_on_features_above_the_first_layer(changes):
+    """The first head of a higher layer keeps a part of what it mixes, another part in each layer; the rest is 0."""
+    c = dataclasses.replace(make(**changes)[0].config, induction_init=True)
+    attention = init_state(Transformer(c, V), optax.sgd(0.1), seed=0).params["blocks"]["attention"]
+    passed = []
+    for layer in range(1, c.num_layers):
+        kernels = (
+            attention["value"]["kernel"][layer, :, : c.head_dim],
+            attention["output"]["kernel"][layer, : c.head_dim],
+        )
+        through = kernels[0] @ kernels[1]
+        np.testing.assert_array_equal(through, jnp.diag(jnp.diag(through)))
+        passed += np.flatnonzero(jnp.diag(through)).tolist()
+    assert len(set(passed)) == 2 * c.head_dim and 0 not in passed
+
+
+def test_induction_init_needs_a_key_value_head_of_its_own():
+    with pytest.raises(ValueError, match=r"model\.induction_init=True must .*model\.num_kv_heads"):
+        build_config(**{"model.induction_init": True, "model.num_heads": 2, "model.num_kv_heads": 1})

@@ -1,48 +1,69 @@
-"""Weights that are better begun than found: a head that looks at the previous token.
+"""Weights that are better begun than found: the two halves of an induction circuit.
 
-To copy a name from earlier in a text, a transformer learns two things that are of no use alone: a head that writes into
-each token what stood before it, and a later head that looks for a token with the right thing before it (Elhage et al.
-2021, Olsson et al. 2022: induction). Loss falls only when both are there, so small models wait long for the first. Its
-solution is known, and rotary positions can express it, so one head of the first layer starts as it. After that it is
-trained like any other weight. (Trockman and Kolter 2023 begin attention in the same spirit.)
+To copy a name from earlier in a text, a transformer needs heads that are of little use alone: one that writes into each
+token what stood before it, and later ones that look for the right token and pass it on to the logits (Elhage et al.
+2021; Olsson et al. 2022). From random weights a small model waits long for them, and tells nonsense until then. Their
+solutions are known and ordinary weights can hold them, so the first key/value head of every layer starts as one: in
+layer 0 it looks one token back, above it passes on a part of what it looks at. From there all weights are trained as
+ever, and the model is a plain LLaMA. (Trockman and Kolter 2023 begin attention in the same spirit.)
 """
 
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from tale_jax.config import ModelConfig
 
 EMBEDDING_STD = 0.02
+CONSTANT = 4 * EMBEDDING_STD  # feature 0 of every embedding, from which layer 0 knows positions from tokens
 
 
-def with_previous_token_head(params: Any, config: ModelConfig) -> Any:
-    """The same weights, but the first key/value head of layer 0 and its queries look one token back.
+def with_induction_heads(params: Any, config: ModelConfig) -> Any:
+    """The same weights, but for the first key/value head of every layer, its queries, and feature 0 of embeddings."""
+    c, attention = config, params["blocks"]["attention"]
+    group = c.num_heads // c.num_kv_heads  # query heads that share the key/value head
+    query, key = (attention[name]["kernel"] for name in ("query", "key"))
+    value, output = (attention[name]["kernel"] for name in ("value", "output"))
+    query_row, key_row = _one_token_back(c)
+    query = query.at[0, :, : group * c.head_dim].set(_at_feature_0(jnp.tile(query_row, group), c))
+    key = key.at[0, :, : c.head_dim].set(_at_feature_0(key_row, c))
+    for layer in range(1, c.num_layers):
+        part = _part_to_copy(layer, c)
+        value = value.at[layer, :, : c.head_dim].set(part.T)
+        output = output.at[layer, : c.head_dim].set(part)
+    kernels = {"query": query, "key": key, "value": value, "output": output}
+    attention = attention | {name: {"kernel": kernel} for name, kernel in kernels.items()}
+    return params | {
+        "embedding": params["embedding"].at[:, 0].set(CONSTANT),
+        "blocks": params["blocks"] | {"attention": attention},
+    }
 
-    Feature 0 of all embeddings becomes one constant, from which queries and keys are made that depend on the position
-    alone. The key is turned back by one step of each of the quickest rotations, so that their sum is greatest, at the
-    width of a head times head_dim**-0.5, where the key stands one token before the query. Slow rotations, which cannot
-    tell neighbours apart, have no part in it. The weights need no second name: the model stays a plain LLaMA.
+
+def _one_token_back(config: ModelConfig) -> tuple[Float[Array, " H"], Float[Array, " H"]]:
+    """A query and a key whose product, after rotation by their positions, is greatest where the key is one before.
+
+    The key is turned back by one step of each of the quickest rotations; slow ones cannot tell neighbours apart and have
+    no part. At its greatest the score is head_dim ** 0.5, as that of equal vectors of unit features.
     """
     c = config
     half, pairs = c.head_dim // 2, max(1, c.head_dim // 16)
-    angles = c.rope_base ** (-jnp.arange(pairs) * 2.0 / c.head_dim)
-    constant = 4 * EMBEDDING_STD
-    normalised = constant / math.sqrt((constant**2 + (c.embed_dim - 1) * EMBEDDING_STD**2) / c.embed_dim)
+    normalised = CONSTANT / math.sqrt((CONSTANT**2 + (c.embed_dim - 1) * EMBEDDING_STD**2) / c.embed_dim)
     size = math.sqrt(c.head_dim / pairs) / normalised
+    angles = c.rope_base ** (-jnp.arange(pairs) * 2.0 / c.head_dim)
     rest = jnp.zeros(half - pairs)
     query = size * jnp.concatenate([jnp.ones(pairs), rest, jnp.zeros(half)])
-    key = size * jnp.concatenate([jnp.cos(angles), rest, jnp.sin(angles), rest])
+    return query, size * jnp.concatenate([jnp.cos(angles), rest, jnp.sin(angles), rest])
 
-    def positional(kernel: Any, row: Any) -> Any:
-        return kernel.at[0, :, : row.size].set(0.0).at[0, 0, : row.size].set(row)
 
-    attention = dict(params["blocks"]["attention"])
-    group = c.num_heads // c.num_kv_heads
-    attention["query"] = {"kernel": positional(attention["query"]["kernel"], jnp.tile(query, group))}
-    attention["key"] = {"kernel": positional(attention["key"]["kernel"], key)}
-    return params | {
-        "embedding": params["embedding"].at[:, 0].set(constant),
-        "blocks": params["blocks"] | {"attention": attention},
-    }
+def _at_feature_0(row: Float[Array, " H"], config: ModelConfig) -> Float[Array, "D H"]:
+    return jnp.zeros((config.embed_dim, row.size)).at[0].set(row)
+
+
+def _part_to_copy(layer: int, config: ModelConfig) -> Float[Array, "H D"]:
+    """The features that a layer passes on as they are: a different part in each layer, never feature 0."""
+    c = config
+    features = 1 + ((layer - 1) * c.head_dim + jnp.arange(c.head_dim)) % (c.embed_dim - 1)
+    return jax.nn.one_hot(features, c.embed_dim)

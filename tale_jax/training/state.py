@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tale_jax.model.initial import with_previous_token_head
+from tale_jax.model.initial import with_induction_heads
 from tale_jax.model.transformer import Transformer
 
 
@@ -24,6 +24,6 @@ def init_state(model: Transformer, optimizer: optax.GradientTransformation, seed
     """Weights before the first step: a pure function of the model's shape and the seed."""
     init_key, key = jax.random.split(jax.random.PRNGKey(seed))
     params = model.init(init_key, jnp.zeros((1, 8), jnp.int32))["params"]
-    if model.config.previous_token_head:
-        params = with_previous_token_head(params, model.config)
+    if model.config.induction_init:
+        params = with_induction_heads(params, model.config)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), key=key)
