@@ -45,8 +45,8 @@ def with_induction_heads(params: Any, config: ModelConfig) -> Any:
 def _one_token_back(config: ModelConfig) -> tuple[Float[Array, " H"], Float[Array, " H"]]:
     """A query and a key whose product, after rotation by their positions, is greatest where the key is one before.
 
-    The key is turned back by one step of each of the quickest rotations; slow ones cannot tell neighbours apart and have
-    no part. At its greatest the score is head_dim ** 0.5, as that of equal vectors of unit features.
+    The key is turned back by one step of each of the quickest rotations; slow ones cannot tell neighbours apart, and
+    have no part. At its greatest the score is head_dim ** 0.5, as that of equal vectors of unit features.
     """
     c = config
     half, pairs = c.head_dim // 2, max(1, c.head_dim // 16)
