@@ -12,6 +12,8 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import jax.numpy as jnp
 
 # Plugins that give JAX an Apple GPU: distribution → name of the platform it registers.
 METAL_PLUGINS = {"jax-mps": "mps", "jax-metal": "METAL", "metaljax": "metal", "jax-graft": "mtl"}
+# Random bits without 64-bit counters, which no Metal plugin is known to take. Draws of a seed are others than on a CPU.
+METAL_CONFIG = {"jax_threefry_partitionable": False}
 NO_BFLOAT16 = ("jax-metal",)  # every report of it aborts or errors
 
 
@@ -90,15 +94,41 @@ def start(platform: str) -> Backend:
         raise ValueError(
             f"backend.platform={platform} is not what JAX starts here ({first.platform}); unset JAX_PLATFORMS"
         )
-    return Backend(
+    if name == "metal":
+        for option, value in METAL_CONFIG.items():
+            jax.config.update(option, value)
+    here = Backend(
         platform=name,
         plugin=plugin if name == "metal" else "",
         device=_cpu_name() if name == "cpu" else first.device_kind,
         devices=tuple(devices),
-        natural=name == "cpu" and _version(jax.__version__) >= (0, 11),
-        donate=name in ("cpu", "cuda"),
+        natural=False,
+        donate=False,
         note=note,
     )
+    return on_platform(here, name)
+
+
+def on_platform(backend: Backend, platform: str) -> Backend:
+    """The choices that `platform` asks for, on whatever devices: what a program for it looks like can be seen anywhere.
+
+    Donation is honoured by XLA on CPU and CUDA, and by no Metal plugin that we know of.
+    """
+    natural = platform == "cpu" and _version(jax.__version__) >= (0, 11)
+    return dataclasses.replace(backend, platform=platform, natural=natural, donate=platform in ("cpu", "cuda"))
+
+
+@contextmanager
+def tracing_for_metal() -> Iterator[None]:
+    """Inside it JAX traces as `start` sets it on a Metal platform."""
+    before = {option: getattr(jax.config, option) for option in METAL_CONFIG}
+    try:
+        for option, value in METAL_CONFIG.items():
+            jax.config.update(option, value)
+        yield
+    finally:
+        for option, value in before.items():
+            jax.config.update(option, value)
 
 
 def choose_precision(backend: Backend, precision: str) -> tuple[Any, str]:

@@ -18,6 +18,7 @@ LAYERS = (
     ("launch.*",),
     ("configs.*",),
     ("tale_jax.training.loop",),
+    ("tale_jax.audit",),
     ("tale_jax.evaluate", "tale_jax.plan", "tale_jax.report", "tale_jax.convert.*"),
     ("tale_jax.sample", "tale_jax.plots"),
     ("tale_jax.runs",),
@@ -37,7 +38,7 @@ LAYERS = (
 ONE_ROOM = ("launch.", "configs.", "tale_jax.convert.")
 # Devices and meshes are decided at the top; dtypes and specs travel down as arguments.
 USED_ONLY_BY = {
-    "tale_jax.backend": ("launch.*", "tale_jax.training.loop", "tale_jax.training.step"),
+    "tale_jax.backend": ("launch.*", "tale_jax.training.loop", "tale_jax.training.step", "tale_jax.audit"),
     "tale_jax.sharding": ("launch.*", "tale_jax.training.loop", "tale_jax.training.step"),
 }
 # Libraries, and the files of the package, the configs and the scripts that may import them.

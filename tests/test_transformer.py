@@ -86,9 +86,7 @@ def llama(params, tokens, config):
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 @pytest.mark.parametrize("ours", [True, False])  # with normalised queries and keys and a scaled embedding, or without
 def test_agrees_with_llama(tokens, num_kv_heads, tie_embeddings, ours):
-    model, params = make(
-        num_kv_heads=num_kv_heads, tie_embeddings=tie_embeddings, qk_norm=ours, scale_embeddings=ours
-    )
+    model, params = make(num_kv_heads=num_kv_heads, tie_embeddings=tie_embeddings, qk_norm=ours, scale_embeddings=ours)
     logits, _ = model.apply({"params": params}, tokens)
     np.testing.assert_allclose(logits, llama(params, tokens, model.config), atol=1e-4)
 

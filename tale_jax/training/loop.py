@@ -17,20 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tale_jax import data, sharding
+from tale_jax import data
 from tale_jax.backend import Backend, choose_precision, matmul_peak
 from tale_jax.checkpoint import Checkpoints
 from tale_jax.config import Config
 from tale_jax.evaluate import Evaluation, Scorer
 from tale_jax.metrics import Meter, open_sinks
-from tale_jax.model.transformer import Transformer, count_parameters, flops_per_token
+from tale_jax.model.transformer import count_parameters, flops_per_token
 from tale_jax.progress import Progress
 from tale_jax.sample import Sampler, SampleSettings
 from tale_jax.text.prepare import prepare
-from tale_jax.training.optimizer import make_optimizer
-from tale_jax.training.schedule import learning_rate
 from tale_jax.training.state import TrainState
-from tale_jax.training.step import Trainer
+from tale_jax.training.step import Trainer, make_trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +76,7 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
     config = config.planned(len(starts))
     with Progress("train", total=config.total_steps, unit="steps", log=log) as progress:
         dtype, why = choose_precision(backend, config.precision)
-        model = Transformer(config.model, config.tokenizer.vocab_size, dtype, backend.natural, config.remat)
-        rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
-        optimizer = make_optimizer(config.optimizer, rate)
-        mesh = sharding.make_mesh(config.mesh, backend.devices, config.micro_batch_size)
-        trainer = Trainer(config, model, optimizer, rate, tokenizer.bos_id, mesh, backend.donate)
+        trainer = make_trainer(config, backend, dtype, tokenizer.bos_id)
         batches = data.Batches(
             tokens,
             starts,
@@ -136,7 +130,7 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
                 peak_flops=peak,
                 tokens=step * config.tokens_per_step,
             )
-            observer = _Observer(config, workdir, model, tokenizer, trainer, sinks, progress)
+            observer = _Observer(config, workdir, tokenizer, trainer, sinks, progress)
             step = _steps(config, trainer, state, step, batches, checkpoints, meter, observer, stop)
             checkpoints.close()
         outcome = Outcome(step, config.total_steps, stop[0] if stop else 0)
@@ -209,13 +203,13 @@ def _steps(
 class _Observer:
     """What a run shows of itself: records, validation and samples along the way."""
 
-    def __init__(self, config, workdir, model, tokenizer, trainer, sinks, progress):
+    def __init__(self, config, workdir, tokenizer, trainer, sinks, progress):
         self.progress = progress
         self._config, self._workdir, self._sinks, self._tokenizer = config, workdir, sinks, tokenizer
         # One token at a time is bound by memory and by small products: float32 is the faster dtype for it on a CPU.
-        decoder = model.clone(dtype=jnp.float32)
+        decoder = trainer.model.clone(dtype=jnp.float32)
         self._sampler = Sampler(decoder, None, tokenizer, batch_size=config.sample.num_samples)
-        scorer = Scorer(model, tokenizer, config.evaluate.batch_size, trainer.place)
+        scorer = Scorer(trainer.model, tokenizer, config.evaluate.batch_size, trainer.place)
         self._evaluation = Evaluation(
             workdir, "valid", scorer, tokenizer, config.windows, max_windows=config.evaluate.max_windows
         )

@@ -9,10 +9,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from tale_jax.backend import Backend
 from tale_jax.config import Config
 from tale_jax.model.transformer import Transformer
-from tale_jax.sharding import batch_sharding, shardings
+from tale_jax.sharding import batch_sharding, make_mesh, shardings
 from tale_jax.training.loss import cross_entropy, document_segments
+from tale_jax.training.optimizer import make_optimizer
+from tale_jax.training.schedule import learning_rate
 from tale_jax.training.state import TrainState, init_state
 
 TrainStep = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
@@ -100,6 +103,7 @@ class Trainer:
         def init() -> TrainState:
             return init_state(model, optimizer, config.seed)
 
+        self.model = model
         self.abstract_state = jax.eval_shape(init)
         self.state_shardings = shardings(mesh, self.abstract_state)
         self.batch_sharding = batch_sharding(mesh)
@@ -117,3 +121,12 @@ class Trainer:
         if jax.process_count() == 1:
             return jax.device_put(windows, self.batch_sharding)
         return jax.make_array_from_process_local_data(self.batch_sharding, windows)
+
+
+def make_trainer(config: Config, backend: Backend, dtype: Any, bos_id: int) -> Trainer:
+    """The trainer of a planned config, computing in `dtype` on the devices of `backend`."""
+    model = Transformer(config.model, config.tokenizer.vocab_size, dtype, backend.natural, config.remat)
+    rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
+    optimizer = make_optimizer(config.optimizer, rate)
+    mesh = make_mesh(config.mesh, backend.devices, config.micro_batch_size)
+    return Trainer(config, model, optimizer, rate, bos_id, mesh, backend.donate)
