@@ -114,8 +114,11 @@ def on_platform(backend: Backend, platform: str) -> Backend:
 
     Donation is honoured by XLA on CPU and CUDA, and by no Metal plugin that we know of.
     """
-    natural = platform == "cpu" and _version(jax.__version__) >= (0, 11)
-    return dataclasses.replace(backend, platform=platform, natural=natural, donate=platform in ("cpu", "cuda"))
+    version = _version(jax.__version__)
+    natural = platform == "cpu" and version >= (0, 11)
+    # Old jaxlib on CPU gives arrays that were restored from a checkpoint back to the wrong allocator, and aborts.
+    donate = platform == "cuda" or (platform == "cpu" and version >= (0, 5))
+    return dataclasses.replace(backend, platform=platform, natural=natural, donate=donate)
 
 
 @contextmanager
