@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from tale_jax import data
-from tale_jax.backend import Backend, choose_precision, matmul_peak
+from tale_jax.backend import Backend, matmul_peak
 from tale_jax.checkpoint import Checkpoints
 from tale_jax.config import Config
 from tale_jax.evaluate import Evaluation, Scorer
 from tale_jax.metrics import Meter, open_sinks
 from tale_jax.model.transformer import count_parameters, flops_per_token
+from tale_jax.probe import choose_precision
 from tale_jax.progress import Progress
 from tale_jax.sample import Sampler, SampleSettings
 from tale_jax.text.prepare import prepare

@@ -107,14 +107,22 @@ class Trainer:
         self.abstract_state = jax.eval_shape(init)
         self.state_shardings = shardings(mesh, self.abstract_state)
         self.batch_sharding = batch_sharding(mesh)
+        self._windows = jax.ShapeDtypeStruct((config.batch_size, config.model.seq_len + 1), jnp.int32)
         replicated = NamedSharding(mesh, PartitionSpec())
         self.init = jax.jit(init, out_shardings=self.state_shardings)
-        self.step = jax.jit(
+        self.step: Any = jax.jit(
             make_train_step(config, model, optimizer, rate, bos_id),
             in_shardings=(self.state_shardings, self.batch_sharding),
             out_shardings=(self.state_shardings, replicated),
             donate_argnums=(0,) if donate else (),
         )
+
+    def compile(self) -> tuple[str, Any]:
+        """Compiles the step ahead of its first use; returns its lowered text and the compiler's analysis of memory."""
+        lowered = self.step.lower(self.abstract_state, self._windows)
+        compiled = lowered.compile()
+        self.step = compiled
+        return lowered.as_text(), compiled.memory_analysis()
 
     def place(self, windows: Any) -> Array:
         """Puts this process's rows of a batch [B, T+1] on the devices that share it."""
