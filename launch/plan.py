@@ -16,6 +16,7 @@ WORKDIR = flags.DEFINE_string("workdir", "", "folder with prepared text, which t
 MEMORY = flags.DEFINE_string("memory", "", "budget, as 8GB; empty: what this machine has")
 TIME = flags.DEFINE_bool("time", True, "take a few steps, to tell the time")
 MEASURE = flags.DEFINE_bool("measure", False, "rehearse the run, and compare what it took with the plan")
+TABLE = flags.DEFINE_bool("table", False, "rehearse twelve runs around this one, and compare each with its plan")
 JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 flags.mark_flag_as_required("config")
 
@@ -27,6 +28,9 @@ def main(_: list[str]) -> None:
     from tale_jax import backend, plan
 
     here = backend.start(config.backend.platform)
+    if TABLE.value:
+        plan.show_rehearsals({k: plan.rehearse(c, here.platform) for k, c in plan.variants(config).items()})
+        return
     made = plan.make(config, here, WORKDIR.value, plan.parse_bytes(MEMORY.value), TIME.value)
     result = dataclasses.asdict(made)
     if not JSON.value:

@@ -63,6 +63,13 @@ def start(platform: str) -> Backend:
     if platform == "metal" and not plugin:
         raise ValueError(f"backend.platform=metal is not possible here: {machine.why_no_metal()}")
     note = f"runs on the CPU: {machine.why_no_metal()}" if machine.is_apple_silicon() and not plugin else ""
+    if plugin and (reason := machine.trial(plugin)):
+        if platform == "metal" or not machine.starts_on_cpu():
+            raise ValueError(
+                f"backend.platform={platform} does not start here: {plugin} fails ({reason}); "
+                f"pip uninstall {plugin} to train on the CPU (launch/doctor.py tells more)"
+            )
+        note, plugin, platform = f"falls back to the CPU: {plugin} does not start ({reason})", "", "cpu"
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", _names(platform, plugin))
     if plugin == "jax-mps":  # its own default is 1.5 times the working set
@@ -70,7 +77,7 @@ def start(platform: str) -> Backend:
     try:
         devices = jax.devices()
     except Exception as error:  # a plugin may raise anything
-        reason = _why(error, plugin)
+        reason = " ".join(str(error).split()) or type(error).__name__
         if platform != "auto":
             raise ValueError(f"backend.platform={platform} does not start here ({reason}); try auto or cpu") from None
         note = f"falls back to the CPU: {plugin or 'the GPU'} does not start ({reason})"
@@ -124,16 +131,16 @@ def matmul_peak(dtype: Any) -> float:
     return max(_matmul_rate(jnp.dtype(dtype).name, size=1024) for _ in range(2))
 
 
-def memory_rate(size: int = 64 << 20, seconds: float = 0.3) -> float:
+def memory_rate(size: int = 64 << 20, seconds: float = 0.5, times: int = 8) -> float:
     """Bytes a second that the first device reads and writes, when it adds 1 to an array larger than its caches."""
+    add = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, x: x + 1, x))
     x = jnp.zeros(size // 4, jnp.float32)
-    add = jax.jit(lambda x: x + 1)
     float(add(x)[0])
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
         begin = time.perf_counter()
         float(add(x)[0])
-        best = max(best, 2 * size / (time.perf_counter() - begin))
+        best = max(best, 2 * times * size / (time.perf_counter() - begin))
     return best
 
 
@@ -155,11 +162,6 @@ def _names(platform: str, plugin: str) -> str | None:
     """What JAX calls a platform. The CPU comes second to a Metal plugin, to be compared with; None: JAX chooses."""
     metal = f"{machine.METAL_PLUGINS[plugin][0]},cpu" if plugin else None
     return {"cpu": "cpu", "cuda": "cuda,cpu", "metal": metal, "auto": metal}[platform]
-
-
-def _why(error: Exception, plugin: str) -> str:
-    known = machine.why_plugin_fails(plugin) if plugin else ""
-    return known or " ".join(str(error).split()) or type(error).__name__
 
 
 def _memory(platform: str, plugin: str, device: Any) -> int:

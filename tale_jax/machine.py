@@ -86,6 +86,40 @@ def why_plugin_fails(plugin: str) -> str:
     return ""
 
 
+def trial(plugin: str) -> str:
+    """Why JAX does not start with `plugin`, "" if it does: tried in another process, since some abort it.
+
+    A success is remembered for these versions.
+    """
+    versions = "-".join((plugin, version(plugin), version("jax"), *map(str, sys.version_info[:2])))
+    remembered = cache_folder() / "plugins" / versions
+    if remembered.exists():
+        return ""
+    env = os.environ | {"JAX_PLATFORMS": METAL_PLUGINS[plugin][0]}
+    code = "import jax; print(float(jax.numpy.ones(3).sum()))"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return "no answer within 120 s"
+    if done.returncode == 0 and done.stdout.strip().endswith("3.0"):
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        remembered.touch()
+        return ""
+    said = " ".join((done.stderr.strip().splitlines() or ["it said nothing"])[-1].split())[:300]
+    how = f"it aborts the process by signal {-done.returncode}: {said}" if done.returncode < 0 else said
+    known = why_plugin_fails(plugin)
+    return f"{known} ({how})" if known else how
+
+
+def starts_on_cpu() -> bool:
+    """JAX starts on the CPU here. A plugin that aborts takes JAX with it on every platform."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return (
+        subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=env, capture_output=True).returncode
+        == 0
+    )
+
+
 def cpu_name() -> str:
     """Model and number of processors."""
     info = Path("/proc/cpuinfo")
@@ -124,6 +158,11 @@ def peak_resident_memory() -> int:
     """Bytes of this process that were in memory at most."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def format_bytes(count: float) -> str:
+    """In GB, or MB below one."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
 def use_one_heap() -> None:

@@ -33,16 +33,19 @@ from tale_jax.audit import Untrained, programs
 from tale_jax.checkpoint import Checkpoints
 from tale_jax.config import Config
 from tale_jax.data import window_starts
+from tale_jax.machine import format_bytes
 from tale_jax.model.transformer import Cache, count_parameters, flops_per_token
 from tale_jax.probe import choose_precision
 from tale_jax.text.windows import load_tokens
 from tale_jax.training.step import Trainer, make_trainer
 
-# On a CPU, measured (plan.py --measure): freed arrays leave gaps, kernels pack their operands, and a checkpoint is
-# written from a copy of the state, in pieces that are compressed.
-SLACK = 1.2  # of what a program holds in between
-CHECKPOINT = 1.5  # of the state
-PROGRAMS = 60 << 20  # bytes of the programs that come later: scoring, reading a prompt, decoding
+# On a CPU, measured (plan.py --table): freed arrays leave gaps; XLA's bfloat16 kernels keep a float32 buffer for most of
+# their results, which the compiler does not count; a checkpoint is written from a copy of the state, in pieces that are
+# compressed.
+GAPS = 1.05  # of what a program holds in between
+KERNELS = 0.6  # of the results of bfloat16 products, in float32
+CHECKPOINT = 1.7  # of the state
+PROGRAMS = 40 << 20  # bytes of the programs that come later: scoring, reading a prompt, decoding
 STEPS = 4  # of the short run; the first is not counted
 
 CHANGES: tuple[dict[str, Any], ...] = (
@@ -187,17 +190,18 @@ def _count_windows(config: Config, workdir: Path) -> int:
     return len(window_starts(tokens, config.model.seq_len, Untrained.bos_id if config.windows == "document" else None))
 
 
-_UNKNOWN = 1 << 40  # steps of a run that only its text can count
+_UNKNOWN = 1 << 30  # steps of a run that only its text can count
 
 
 def without_data(config: Config) -> Config:
     """A config that can be compiled before its text is there: a run of unknown length is taken for an endless one."""
-    return config if config.total_steps else config.planned(_UNKNOWN * config.batch_size)
+    return (config if config.total_steps else dataclasses.replace(config, total_steps=_UNKNOWN)).planned(1)
 
 
 def measure_memory(config: Config, trainer: Trainer, here: backends.Backend) -> Memory:
     """What the compiled step of `trainer` holds, by its compiler's own analysis."""
-    text, analysis = trainer.compile()
+    compiled = trainer.compile()
+    text, analysis = compiled.as_text(), compiled.memory_analysis()
     machine.release_memory()
     weights, optimizer = _bytes(trainer.abstract_state.params), _bytes(trainer.abstract_state.opt_state)
     batch = config.batch_size * (config.model.seq_len + 1) * 4
@@ -205,16 +209,15 @@ def measure_memory(config: Config, trainer: Trainer, here: backends.Backend) -> 
     results = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
     logits = min(between, _largest_along(text, config.tokenizer.vocab_size, config.model.embed_dim))
     gradients = min(weights, between - logits)
-    cache = jax.eval_shape(lambda: Cache.empty(config.model, config.sample.num_samples, jnp.float32))
+    cache = jax.eval_shape(lambda: vars(Cache.empty(config.model, config.sample.num_samples, jnp.float32)))
     process = checkpoint = 0
     peak = given + results + between
     if here.platform == "cpu":
         process = machine.resident_memory() + PROGRAMS
         checkpoint = int(CHECKPOINT * (weights + optimizer))
         devices = len(here.devices)
-        peak = max(
-            machine.peak_resident_memory(), process + checkpoint + devices * (given + results + int(SLACK * between))
-        )
+        program = given + results + int(GAPS * between + KERNELS * _bfloat16_products(text))
+        peak = max(machine.peak_resident_memory(), process + checkpoint + devices * program)
     return Memory(
         weights=weights,
         optimizer=optimizer,
@@ -361,6 +364,21 @@ def _rehearse_here(config: Config, platform: str) -> dict[str, Any]:
     }
 
 
+def variants(config: Config) -> dict[str, Config]:
+    """Twelve runs around a config, by name: remat × precision × batch, and a smaller model."""
+    small = {"model.embed_dim": config.model.embed_dim // 2, "model.num_heads": config.model.num_heads // 2 or 1}
+    small |= {"model.num_kv_heads": 0, "model.mlp_dim": 0}
+    found = {}
+    for size, shape in (("whole", {}), ("half", small)):
+        for remat in ("none", "block"):
+            for precision in ("float32", "bfloat16"):
+                for batch in (8, 16) if size == "whole" else (16,):
+                    settings = {"remat": remat, "precision": precision, "batch_size": batch, "micro_batch_size": batch}
+                    settings |= {"model.scan_layers": remat == "block"}
+                    found[f"{size}, remat {remat}, {precision}, batch {batch}"] = change(config, shape | settings)
+    return found
+
+
 def _random_windows(config: Config) -> np.ndarray:
     shape = (config.batch_size, config.model.seq_len + 1)
     return np.random.default_rng(0).integers(4, config.tokenizer.vocab_size, shape, dtype=np.int32)
@@ -375,13 +393,19 @@ def _bytes(tree: Any) -> int:
 
 
 def _largest_along(text: str, vocab_size: int, embed_dim: int) -> int:
-    """Bytes of the largest array of a lowered program that has an axis of the vocabulary, weights left out."""
+    """Bytes of the largest array of a compiled program that has an axis of the vocabulary, weights left out."""
     sizes, width = [0], {"f32": 4, "bf16": 2, "f16": 2}
-    for dims, kind in set(re.findall(r"tensor<((?:\d+x)+)(f32|bf16|f16)>", text)):
-        shape = [int(size) for size in dims.split("x") if size]
+    for kind, dims in set(re.findall(r"\b(f32|bf16|f16)\[([\d,]+)\]", text)):
+        shape = [int(size) for size in dims.split(",")]
         if vocab_size in shape and sorted(shape)[-2:] != sorted((vocab_size, embed_dim)):
             sizes.append(math.prod(shape) * width[kind])
     return max(sizes)
+
+
+def _bfloat16_products(text: str) -> int:
+    """Bytes, in float32, of the results of all bfloat16 products of a compiled program."""
+    shapes = re.findall(r"= bf16\[([\d,]+)\]\S* dot\(", text)
+    return sum(4 * math.prod(map(int, dims.split(","))) for dims in shapes)
 
 
 # ------------------------------------------------------------------------------------------------------------- for people
@@ -397,11 +421,6 @@ def parse_bytes(text: str) -> int:
         return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
     except (AssertionError, ValueError):
         raise ValueError(f"memory={text} must be a number of bytes; try --memory=8GB") from None
-
-
-def format_bytes(count: float) -> str:
-    """In GB, or MB below one."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
 def format_duration(seconds: float) -> str:
@@ -426,13 +445,27 @@ def headline(plan: Plan) -> str:
     )
 
 
-def refusal(plan: Plan) -> str:
+def refusal(plan: Plan, config: Config) -> str:
     """Why a run is not started, and what to do."""
     return (
-        f"this run needs {format_bytes(plan.peak_bytes)} and may use {format_bytes(plan.budget_bytes)}; "
-        "launch/plan.py tells what makes it fit (first try --config.remat=block --config.model.scan_layers=True, then a "
-        "smaller --config.micro_batch_size), or start all the same: --config.backend.ignore_memory=True"
+        f"this run needs {format_bytes(plan.peak_bytes)} of memory and may use {format_bytes(plan.budget_bytes)}; "
+        f"{remedies(config)}, or start all the same: --config.backend.ignore_memory=True"
     )
+
+
+def remedies(config: Config) -> str:
+    """What would make a run smaller, without trying it; `advise` tries."""
+    flags = []
+    if config.remat == "none" or not config.model.scan_layers:
+        flags.append("--config.remat=block --config.model.scan_layers=True")
+    if config.micro_batch_size > 1:
+        flags.append(f"--config.micro_batch_size={max(d for d in _divisors(config) if d < config.micro_batch_size)}")
+    tried = "launch/plan.py tells what each change saves and costs"
+    return f"try {' or '.join(flags)} ({tried})" if flags else f"make the model smaller ({tried})"
+
+
+def _divisors(config: Config) -> list[int]:
+    return [d for d in range(1, config.batch_size + 1) if config.batch_size % d == 0]
 
 
 def show_rehearsals(rehearsals: Mapping[str, Mapping[str, Any]]) -> None:

@@ -140,7 +140,7 @@ def _numbers(device: Any, dtype: str, natural: bool) -> dict[str, np.ndarray]:
     model = Transformer(SMALL, VOCAB, jnp.dtype(dtype), natural)
     windows = np.random.default_rng(0).integers(4, VOCAB, (4, SMALL.seq_len + 1), dtype=np.int32)
     with jax.default_device(cpu):
-        params = model.init(jax.random.PRNGKey(0), windows[:, :8])["params"]
+        params = model.init(jax.random.PRNGKey(0), jnp.asarray(windows[:, :8]))["params"]
     with jax.default_device(device):
         params = jax.device_put(params, device)
         step = jax.jit(jax.value_and_grad(lambda p, w: jnp.mean(token_losses(model, p, w, BOS))))

@@ -42,8 +42,13 @@ ONE_ROOM = ("launch.", "configs.", "tale_jax.convert.")
 # Devices and meshes are decided at the top; dtypes and specs travel down as arguments.
 USED_ONLY_BY = {
     "tale_jax.backend": (
-        "launch.*", "tale_jax.training.loop", "tale_jax.training.step",
-        "tale_jax.audit", "tale_jax.doctor", "tale_jax.plan", "tale_jax.probe",
+        "launch.*",
+        "tale_jax.training.loop",
+        "tale_jax.training.step",
+        "tale_jax.audit",
+        "tale_jax.doctor",
+        "tale_jax.plan",
+        "tale_jax.probe",
     ),
     "tale_jax.sharding": ("launch.*", "tale_jax.training.loop", "tale_jax.training.step"),
 }

@@ -9,7 +9,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,19 @@ from tale_jax.backend import Backend, matmul_peak
 from tale_jax.checkpoint import Checkpoints
 from tale_jax.config import Config
 from tale_jax.evaluate import Evaluation, Scorer
+from tale_jax.machine import format_bytes
 from tale_jax.metrics import Meter, open_sinks
 from tale_jax.model.transformer import count_parameters, flops_per_token
+from tale_jax.plan import Plan, headline, memory_budget, plan_run, refusal, remedies
 from tale_jax.probe import choose_precision
 from tale_jax.progress import Progress
 from tale_jax.sample import Sampler, SampleSettings
 from tale_jax.text.prepare import prepare
 from tale_jax.training.state import TrainState
 from tale_jax.training.step import Trainer, make_trainer
+
+
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "bad_alloc", "Insufficient Memory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,9 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
     SIGINT and SIGTERM end it after the step under way with a checkpoint; the same call goes on from there.
 
     Raises:
-      ValueError: a setting that cannot work, another experiment in the workdir, or a loss that is no number.
+      ValueError: a setting that cannot work, a run that cannot fit into memory, another experiment in the workdir, or a
+        loss that is no number.
+      MemoryError: memory ran out all the same; the checkpoints before are intact.
       OSError: the disk is full or refuses; the checkpoints before are intact.
     """
     open_workdir(workdir, config)
@@ -88,22 +95,29 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
             process_count=jax.process_count(),
         )
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-        with open_sinks(config.metrics, workdir, dataclasses.asdict(config)) as sinks, _signals() as stop:
+        if (step := checkpoints.latest or 0) >= config.total_steps:
+            checkpoints.close()
+            return Outcome(step, config.total_steps, 0)
+        peak = matmul_peak(dtype) * len(backend.devices)
+        plan = plan_run(config, trainer, backend, memory_budget(config, backend), why, len(starts))
+        progress.print(headline(plan))
+        if not plan.fits and not config.backend.ignore_memory:
+            raise ValueError(refusal(plan, config))
+        with (
+            _out_of_memory(plan, config, checkpoints),
+            open_sinks(config.metrics, workdir, dataclasses.asdict(config)) as sinks,
+            _signals() as stop,
+        ):
             config.save(workdir)
             if checkpoints.latest is None:
-                state, step = trainer.init(), 0
+                state = trainer.init()
             else:
                 state, position = checkpoints.restore(trainer.abstract_state, trainer.state_shardings)
                 batches.set_state(position)
-                step = int(state.step)
-            if step >= config.total_steps:
-                checkpoints.close()
-                return Outcome(step, config.total_steps, 0)
 
             params = count_parameters(state.params)
             flops = flops_per_token(config.model, config.tokenizer.vocab_size)
             entropy = prepared.manifests["valid"].entropy
-            peak = matmul_peak(dtype) * len(backend.devices)
             run = {
                 "kind": "run",
                 "step": step,
@@ -116,6 +130,7 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
                 "params": params,
                 "flops_per_token": flops,
                 "matmul_peak": peak,
+                "planned_peak_bytes": plan.peak_bytes,
                 "tokens_per_step": config.tokens_per_step,
                 "total_steps": config.total_steps,
             } | {
@@ -261,6 +276,24 @@ def _headline(config: Config, run: dict[str, Any], backend: Backend, step: int) 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+@contextmanager
+def _out_of_memory(plan: Plan, config: Config, checkpoints: Checkpoints) -> Iterator[None]:
+    """Whatever ends a run early, the save under way is finished first; running out of memory is told with advice."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError):
+            checkpoints.wait()
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+            raise
+        latest = checkpoints.latest
+        kept = f"the checkpoint of step {latest} is intact" if latest else "no checkpoint was written before"
+        raise MemoryError(
+            f"memory ran out, though the plan was {format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)}; "
+            f"{kept}, and the same command goes on from there with less: {remedies(config)}"
+        ) from error
 
 
 @contextmanager

@@ -117,12 +117,10 @@ class Trainer:
             donate_argnums=(0,) if donate else (),
         )
 
-    def compile(self) -> tuple[str, Any]:
-        """Compiles the step ahead of its first use; returns its lowered text and the compiler's analysis of memory."""
-        lowered = self.step.lower(self.abstract_state, self._windows)
-        compiled = lowered.compile()
-        self.step = compiled
-        return lowered.as_text(), compiled.memory_analysis()
+    def compile(self) -> Any:
+        """Compiles the step ahead of its first use, which then runs what was compiled; returns that, to be analysed."""
+        self.step = self.step.lower(self.abstract_state, self._windows).compile()
+        return self.step
 
     def place(self, windows: Any) -> Array:
         """Puts this process's rows of a batch [B, T+1] on the devices that share it."""
