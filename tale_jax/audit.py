@@ -79,7 +79,7 @@ def programs(config: Config, trainer: Trainer) -> dict[str, tuple[Any, tuple[Any
         "score": (scorer.score, (params, int32((scored[0], length + 1)), jax.ShapeDtypeStruct(scored, "float32")), {}),
         "load": (sampler.load, (params,), {}),
         "prefill": (sampler.prefill, prefill, {"rows": rows}),
-        "decode": (sampler.decode, (weights, state, key, int32((rows,)), knobs), {}),
+        "decode": (sampler.decode, (weights, state, key, int32((rows,)), Knobs(*knobs)), {}),
     }
 
 

@@ -132,7 +132,7 @@ def show(found: Mapping[str, Any]) -> None:
         "system": m["system"],
         "cpu": m["cpu"],
         "memory": format_bytes(m["memory_bytes"]),
-        "disk": f"{format_bytes(m['disk_free_bytes'])} free, {m['disk_write_bytes_per_second'] / 1e6:,.0f} MB/s written",
+        "disk": f"{format_bytes(m['disk_free_bytes'])} free, {m['disk_write_bytes_per_second'] / 1e6:,.0f} MB/s",
         "python": m["python"],
         "libraries": ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version),
         "Metal plugin": ", ".join(f"{name} {version}" for name, version in found["plugins"].items()) or "none",

@@ -39,9 +39,9 @@ from tale_jax.probe import choose_precision
 from tale_jax.text.windows import load_tokens
 from tale_jax.training.step import Trainer, make_trainer
 
-# On a CPU, measured (plan.py --table): freed arrays leave gaps; XLA's bfloat16 kernels keep a float32 buffer for most of
-# their results, which the compiler does not count; a checkpoint is written from a copy of the state, in pieces that are
-# compressed.
+# On a CPU, measured (plan.py --table): freed arrays leave gaps; XLA's bfloat16 kernels keep float32 buffers that grow
+# with their results and that the compiler does not count; a checkpoint is written from a copy of the state, in pieces
+# that are compressed.
 GAPS = 1.05  # of what a program holds in between
 KERNELS = 0.6  # of the results of bfloat16 products, in float32
 CHECKPOINT = 1.7  # of the state
@@ -408,7 +408,7 @@ def _bfloat16_products(text: str) -> int:
     return sum(4 * math.prod(map(int, dims.split(","))) for dims in shapes)
 
 
-# ------------------------------------------------------------------------------------------------------------- for people
+# ----------------------------------------------------------------------------------------------------------- for people
 
 
 def parse_bytes(text: str) -> int:

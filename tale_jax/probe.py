@@ -171,7 +171,7 @@ def _tokens_per_second(here: backend.Backend, dtype: str, seconds: float = 2.0) 
     while time.perf_counter() < end:
         begin = time.perf_counter()
         loss, gradients = step(params, windows)
-        float(loss), float(jax.tree_util.tree_leaves(gradients)[0].ravel()[0])
+        _ = float(loss), float(jax.tree_util.tree_leaves(gradients)[0].ravel()[0])
         best = min(best, time.perf_counter() - begin)
     return windows[:, 1:].size / best
 

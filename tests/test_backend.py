@@ -127,7 +127,7 @@ def test_why_no_metal_names_what_the_marker_skipped(monkeypatch, python, macos, 
     monkeypatch.setattr(machine, "macos_version", lambda: macos)
     monkeypatch.setattr(machine.sys, "version_info", (*python, 0))
     assert words in machine.why_no_metal()
-    with pytest.raises(ValueError, match="backend.platform=metal is not possible here"):
+    with pytest.raises(ValueError, match=r"backend.platform=metal is not possible here"):
         backend.start("metal")
 
 
@@ -178,7 +178,7 @@ def test_a_dtype_asked_for_that_is_wrong_is_refused(cpu, monkeypatch):
     with pytest.raises(ValueError, match=r"precision=bfloat16 is not computed rightly on cpu \(it aborts\); try prec"):
         probe.choose_precision(cpu, "bfloat16")
     monkeypatch.setattr(probe, "probe", lambda here: [finding("float32", False, 1), finding("bfloat16", False, 1)])
-    with pytest.raises(ValueError, match="try backend.platform=cpu"):
+    with pytest.raises(ValueError, match=r"try backend.platform=cpu"):
         probe.choose_precision(cpu, "auto")
 
 

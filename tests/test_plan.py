@@ -1,4 +1,4 @@
-"""The plan: its numbers against what they stand for, its verdicts, and what happens when memory runs out all the same."""
+"""The plan: its numbers against what they stand for, its verdicts, and what happens when memory runs out."""
 
 import dataclasses
 import json

@@ -33,7 +33,6 @@ from tale_jax.text.prepare import prepare
 from tale_jax.training.state import TrainState
 from tale_jax.training.step import Trainer, make_trainer
 
-
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "bad_alloc", "Insufficient Memory")
 
 
@@ -291,8 +290,8 @@ def _out_of_memory(plan: Plan, config: Config, checkpoints: Checkpoints) -> Iter
         latest = checkpoints.latest
         kept = f"the checkpoint of step {latest} is intact" if latest else "no checkpoint was written before"
         raise MemoryError(
-            f"memory ran out, though the plan was {format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)}; "
-            f"{kept}, and the same command goes on from there with less: {remedies(config)}"
+            f"memory ran out, though the plan was {format_bytes(plan.peak_bytes)} of "
+            f"{format_bytes(plan.budget_bytes)}; {kept}, and the same command goes on from there with less: {remedies(config)}"
         ) from error
 
 
