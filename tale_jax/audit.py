@@ -72,7 +72,7 @@ def programs(config: Config, trainer: Trainer) -> dict[str, tuple[Any, tuple[Any
     prefill = (weights, int32((1, length)), int32(()), seen)
     state = jax.eval_shape(functools.partial(sampler.prefill, rows=rows), *prefill)
     key, scalar = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((), jnp.float32)
-    knobs = Knobs(scalar, int32(()), scalar, scalar, scalar)
+    knobs: Any = (scalar, int32(()), scalar, scalar, scalar)
     return {
         "init": (trainer.init, (), {}),
         "train": (trainer.step, (trainer.abstract_state, int32((config.batch_size, length + 1))), {}),

@@ -100,7 +100,8 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
         peak = matmul_peak(dtype) * len(backend.devices)
         plan = plan_run(config, trainer, backend, memory_budget(config, backend), why, len(starts))
         progress.print(headline(plan))
-        if not plan.fits and not config.backend.ignore_memory:
+        if not (config.backend.ignore_memory or plan.fits):
+            checkpoints.close()
             raise ValueError(refusal(plan, config))
         with (
             _out_of_memory(plan, config, checkpoints),
@@ -291,7 +292,8 @@ def _out_of_memory(plan: Plan, config: Config, checkpoints: Checkpoints) -> Iter
         kept = f"the checkpoint of step {latest} is intact" if latest else "no checkpoint was written before"
         raise MemoryError(
             f"memory ran out, though the plan was {format_bytes(plan.peak_bytes)} of "
-            f"{format_bytes(plan.budget_bytes)}; {kept}, and the same command goes on from there with less: {remedies(config)}"
+            f"{format_bytes(plan.budget_bytes)}; {kept}, and the same command goes on from there with less: "
+            f"{remedies(config)}"
         ) from error
 
 
