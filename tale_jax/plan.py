@@ -176,7 +176,7 @@ def make(config: Config, here: backends.Backend, workdir: str = "", budget: int 
     if timed and possible:
         plan = complete(plan, config, trainer)
     if not plan.fits:
-        plan = dataclasses.replace(plan, advice=advise(config, here, budget, plan.tokens_per_second))
+        plan = dataclasses.replace(plan, advice=advise(config, here, plan))
     return plan
 
 
@@ -198,8 +198,11 @@ def without_data(config: Config) -> Config:
     return (config if config.total_steps else dataclasses.replace(config, total_steps=_UNKNOWN)).planned(1)
 
 
-def measure_memory(config: Config, trainer: Trainer, here: backends.Backend) -> Memory:
-    """What the compiled step of `trainer` holds, by its compiler's own analysis."""
+def measure_memory(config: Config, trainer: Trainer, here: backends.Backend, process: int = 0) -> Memory:
+    """What the compiled step of `trainer` holds, by its compiler's own analysis.
+
+    `process`: bytes that the process holds besides, on a CPU; 0: what this one holds now.
+    """
     compiled = trainer.compile()
     text, analysis = compiled.as_text(), compiled.memory_analysis()
     machine.release_memory()
@@ -210,14 +213,15 @@ def measure_memory(config: Config, trainer: Trainer, here: backends.Backend) -> 
     logits = min(between, _largest_along(text, config.tokenizer.vocab_size, config.model.embed_dim))
     gradients = min(weights, between - logits)
     cache = jax.eval_shape(lambda: vars(Cache.empty(config.model, config.sample.num_samples, jnp.float32)))
-    process = checkpoint = 0
+    checkpoint, floor = 0, 0
     peak = given + results + between
     if here.platform == "cpu":
-        process = machine.resident_memory() + PROGRAMS
+        floor = 0 if process else machine.peak_resident_memory()
+        process = process or machine.resident_memory() + PROGRAMS
         checkpoint = int(CHECKPOINT * (weights + optimizer))
         devices = len(here.devices)
         program = given + results + int(GAPS * between + KERNELS * _bfloat16_products(text))
-        peak = max(machine.peak_resident_memory(), process + checkpoint + devices * program)
+        peak = max(floor, process + checkpoint + devices * program)
     return Memory(
         weights=weights,
         optimizer=optimizer,
@@ -262,23 +266,23 @@ def complete(plan: Plan, config: Config, trainer: Trainer) -> Plan:
     return dataclasses.replace(plan, tokens_per_second=config.tokens_per_step / step, seconds=seconds)
 
 
-def advise(config: Config, here: backends.Backend, budget: int, base_speed: float = 0.0) -> tuple[Change, ...]:
-    """The three changes that make a run fit into `budget` and cost the least speed, found by compiling and timing them.
+def advise(config: Config, here: backends.Backend, plan: Plan) -> tuple[Change, ...]:
+    """The three changes that make a run fit into its budget and cost the least speed, found by trying them.
 
-    `base_speed`: tokens a second of the run as it is, 0 where it cannot run; prices are then shares of the fastest.
+    Prices are shares of the planned speed, or of the fastest change where the run itself could not be timed.
     """
     found = []
     for settings in _changes(config):
         changed = change(config, settings)
         dtype = jnp.dtype(choose_precision(here, changed.precision)[0])
         trainer = make_trainer(changed, here, dtype, Untrained.bos_id)
-        peak = measure_memory(changed, trainer, here).peak
-        if peak <= budget:
+        peak = measure_memory(changed, trainer, here, plan.memory.process).peak
+        if peak <= plan.budget_bytes:
             found.append((changed.tokens_per_step / time_steps(changed, trainer, 2), peak, settings))
             if len(found) == 3:  # those that cost little come first
                 break
     found.sort(key=lambda item: -item[0])
-    fastest = base_speed or max((speed for speed, *_ in found), default=0.0)
+    fastest = plan.tokens_per_second or max((speed for speed, *_ in found), default=0.0)
     return tuple(Change(settings, peak, speed, speed / fastest) for speed, peak, settings in found)
 
 
