@@ -105,5 +105,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.backend = backend = ml_collections.ConfigDict()
     backend.platform = "auto"  # auto, cpu, metal or cuda
+    backend.memory_gb = 0.0  # memory a run may plan for, in 10^9 bytes; 0: what the machine (or its GPU) has
+    backend.ignore_memory = False  # start even what the plan says cannot fit
 
     return config

@@ -6,8 +6,8 @@
         run(main)                  # main(argv) is called with the flags parsed
 
 Exit codes: 0 done (and `--help`), 2 a user's mistake (ValueError, OSError or a bad flag: one line on stderr, no
-traceback), 130 interrupted, 141 the reader of stdout went away (`| head`). Anything else is a bug and shows its
-traceback; `--verbosity=1` shows one for mistakes too.
+traceback), 3 memory ran out (one line, with what to do), 130 interrupted, 141 the reader of stdout went away
+(`| head`). Anything else is a bug and shows its traceback; `--verbosity=1` shows one for mistakes too.
 """
 
 import difflib
@@ -40,6 +40,8 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail once more
         sys.exit(141)
+    except MemoryError as error:
+        _fail(_one_line(error), code=3)
     except (ValueError, OSError) as error:
         if FLAGS.is_parsed() and logging.level_debug():
             traceback.print_exc()

@@ -22,12 +22,12 @@ flags.mark_flag_as_required("workdir")
 
 
 def main(_: list[str]) -> None:
-    from tale_jax import backend
+    from tale_jax import backend, probe
     from tale_jax.checkpoint import open_experiment
     from tale_jax.evaluate import evaluate
 
     here = backend.start("auto")
-    dtype = backend.choose_precision(here, PRECISION.value)[0]
+    dtype = probe.choose_precision(here, PRECISION.value)[0]
     result = evaluate(
         open_experiment(WORKDIR.value, STEP.value, dtype, here.natural),
         split=SPLIT.value,

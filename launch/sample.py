@@ -34,14 +34,14 @@ flags.DEFINE_bool("json", False, "print one JSON object for a prompt, as the las
 
 
 def main(_: list[str]) -> None:
-    from tale_jax import backend
+    from tale_jax import backend, probe
     from tale_jax.checkpoint import open_experiment
     from tale_jax.sample import Sampler, SampleSettings, converse, show
 
     chosen: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(SampleSettings)}
     settings = SampleSettings(**chosen)
     here = backend.start("auto")
-    dtype = backend.choose_precision(here, FLAGS.precision)[0]
+    dtype = probe.choose_precision(here, FLAGS.precision)[0]
     experiment = open_experiment(FLAGS.workdir, FLAGS.step, dtype, here.natural)
     sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, donate=here.donate)
     stream = functools.partial(sampler.stream, settings=settings, num_samples=FLAGS.num_samples, seed=FLAGS.seed)

@@ -1,26 +1,28 @@
 """The only place that names cpu, metal and cuda: picks the platform, and says what it is good at.
 
 JAX settles its platform once in a process, so `start` must come before the first array. Choices that depend on the
-platform (layout of products, donation, the precision that is fastest) are fields of the result, and travel from here as
-plain arguments: no other module asks where it runs.
+platform (layout of products, donation, counters of random bits) are fields of the result or set here, and travel from
+here as plain arguments: no other module asks where it runs. Which dtype to compute in is for `probe.py` to find out.
 """
 
 import dataclasses
-import importlib.metadata
 import logging
 import os
 import sys
 import time
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# Plugins that give JAX an Apple GPU: distribution → name of the platform it registers.
-METAL_PLUGINS = {"jax-mps": "mps", "jax-metal": "METAL", "metaljax": "metal", "jax-graft": "mtl"}
-NO_BFLOAT16 = ("jax-metal",)  # every report of it aborts or errors
+from tale_jax import machine
+
+# Random bits from 64-bit counters do not depend on the mesh; no Metal plugin is known to take 64-bit numbers, and there
+# is one device, so draws of a seed are others there than on a CPU.
+COUNTERS = "jax_threefry_partitionable"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Backend:
       devices: all of them.
       natural: products with materialised transposes pay off (XLA on CPU from jaxlib 0.11, see `model/ops.py`).
       donate: buffers given to a step are reused for its results; elsewhere asking for it warns at every compilation.
+      memory: bytes that the program may fill, 0 if unknown: of the machine, of its GPU's working set, or of the GPU.
       note: why `auto` chose this platform, "" when it was asked for.
     """
 
@@ -43,18 +46,8 @@ class Backend:
     devices: tuple[Any, ...]
     natural: bool
     donate: bool
+    memory: int
     note: str
-
-
-def metal_plugin() -> str:
-    """The installed Apple GPU plugin, "" if there is none. Raises ValueError when two are installed: they clash."""
-    found = [name for name in METAL_PLUGINS if _installed(name)]
-    if len(found) > 1:
-        raise ValueError(
-            f"backend.platform=metal must find one plugin, but {' and '.join(found)} are installed and clash; "
-            f"pip uninstall {' '.join(found[1:])}"
-        )
-    return found[0] if found else ""
 
 
 def start(platform: str) -> Backend:
@@ -65,21 +58,27 @@ def start(platform: str) -> Backend:
     """
     _quiet_libraries()
     _cache_compilations()
+    machine.use_one_heap()
     _use_wide_vectors()
-    plugin = metal_plugin() if platform in ("auto", "metal") else ""
+    plugin = machine.metal_plugin() if platform in ("auto", "metal") else ""
     if platform == "metal" and not plugin:
-        raise ValueError(
-            "backend.platform=metal needs an Apple GPU plugin, and none is installed; "
-            "on an Apple silicon Mac: pip install -e '.[metal]' (the extra installs nothing elsewhere)"
-        )
-    note = ""
+        raise ValueError(f"backend.platform=metal is not possible here: {machine.why_no_metal()}")
+    note = f"runs on the CPU: {machine.why_no_metal()}" if machine.is_apple_silicon() and not plugin else ""
+    if plugin and (reason := machine.trial(plugin)):
+        if platform == "metal" or not machine.starts_on_cpu():
+            raise ValueError(
+                f"backend.platform={platform} does not start here: {plugin} fails ({reason}); "
+                f"pip uninstall {plugin} to train on the CPU (launch/doctor.py tells more)"
+            )
+        note, plugin, platform = f"falls back to the CPU: {plugin} does not start ({reason})", "", "cpu"
     if not os.environ.get("JAX_PLATFORMS"):
-        names = {"cpu": "cpu", "cuda": "cuda", "metal": METAL_PLUGINS.get(plugin), "auto": METAL_PLUGINS.get(plugin)}
-        jax.config.update("jax_platforms", names[platform])
+        jax.config.update("jax_platforms", _names(platform, plugin))
+    if plugin == "jax-mps":  # its own default is 1.5 times the working set
+        os.environ.setdefault("JAX_MPS_CACHE_LIMIT_BYTES", str(machine.gpu_working_set(plugin) // 2))
     try:
         devices = jax.devices()
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # a plugin may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
         if platform != "auto":
             raise ValueError(f"backend.platform={platform} does not start here ({reason}); try auto or cpu") from None
         note = f"falls back to the CPU: {plugin or 'the GPU'} does not start ({reason})"
@@ -91,37 +90,59 @@ def start(platform: str) -> Backend:
         raise ValueError(
             f"backend.platform={platform} is not what JAX starts here ({first.platform}); unset JAX_PLATFORMS"
         )
-    return Backend(
+    jax.config.update(COUNTERS, name != "metal")
+    here = Backend(
         platform=name,
         plugin=plugin if name == "metal" else "",
-        device=_cpu_name() if name == "cpu" else first.device_kind,
+        device=machine.cpu_name() if name == "cpu" else first.device_kind,
         devices=tuple(devices),
-        natural=name == "cpu" and _version(jax.__version__) >= (0, 11),
-        donate=name in ("cpu", "cuda"),
+        natural=False,
+        donate=False,
+        memory=_memory(name, plugin, first),
         note=note,
     )
+    return on_platform(here, name)
 
 
-def choose_precision(backend: Backend, precision: str) -> tuple[Any, str]:
-    """The dtype to compute in, and why. `precision` is auto, float32 or bfloat16; float32 wins ties.
+def on_platform(backend: Backend, platform: str) -> Backend:
+    """The choices that `platform` asks for, on whatever devices: what a program for it looks like can be seen anywhere.
 
-    Raises ValueError for a dtype that the backend is known not to compute.
+    Donation is honoured by XLA on CPU and CUDA, and by no Metal plugin that we know of.
     """
-    if precision == "bfloat16" and backend.plugin in NO_BFLOAT16:
-        raise ValueError(f"precision=bfloat16 is not computed by {backend.plugin}; try precision=float32")
-    if precision != "auto":
-        return jnp.dtype(precision), "as the config says"
-    if backend.plugin in NO_BFLOAT16:
-        return jnp.dtype("float32"), f"{backend.plugin} does not compute bfloat16"
-    rates = {name: _matmul_rate(name) for name in ("float32", "bfloat16")}
-    shown = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items())
-    faster = rates["bfloat16"] > 1.3 * rates["float32"]
-    return jnp.dtype("bfloat16" if faster else "float32"), f"matrix products here: {shown}"
+    version = _jax_version()
+    natural = platform == "cpu" and version >= (0, 11)
+    # Old jaxlib on CPU gives arrays that were restored from a checkpoint back to the wrong allocator, and aborts.
+    donate = platform == "cuda" or (platform == "cpu" and version >= (0, 5))
+    return dataclasses.replace(backend, platform=platform, natural=natural, donate=donate)
+
+
+@contextmanager
+def tracing_for_metal() -> Iterator[None]:
+    """Inside it JAX traces as `start` sets it on a Metal platform."""
+    before = getattr(jax.config, COUNTERS)
+    try:
+        jax.config.update(COUNTERS, False)
+        yield
+    finally:
+        jax.config.update(COUNTERS, before)
 
 
 def matmul_peak(dtype: Any) -> float:
     """FLOP/s of large matrix products in `dtype` on the first device, measured now: what a step is compared with."""
     return max(_matmul_rate(jnp.dtype(dtype).name, size=1024) for _ in range(2))
+
+
+def memory_rate(size: int = 64 << 20, seconds: float = 0.5, times: int = 8) -> float:
+    """Bytes a second that the first device reads and writes, when it adds 1 to an array larger than its caches."""
+    add = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, x: x + 1, x))
+    x = jnp.zeros(size // 4, jnp.float32)
+    float(add(x)[0])
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        float(add(x)[0])
+        best = max(best, 2 * times * size / (time.perf_counter() - begin))
+    return best
 
 
 def _matmul_rate(dtype: str, size: int = 512, seconds: float = 0.1) -> float:
@@ -138,44 +159,38 @@ def _matmul_rate(dtype: str, size: int = 512, seconds: float = 0.1) -> float:
     return best
 
 
-def _installed(distribution: str) -> bool:
+def _names(platform: str, plugin: str) -> str | None:
+    """What JAX calls a platform. The CPU comes second to a Metal plugin, to be compared with; None: JAX chooses."""
+    metal = f"{machine.METAL_PLUGINS[plugin][0]},cpu" if plugin else None
+    return {"cpu": "cpu", "cuda": "cuda,cpu", "metal": metal, "auto": metal}[platform]
+
+
+def _memory(platform: str, plugin: str, device: Any) -> int:
+    if platform == "cpu":
+        return machine.total_memory()
     try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2])
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    if not model:
-        import platform
-
-        model = platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores"
+        stats = device.memory_stats() or {}
+    except Exception:  # not every plugin keeps count
+        stats = {}
+    return int(stats.get("bytes_limit", 0)) or machine.gpu_working_set(plugin)
 
 
 def _cache_compilations() -> None:
     """A second start finds its programs compiled, in the user's cache folder (or JAX_COMPILATION_CACHE_DIR)."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "tale_jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(machine.cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _use_wide_vectors() -> None:
     """Lets XLA on CPU use the 512 bits of AVX-512 where the machine has them; it stops at 256 by default."""
     flags, option = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_prefer_vector_width"
-    info = Path("/proc/cpuinfo")
-    wide = info.is_file() and " avx512f " in info.read_text()
-    if wide and option not in flags and _version(jax.__version__) >= (0, 11):
+    if option not in flags and machine.has_avx512() and _jax_version() >= (0, 11):
         os.environ["XLA_FLAGS"] = f"{flags} {option}=512".strip()
+
+
+def _jax_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in jax.__version__.split(".")[:2])
 
 
 def _quiet_libraries() -> None:

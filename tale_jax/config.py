@@ -155,6 +155,8 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True)
 class BackendConfig:
     platform: str
+    memory_gb: float
+    ignore_memory: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,7 +337,7 @@ def check(config: Config) -> None:
         "seed total_steps micro_batch_size model.num_kv_heads model.mlp_dim model.logit_softcap corpus.max_train_bytes "
         "optimizer.weight_decay optimizer.clip_norm schedule.warmup_steps schedule.final_fraction "
         "evaluate.every_steps evaluate.max_windows evaluate.batch_size sample.every_steps sample.temperature "
-        "checkpoint.every_steps mesh.data"
+        "checkpoint.every_steps mesh.data backend.memory_gb"
     )
     for field in not_negative.split():
         need(settings[field] >= 0 and math.isfinite(settings[field]), field, "not be negative", "0 is off or derived")

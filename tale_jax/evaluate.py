@@ -63,7 +63,7 @@ class Scorer:
         def score(params: Any, windows: Int[Array, "B T1"], counted: Float[Array, "B T"]) -> Float[Array, " B"]:
             return jnp.sum(token_losses(model, params, windows, tokenizer.bos_id) * counted, axis=-1)
 
-        self._score = jax.jit(score)
+        self.score = jax.jit(score)
 
     def __call__(
         self, params: Any, tokens: np.ndarray, spans: Iterable[Span], advance: Callable[[int], None] = lambda n: None
@@ -77,7 +77,7 @@ class Scorer:
                 windows[row, : last - start] = tokens[start:last]
                 counted[row, first - start - 1 : last - start - 1] = 1
             counted *= windows[:, 1:] != self._bos
-            scored = self._score(params, self._place(windows), self._place(counted))
+            scored = self.score(params, self._place(windows), self._place(counted))
             nats.append(np.asarray(scored, np.float64)[: len(batch)])
             counts.append(counted.sum(axis=1)[: len(batch)])
             documents.append([document for *_, document in batch])

@@ -108,14 +108,14 @@ class Piece(NamedTuple):
 
 
 class State(flax.struct.PyTreeNode):
-    """What one token of each row leaves to the next."""
+    """What one token of each row leaves to the next: a pytree of arrays, or of their shapes."""
 
-    layers: tuple[tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]], ...]  # keys and values of the cache
-    positions: Int[Array, "B S"]  # the rest of the cache
-    length: Int[Array, ""]
-    logits: Float[Array, "B V"]  # of the next token
-    seen: Bool[Array, "B V"]  # tokens in the prompt and the text so far
-    step: Int[Array, ""]  # tokens drawn
+    layers: Any  # for each layer, keys and values of the cache, float [B, K, S, H]
+    positions: Any  # the rest of the cache: int32 [B, S]
+    length: Any  # int32 []
+    logits: Any  # of the next token: float32 [B, V]
+    seen: Any  # tokens in the prompt and the text so far: bool [B, V]
+    step: Any  # tokens drawn: int32 []
 
 
 class Sampler:

@@ -20,7 +20,10 @@ LAYERS = (
     ("tale_jax.bench.show",),
     ("tale_jax.training.loop", "tale_jax.bench.processes", "tale_jax.bench.profile"),
     ("tale_jax.bench.measure",),
-    ("tale_jax.evaluate", "tale_jax.plan", "tale_jax.report", "tale_jax.convert.*"),
+    ("tale_jax.doctor",),
+    ("tale_jax.plan",),
+    ("tale_jax.audit", "tale_jax.probe"),
+    ("tale_jax.evaluate", "tale_jax.report", "tale_jax.convert.*"),
     ("tale_jax.sample", "tale_jax.plots"),
     ("tale_jax.runs",),
     ("tale_jax.training.step", "tale_jax.data", "tale_jax.checkpoint", "tale_jax.metrics"),
@@ -33,15 +36,25 @@ LAYERS = (
     ("tale_jax.text.corpus", "tale_jax.text.windows"),
     ("tale_jax.text.tokenizer", "tale_jax.text.tales", "tale_jax.text.readers"),
     ("tale_jax.text.tales_words",),
-    ("tale_jax.config", "tale_jax.backend", "tale_jax.progress"),
+    ("tale_jax.backend",),
+    ("tale_jax.config", "tale_jax.machine", "tale_jax.progress"),
     ("tale_jax", "tale_jax.*.__init__"),
 )
 # Inside these folders modules may import one another; the configs call their base, the scripts their common frame.
 ONE_ROOM = ("launch.", "configs.", "tale_jax.convert.")
 # Devices and meshes are decided at the top; dtypes and specs travel down as arguments.
 USED_ONLY_BY = {
-    "tale_jax.backend": ("launch.*", "tale_jax.training.loop", "tale_jax.training.step", "tale_jax.bench.*"),
-    "tale_jax.sharding": ("launch.*", "tale_jax.training.loop", "tale_jax.training.step", "tale_jax.bench.measure"),
+    "tale_jax.backend": (
+        "launch.*",
+        "tale_jax.training.loop",
+        "tale_jax.training.step",
+        "tale_jax.audit",
+        "tale_jax.bench.*",
+        "tale_jax.doctor",
+        "tale_jax.plan",
+        "tale_jax.probe",
+    ),
+    "tale_jax.sharding": ("launch.*", "tale_jax.training.loop", "tale_jax.training.step"),
 }
 # Libraries, and the files of the package, the configs and the scripts that may import them.
 ROOMS = {

@@ -22,17 +22,15 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from tale_jax import sharding
-from tale_jax.backend import NO_BFLOAT16, Backend, choose_precision, matmul_peak
+from tale_jax.backend import Backend, matmul_peak
 from tale_jax.config import Config
 from tale_jax.evaluate import Scorer
-from tale_jax.model.transformer import Transformer, count_parameters, flops_per_token
+from tale_jax.model.transformer import count_parameters, flops_per_token
+from tale_jax.probe import choose_precision
 from tale_jax.sample import Sampler, SampleSettings
 from tale_jax.text.tokenizer import Tokenizer
-from tale_jax.training.optimizer import make_optimizer
-from tale_jax.training.schedule import learning_rate
 from tale_jax.training.state import TrainState
-from tale_jax.training.step import Trainer
+from tale_jax.training.step import Trainer, make_trainer
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 200  # of one generation
 MARKS = 4  # the first ids stand for no text
@@ -127,7 +125,6 @@ class Bench:
         self.config, self.backend = config.planned(config.batch_size * 10**6), backend
         self.dtype, self.why = choose_precision(backend, config.precision)
         self.vocab_size = config.tokenizer.vocab_size
-        self.model = Transformer(config.model, self.vocab_size, self.dtype, backend.natural, config.remat)
         self.tokenizer = Numbers(self.vocab_size)
         self.flops = flops_per_token(config.model, self.vocab_size)
         self._tokens = np.random.default_rng(0)
@@ -135,16 +132,12 @@ class Bench:
     @functools.cached_property
     def peaks(self) -> dict[str, float]:
         """FLOP/s of large matrix products by dtype, on all devices together."""
-        names = ["float32"] if self.backend.plugin in NO_BFLOAT16 else ["float32", "bfloat16"]
-        return {name: matmul_peak(name) * len(self.backend.devices) for name in names}
+        names = {"float32", self.dtype.name} if self.backend.platform == "metal" else {"float32", "bfloat16"}
+        return {name: matmul_peak(name) * len(self.backend.devices) for name in sorted(names)}
 
     @functools.cached_property
     def trainer(self) -> Trainer:
-        config, backend = self.config, self.backend
-        rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
-        optimizer = make_optimizer(config.optimizer, rate, backend.natural)
-        mesh = sharding.make_mesh(config.mesh, backend.devices, config.micro_batch_size)
-        return Trainer(config, self.model, optimizer, rate, self.tokenizer.bos_id, mesh, backend.donate)
+        return make_trainer(self.config, self.backend, self.dtype, self.tokenizer.bos_id)
 
     @functools.cached_property
     def params(self) -> Any:
@@ -152,7 +145,7 @@ class Bench:
 
     @functools.cached_property
     def sampler(self) -> Sampler:
-        return Sampler(self.model, self.params, self.tokenizer, donate=self.backend.donate)
+        return Sampler(self.trainer.model, self.params, self.tokenizer, donate=self.backend.donate)
 
     def windows(self, batch_size: int) -> np.ndarray:
         """Random tokens [batch_size, seq_len + 1]."""
@@ -190,7 +183,7 @@ class Bench:
 
     def _score(self, seconds: float) -> tuple[int, Timing]:
         batch_size, length = self.config.evaluate.batch_size, self.config.model.seq_len
-        scorer = Scorer(self.model, self.tokenizer, batch_size, self.trainer.place)
+        scorer = Scorer(self.trainer.model, self.tokenizer, batch_size, self.trainer.place)
         tokens = self.windows(batch_size).reshape(-1)
         spans = [(start, start + 1, start + length + 1, 0) for start in range(0, batch_size * length, length)]
         return batch_size * length, repeat(lambda: scorer(self.params, tokens, spans), seconds)

@@ -9,7 +9,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tale_jax import data, sharding
-from tale_jax.backend import Backend, choose_precision, matmul_peak
+from tale_jax import data
+from tale_jax.backend import Backend, matmul_peak
 from tale_jax.checkpoint import Checkpoints
 from tale_jax.config import Config
 from tale_jax.evaluate import Evaluation, Scorer
+from tale_jax.machine import format_bytes
 from tale_jax.metrics import Meter, open_sinks
-from tale_jax.model.transformer import Transformer, count_parameters, flops_per_token
+from tale_jax.model.transformer import count_parameters, flops_per_token
+from tale_jax.plan import Plan, headline, memory_budget, plan_run, refusal, remedies
+from tale_jax.probe import choose_precision
 from tale_jax.progress import Progress
 from tale_jax.sample import Sampler, SampleSettings
 from tale_jax.text.prepare import prepare
-from tale_jax.training.optimizer import make_optimizer
-from tale_jax.training.schedule import learning_rate
 from tale_jax.training.state import TrainState
-from tale_jax.training.step import Trainer
+from tale_jax.training.step import Trainer, make_trainer
+
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "bad_alloc", "Insufficient Memory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,9 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
     SIGINT and SIGTERM end it after the step under way with a checkpoint; the same call goes on from there.
 
     Raises:
-      ValueError: a setting that cannot work, another experiment in the workdir, or a loss that is no number.
+      ValueError: a setting that cannot work, a run that cannot fit into memory, another experiment in the workdir, or a
+        loss that is no number.
+      MemoryError: memory ran out all the same; the checkpoints before are intact.
       OSError: the disk is full or refuses; the checkpoints before are intact.
     """
     open_workdir(workdir, config)
@@ -78,11 +83,7 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
     config = config.planned(len(starts))
     with Progress("train", total=config.total_steps, unit="steps", log=log) as progress:
         dtype, why = choose_precision(backend, config.precision)
-        model = Transformer(config.model, config.tokenizer.vocab_size, dtype, backend.natural, config.remat)
-        rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
-        optimizer = make_optimizer(config.optimizer, rate, backend.natural)
-        mesh = sharding.make_mesh(config.mesh, backend.devices, config.micro_batch_size)
-        trainer = Trainer(config, model, optimizer, rate, tokenizer.bos_id, mesh, backend.donate)
+        trainer = make_trainer(config, backend, dtype, tokenizer.bos_id)
         batches = data.Batches(
             tokens,
             starts,
@@ -93,22 +94,30 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
             process_count=jax.process_count(),
         )
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-        with open_sinks(config.metrics, workdir, dataclasses.asdict(config)) as sinks, _signals() as stop:
+        if (step := checkpoints.latest or 0) >= config.total_steps:
+            checkpoints.close()
+            return Outcome(step, config.total_steps, 0)
+        peak = matmul_peak(dtype) * len(backend.devices)
+        plan = plan_run(config, trainer, backend, memory_budget(config, backend), why, len(starts))
+        progress.print(headline(plan))
+        if not (config.backend.ignore_memory or plan.fits):
+            checkpoints.close()
+            raise ValueError(refusal(plan, config))
+        with (
+            _out_of_memory(plan, config, checkpoints),
+            open_sinks(config.metrics, workdir, dataclasses.asdict(config)) as sinks,
+            _signals() as stop,
+        ):
             config.save(workdir)
             if checkpoints.latest is None:
-                state, step = trainer.init(), 0
+                state = trainer.init()
             else:
                 state, position = checkpoints.restore(trainer.abstract_state, trainer.state_shardings)
                 batches.set_state(position)
-                step = int(state.step)
-            if step >= config.total_steps:
-                checkpoints.close()
-                return Outcome(step, config.total_steps, 0)
 
             params = count_parameters(state.params)
             flops = flops_per_token(config.model, config.tokenizer.vocab_size)
             entropy = prepared.manifests["valid"].entropy
-            peak = matmul_peak(dtype) * len(backend.devices)
             run = {
                 "kind": "run",
                 "step": step,
@@ -121,6 +130,7 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
                 "params": params,
                 "flops_per_token": flops,
                 "matmul_peak": peak,
+                "planned_peak_bytes": plan.peak_bytes,
                 "tokens_per_step": config.tokens_per_step,
                 "total_steps": config.total_steps,
             } | {
@@ -136,7 +146,7 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
                 peak_flops=peak,
                 tokens=step * config.tokens_per_step,
             )
-            observer = _Observer(config, workdir, model, tokenizer, trainer, sinks, progress)
+            observer = _Observer(config, workdir, tokenizer, trainer, sinks, progress)
             step = _steps(config, trainer, state, step, batches, checkpoints, meter, observer, stop)
             checkpoints.close()
         outcome = Outcome(step, config.total_steps, stop[0] if stop else 0)
@@ -209,13 +219,13 @@ def _steps(
 class _Observer:
     """What a run shows of itself: records, validation and samples along the way."""
 
-    def __init__(self, config, workdir, model, tokenizer, trainer, sinks, progress):
+    def __init__(self, config, workdir, tokenizer, trainer, sinks, progress):
         self.progress = progress
         self._config, self._workdir, self._sinks, self._tokenizer = config, workdir, sinks, tokenizer
         # One token at a time is bound by memory and by small products: float32 is the faster dtype for it on a CPU.
-        decoder = model.clone(dtype=jnp.float32)
+        decoder = trainer.model.clone(dtype=jnp.float32)
         self._sampler = Sampler(decoder, None, tokenizer, batch_size=config.sample.num_samples)
-        scorer = Scorer(model, tokenizer, config.evaluate.batch_size, trainer.place)
+        scorer = Scorer(trainer.model, tokenizer, config.evaluate.batch_size, trainer.place)
         self._evaluation = Evaluation(
             workdir, "valid", scorer, tokenizer, config.windows, max_windows=config.evaluate.max_windows
         )
@@ -266,6 +276,25 @@ def _headline(config: Config, run: dict[str, Any], backend: Backend, step: int) 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+@contextmanager
+def _out_of_memory(plan: Plan, config: Config, checkpoints: Checkpoints) -> Iterator[None]:
+    """Whatever ends a run early, the save under way is finished first; running out of memory is told with advice."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError):
+            checkpoints.wait()
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+            raise
+        latest = checkpoints.latest
+        kept = f"the checkpoint of step {latest} is intact" if latest else "no checkpoint was written before"
+        raise MemoryError(
+            f"memory ran out, though the plan was {format_bytes(plan.peak_bytes)} of "
+            f"{format_bytes(plan.budget_bytes)}; {kept}, and the same command goes on from there with less: "
+            f"{remedies(config)}"
+        ) from error
 
 
 @contextmanager

@@ -9,10 +9,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from tale_jax.backend import Backend
 from tale_jax.config import Config
 from tale_jax.model.transformer import Transformer
-from tale_jax.sharding import batch_sharding, shardings
+from tale_jax.sharding import batch_sharding, make_mesh, shardings
 from tale_jax.training.loss import document_segments
+from tale_jax.training.optimizer import make_optimizer
+from tale_jax.training.schedule import learning_rate
 from tale_jax.training.state import TrainState, init_state
 
 TrainStep = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
@@ -106,20 +109,36 @@ class Trainer:
         def init() -> TrainState:
             return init_state(model, optimizer, config.seed)
 
+        self.model = model
         self.abstract_state = jax.eval_shape(init)
         self.state_shardings = shardings(mesh, self.abstract_state)
         self.batch_sharding = batch_sharding(mesh)
+        self._windows = jax.ShapeDtypeStruct((config.batch_size, config.model.seq_len + 1), jnp.int32)
         replicated = NamedSharding(mesh, PartitionSpec())
         self.init = jax.jit(init, out_shardings=self.state_shardings)
-        self.step = jax.jit(
+        self.step: Any = jax.jit(
             make_train_step(config, model, optimizer, rate, bos_id),
             in_shardings=(self.state_shardings, self.batch_sharding),
             out_shardings=(self.state_shardings, replicated),
             donate_argnums=(0,) if donate else (),
         )
 
+    def compile(self) -> Any:
+        """Compiles the step ahead of its first use, which then runs what was compiled; returns that, to be analysed."""
+        self.step = self.step.lower(self.abstract_state, self._windows).compile()
+        return self.step
+
     def place(self, windows: Any) -> Array:
         """Puts this process's rows of a batch [B, T+1] on the devices that share it."""
         if jax.process_count() == 1:
             return jax.device_put(windows, self.batch_sharding)
         return jax.make_array_from_process_local_data(self.batch_sharding, windows)
+
+
+def make_trainer(config: Config, backend: Backend, dtype: Any, bos_id: int) -> Trainer:
+    """The trainer of a planned config, computing in `dtype` on the devices of `backend`."""
+    model = Transformer(config.model, config.tokenizer.vocab_size, dtype, backend.natural, config.remat)
+    rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
+    optimizer = make_optimizer(config.optimizer, rate, backend.natural)
+    mesh = make_mesh(config.mesh, backend.devices, config.micro_batch_size)
+    return Trainer(config, model, optimizer, rate, bos_id, mesh, backend.donate)

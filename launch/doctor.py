@@ -1,0 +1,28 @@
+"""Tells what this machine can do, what is broken on it, and what to do next.
+
+python launch/doctor.py
+python launch/doctor.py --json
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+from cli import run
+
+FOLDER = flags.DEFINE_string("folder", ".", "where experiments will lie: its disk is measured")
+JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
+
+
+def main(_: list[str]) -> None:
+    from tale_jax import doctor
+
+    found = doctor.examine(Path(FOLDER.value))
+    if JSON.value:
+        print(json.dumps(found))
+    else:
+        doctor.show(found)
+
+
+if __name__ == "__main__":
+    run(main)

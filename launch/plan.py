@@ -1,0 +1,46 @@
+"""Says before any step whether a run fits, how long it takes, and what would make it fit.
+
+python launch/plan.py --config=configs/m2_air.py --memory=8GB
+python launch/plan.py --config=configs/tales.py --json
+"""
+
+import dataclasses
+import json
+
+from absl import flags
+from cli import run
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/m2_air.py:tuned")
+WORKDIR = flags.DEFINE_string("workdir", "", "folder with prepared text, which tells the length of a pass")
+MEMORY = flags.DEFINE_string("memory", "", "budget, as 8GB; empty: what this machine has")
+TIME = flags.DEFINE_bool("time", True, "take a few steps, to tell the time")
+MEASURE = flags.DEFINE_bool("measure", False, "rehearse the run, and compare what it took with the plan")
+TABLE = flags.DEFINE_bool("table", False, "rehearse twelve runs around this one, and compare each with its plan")
+JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
+flags.mark_flag_as_required("config")
+
+
+def main(_: list[str]) -> None:
+    from tale_jax.config import Config
+
+    config = Config.build(CONFIG.value)
+    from tale_jax import backend, plan
+
+    here = backend.start(config.backend.platform)
+    if TABLE.value:
+        plan.show_rehearsals({k: plan.rehearse(c, here.platform) for k, c in plan.variants(config).items()})
+        return
+    made = plan.make(config, here, WORKDIR.value, plan.parse_bytes(MEMORY.value), TIME.value)
+    result = dataclasses.asdict(made)
+    if not JSON.value:
+        plan.show(made)
+    if MEASURE.value:
+        result["rehearsal"] = plan.rehearse(config, here.platform)
+        plan.show_rehearsals({"this run": result["rehearsal"]})
+    if JSON.value:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run(main)
