@@ -37,7 +37,12 @@ SETTINGS = [
     {"remat": "block"},
     {"remat": "dots_saveable", "model.scan_layers": True},
     {"micro_batch_size": 2, "model.dropout": 0.1},
-    {"model.num_kv_heads": 1, "model.logit_softcap": 15.0, "model.tie_embeddings": False},
+    {
+        "model.num_kv_heads": 1,
+        "model.induction_init": False,
+        "model.logit_softcap": 15.0,
+        "model.tie_embeddings": False,
+    },
     {"optimizer.name": "adamw", "schedule.name": "wsd"},
 ]
 

@@ -138,13 +138,8 @@ def attention(
         end = min(start + size, length)
         seen = end if causal else key.shape[2]
         block = query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], mask[:, start:end, :seen]
-        parts.append(_attend(*block, natural))
+        parts.append(_attend(*block, natural)[0])
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(query: Array, key: Array, value: Array, mask: Array, natural: bool) -> Array:
-    return _attend_forward(query, key, value, mask, natural)[0]
 
 
 def _scores(query: Array, key: Array, mask: Array, natural: bool) -> Array:
@@ -160,20 +155,27 @@ def _scores(query: Array, key: Array, mask: Array, natural: bool) -> Array:
     return jnp.where(mask[:, None, None], scores, MASKED).reshape(batch, kv_heads, -1, key_length)
 
 
-def _attend_forward(query: Array, key: Array, value: Array, mask: Array, natural: bool) -> tuple[Array, Any]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(query: Array, key: Array, value: Array, mask: Array, natural: bool) -> tuple[Array, Array]:
+    """Attention of all these queries to all these keys, and the log-sum-exp of each row of scores."""
     scores = _scores(query, key, mask, natural)
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak).astype(value.dtype)
     total = jnp.sum(weights, axis=-1, keepdims=True, dtype=jnp.float32)
     mixed = (jnp.matmul(weights, value, preferred_element_type=jnp.float32) / total).astype(value.dtype)
-    return mixed.reshape(query.shape), (query, key, value, mask, peak + jnp.log(total), mixed)
+    return mixed.reshape(query.shape), peak + jnp.log(total)
 
 
-def _attend_backward(natural: bool, saved: Any, dy: Array) -> tuple[Array, Array, Array, None]:
+def _attend_forward(query: Array, key: Array, value: Array, mask: Array, natural: bool) -> tuple[Any, Any]:
+    mixed, log_sum = _attend(query, key, value, mask, natural)
+    return (mixed, log_sum), (query, key, value, mask, log_sum, mixed)
+
+
+def _attend_backward(natural: bool, saved: Any, gradient: tuple[Array, Array]) -> tuple[Array, Array, Array, None]:
     """Recomputes the weights from the log-sum-exp of each row, which is all that the forward pass keeps of them."""
     query, key, value, mask, log_sum, mixed = saved
-    width = query.shape[-1]
-    dy, dtype = dy.reshape(mixed.shape), value.dtype
+    dy, dtype, width = gradient[0], value.dtype, query.shape[-1]
+    dy, mixed = (x.reshape(*key.shape[:2], -1, width) for x in (dy, mixed))
     weights = jnp.exp(_scores(query, key, mask, natural) - log_sum).astype(dtype)
     dvalue = jnp.matmul(transpose(weights, natural), dy, preferred_element_type=dtype)
     dweights = jnp.matmul(dy, transpose(value, natural), preferred_element_type=dtype).astype(jnp.float32)

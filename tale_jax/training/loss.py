@@ -1,5 +1,6 @@
 """Which tokens belong together in a loss. The cross-entropy itself lives with the head, in `model/head.py`."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
