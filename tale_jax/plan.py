@@ -45,7 +45,7 @@ from tale_jax.training.step import Trainer, make_trainer
 GAPS = 1.05  # of what a program holds in between
 KERNELS = 0.6  # of the results of bfloat16 products, in float32
 CHECKPOINT = 1.7  # of the state
-PROGRAMS = 40 << 20  # bytes of the programs that come later: scoring, reading a prompt, decoding
+PROGRAMS = 120 << 20  # bytes of the programs that come later: scoring, reading a prompt, decoding
 STEPS = 4  # of the short run; the first is not counted
 
 CHANGES: tuple[dict[str, Any], ...] = (

@@ -86,7 +86,7 @@ def test_a_fault_names_the_operation_and_our_line(cpu, monkeypatch):
     monkeypatch.setattr(ops, "rms_norm", space["rms_norm"])
     program = next(p for p in audit(recipe("tales", "tiny"), cpu, "METAL", jnp.float32) if p.name == "score")
     assert any("stablehlo.cbrt at tale_jax/model/ops.py:2: is not among" in fault for fault in program.faults)
-    assert any("stablehlo.reduce_window at tale_jax/model/ops.py:2: is only" in fault for fault in program.faults)
+    assert all("at tale_jax/model/ops.py:2: " in fault for fault in program.faults)  # also what JAX made of a call
 
 
 def test_the_lists_are_lists_of_operations():

@@ -167,6 +167,7 @@ def test_every_setting_is_read(tmp_path, cpu, monkeypatch):
 def test_a_second_signal_acts_as_usual(tmp_path):
     from tale_jax.training.loop import _signals
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     with _signals() as stop, pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         while not stop:  # two at once would be taken for one
