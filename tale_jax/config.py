@@ -28,6 +28,8 @@ REMAT = (
     "dots_with_no_batch_dims_saveable",
 )
 WANDB_MODES = ("off", "offline", "online")
+# Settings younger than the first workdirs, and what those were trained with.
+YOUNGER = {"model": {"induction_init": False}, "backend": {"memory_gb": 0.0, "ignore_memory": False}}
 WINDOWS = ("stream", "document")
 OPTIMIZERS = ("adamw", "muon")
 
@@ -209,6 +211,9 @@ class Config:
             values = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} must be JSON ({error}); restore it, or train in a new workdir") from None
+        for group, settings in YOUNGER.items():
+            if isinstance(values, dict) and isinstance(values.get(group), dict):
+                values[group] = settings | values[group]
         return cls.build(values)
 
     def save(self, workdir: Path) -> None:

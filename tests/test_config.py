@@ -1,6 +1,7 @@
 """Every setting is declared once, can be set from a flag, is checked, and refused in one line that helps."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -131,3 +132,14 @@ def test_planned_run_covers_the_passes():
     assert config.total_steps == 51 and config.schedule.warmup_steps == 2
     with pytest.raises(ValueError, match=r"schedule.warmup_steps=30 must not exceed total_steps=20"):
         build_config(**{"schedule.warmup_steps": 30}).planned(1000)
+
+
+def test_a_workdir_saved_before_a_setting_was_there_still_loads(tmp_path):
+    config = build_config()
+    config.save(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model"].pop("induction_init") is True
+    for name in ("memory_gb", "ignore_memory"):
+        saved["backend"].pop(name)
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert Config.load(tmp_path).model == dataclasses.replace(config.model, induction_init=False)
