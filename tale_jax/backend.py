@@ -35,6 +35,7 @@ class Backend:
       device: the device's own name.
       devices: all of them.
       natural: products with materialised transposes pay off (XLA on CPU from jaxlib 0.11, see `model/ops.py`).
+      readers: threads that read batches ahead: none where the cores that would do it compute the step.
       donate: buffers given to a step are reused for its results; elsewhere asking for it warns at every compilation.
       memory: bytes that the program may fill, 0 if unknown: of the machine, of its GPU's working set, or of the GPU.
       note: why `auto` chose this platform, "" when it was asked for.
@@ -45,6 +46,7 @@ class Backend:
     device: str
     devices: tuple[Any, ...]
     natural: bool
+    readers: int
     donate: bool
     memory: int
     note: str
@@ -58,7 +60,7 @@ def start(platform: str) -> Backend:
     """
     _quiet_libraries()
     _cache_compilations()
-    machine.use_one_heap()
+    machine.use_few_heaps()
     _use_wide_vectors()
     plugin = machine.metal_plugin() if platform in ("auto", "metal") else ""
     if platform == "metal" and not plugin:
@@ -97,6 +99,7 @@ def start(platform: str) -> Backend:
         device=machine.cpu_name() if name == "cpu" else first.device_kind,
         devices=tuple(devices),
         natural=False,
+        readers=0,
         donate=False,
         memory=_memory(name, plugin, first),
         note=note,
@@ -113,7 +116,8 @@ def on_platform(backend: Backend, platform: str) -> Backend:
     natural = platform == "cpu" and version >= (0, 11)
     # Old jaxlib on CPU gives arrays that were restored from a checkpoint back to the wrong allocator, and aborts.
     donate = platform == "cuda" or (platform == "cpu" and version >= (0, 5))
-    return dataclasses.replace(backend, platform=platform, natural=natural, donate=donate)
+    readers = 0 if platform == "cpu" else 2
+    return dataclasses.replace(backend, platform=platform, natural=natural, readers=readers, donate=donate)
 
 
 @contextmanager

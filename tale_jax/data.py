@@ -79,7 +79,7 @@ class Batches:
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
-        num_threads: int = 2,
+        num_threads: int = 0,
         prefetch: int = 4,
     ):
         windows = Windows(tokens, starts, seq_len)

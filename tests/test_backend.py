@@ -169,17 +169,29 @@ def finding(dtype: str, correct: bool, rate: float) -> probe.Finding:
 )
 def test_auto_takes_the_fastest_correct_dtype(cpu, monkeypatch, findings, dtype):
     monkeypatch.setattr(probe, "probe", lambda here: findings)
-    chosen, why = probe.choose_precision(cpu, "auto")
+    chosen, why = probe.choose_precision(dataclasses.replace(cpu, platform="metal"), "auto")
     assert chosen == jnp.dtype(dtype) and "100" in why
 
 
 def test_a_dtype_asked_for_that_is_wrong_is_refused(cpu, monkeypatch):
     monkeypatch.setattr(probe, "probe", lambda here: [finding("float32", True, 1), finding("bfloat16", False, 1)])
-    with pytest.raises(ValueError, match=r"precision=bfloat16 is not computed rightly on cpu \(it aborts\); try prec"):
-        probe.choose_precision(cpu, "bfloat16")
+    metal = dataclasses.replace(cpu, platform="metal")
+    with pytest.raises(
+        ValueError, match=r"precision=bfloat16 is not computed rightly on metal \(it aborts\); try prec"
+    ):
+        probe.choose_precision(metal, "bfloat16")
     monkeypatch.setattr(probe, "probe", lambda here: [finding("float32", False, 1), finding("bfloat16", False, 1)])
     with pytest.raises(ValueError, match=r"try backend.platform=cpu"):
-        probe.choose_precision(cpu, "auto")
+        probe.choose_precision(metal, "auto")
+
+
+@pytest.mark.parametrize(("peak", "dtype"), [(3e11, "bfloat16"), (1.2e11, "float32"), (5e10, "float32")])
+def test_a_cpu_takes_the_dtype_of_the_faster_products_and_is_not_probed(cpu, monkeypatch, peak, dtype):
+    monkeypatch.setattr(probe, "probe", lambda here: pytest.fail("probed"))
+    monkeypatch.setattr(backend, "matmul_peak", lambda name: {"float32": 1e11, "bfloat16": peak}[name])
+    chosen, why = probe.choose_precision(cpu, "auto")
+    assert chosen == jnp.dtype(dtype) and "float32 100 GFLOP/s" in why
+    assert probe.choose_precision(cpu, "bfloat16") == (jnp.dtype("bfloat16"), "as the config says")
 
 
 def test_findings_are_kept_for_these_versions_and_asked_for_again_on_others(cpu, monkeypatch, tmp_path):

@@ -92,6 +92,7 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
             seed=config.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            num_threads=backend.readers,
         )
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         if (step := checkpoints.latest or 0) >= config.total_steps:
