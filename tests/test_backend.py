@@ -1,5 +1,6 @@
 """Platforms, plugins and precision, on a machine that has none of the plugins: fakes stand in for the broken ones."""
 
+import dataclasses
 import json
 import os
 import subprocess
