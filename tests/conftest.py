@@ -48,9 +48,9 @@ def run_script(name: str, *flags: str, cwd: Path = ROOT) -> subprocess.Completed
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def cpu() -> backend.Backend:
-    """One CPU device, whatever the tests simulate."""
+    """One CPU device, whatever the tests simulate; and JAX set for every test as a run sets it."""
     here = backend.start("cpu")
     return dataclasses.replace(here, devices=(jax.devices()[0],))
 

@@ -120,11 +120,12 @@ def test_muon_trains_the_matrices_and_adam_the_rest():
     trainer = make_trainer(**{"optimizer.name": "muon"})
     state, windows = trainer.init(), trainer.place(batches(1)[0])
     before = state.params["blocks"]["mlp"]["down"]["kernel"]
-    state, _ = trainer.step(state, windows)
+    state, first = trainer.step(state, windows)
     sizes = np.linalg.svd(np.asarray(state.params["blocks"]["mlp"]["down"]["kernel"] - before)[0], compute_uv=False)
     assert sizes.max() / np.median(sizes) < 2  # every direction moves alike
-    final = losses(trainer, 20)
-    assert final[-1] < final[0]
+    for _ in range(10):
+        state, last = trainer.step(state, windows)
+    assert last["loss"] < first["loss"]
 
 
 def test_clipping_bounds_the_step_not_the_metric():
