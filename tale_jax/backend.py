@@ -6,6 +6,7 @@ here as plain arguments: no other module asks where it runs. Which dtype to comp
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -132,8 +133,16 @@ def tracing_for_metal() -> Iterator[None]:
 
 
 def matmul_peak(dtype: Any) -> float:
-    """FLOP/s of large matrix products in `dtype` on the first device, measured now: what a step is compared with."""
-    return max(_matmul_rate(jnp.dtype(dtype).name, size=1024) for _ in range(2))
+    """FLOP/s of large matrix products in `dtype` on the first device, measured once a process.
+
+    The dtype of a run is chosen by it, and its steps are compared with it.
+    """
+    return _matmul_peak(jnp.dtype(dtype).name)
+
+
+@functools.cache
+def _matmul_peak(dtype: str) -> float:
+    return max(_matmul_rate(dtype, size=1024) for _ in range(2))
 
 
 def memory_rate(size: int = 64 << 20, seconds: float = 0.5, times: int = 8) -> float:

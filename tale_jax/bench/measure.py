@@ -12,9 +12,7 @@ matrix products in the same dtype, measured in the same run.
 
 import dataclasses
 import functools
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +23,7 @@ from rich.table import Table
 from tale_jax.backend import Backend, matmul_peak
 from tale_jax.config import Config
 from tale_jax.evaluate import Scorer
+from tale_jax.machine import peak_resident_memory
 from tale_jax.model.transformer import count_parameters, flops_per_token
 from tale_jax.probe import choose_precision
 from tale_jax.sample import Sampler, SampleSettings
@@ -229,14 +228,8 @@ def measure(bench: Bench, kinds: Sequence[str], seconds: float) -> Report:
         flops_per_token=bench.flops,
         matmul_peak=bench.peaks,
         rates=rates,
-        peak_bytes=peak_memory(),
+        peak_bytes=peak_resident_memory(),
     )
-
-
-def peak_memory() -> int:
-    """The largest resident memory of this process so far, in bytes."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
 
 
 def tables(records: dict[str, dict[str, Any]]) -> list[Table]:

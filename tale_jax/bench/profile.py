@@ -65,8 +65,7 @@ def part_of(op_name: str) -> str:
 def profile(bench: Bench, num_longest: int = 12) -> Profile:
     """Profiles training steps of a config. Raises ValueError when the trace of this backend names no instruction."""
     state = bench.trainer.init()
-    windows = bench.trainer.place(bench.windows(bench.config.batch_size))
-    op_names = instructions(bench.trainer.step.lower(state, windows).compile().as_text() or "")
+    op_names = instructions(bench.trainer.compile().as_text() or "")
     state = bench.step(bench.step(state))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
