@@ -140,11 +140,6 @@ def matmul_peak(dtype: Any) -> float:
     return _matmul_peak(jnp.dtype(dtype).name)
 
 
-@functools.cache
-def _matmul_peak(dtype: str) -> float:
-    return max(_matmul_rate(dtype, size=1024) for _ in range(2))
-
-
 def memory_rate(size: int = 64 << 20, seconds: float = 0.5, times: int = 8) -> float:
     """Bytes a second that the first device reads and writes, when it adds 1 to an array larger than its caches."""
     add = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, x: x + 1, x))
@@ -158,7 +153,8 @@ def memory_rate(size: int = 64 << 20, seconds: float = 0.5, times: int = 8) -> f
     return best
 
 
-def _matmul_rate(dtype: str, size: int = 512, seconds: float = 0.1) -> float:
+@functools.cache
+def _matmul_peak(dtype: str, size: int = 1024, seconds: float = 0.2) -> float:
     x = jnp.ones((size * 2, size), dtype)
     w = jnp.ones((size, size * 2), dtype)
     product = jax.jit(jnp.matmul)

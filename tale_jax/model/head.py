@@ -48,7 +48,7 @@ def cross_entropy(
 
     def body(carry: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
         x, targets = chunk
-        return carry, _losses(_cap(_product(x, kernel), head), targets)[1]
+        return carry, _losses(_cap(ops.product(x, kernel), head), targets)[1]
 
     return _over_chunks(body, None, (x, targets), kernel.shape[1], head)[1]
 
@@ -72,7 +72,7 @@ def _forward(x: Array, table: Array, targets: Array, weights: Array, head: Head)
     def body(total: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
         loss, dkernel = total
         x, targets, weights = chunk
-        capped = _cap(_product(x, kernel), head)
+        capped = _cap(ops.product(x, kernel), head)
         log_sum, losses = _losses(capped, targets)
         wide = capped.astype(jnp.float32)
         hit = jnp.arange(wide.shape[-1], dtype=targets.dtype) == targets[..., None]
@@ -82,8 +82,8 @@ def _forward(x: Array, table: Array, targets: Array, weights: Array, head: Head)
         dlogits = dlogits.astype(x.dtype)
         rows, drows = x.reshape(-1, x.shape[-1]), dlogits.reshape(-1, dlogits.shape[-1])
         # Summed in float32 over chunks; a product of bfloat16 into float32 exists on CPU in the natural layout only.
-        dkernel += _product(ops.transpose(rows, head.natural), drows, jnp.float32 if head.natural else x.dtype)
-        return (loss + jnp.sum(losses * weights), dkernel), _product(dlogits, back)
+        dkernel += ops.product(ops.transpose(rows, head.natural), drows, jnp.float32 if head.natural else x.dtype)
+        return (loss + jnp.sum(losses * weights), dkernel), ops.product(dlogits, back)
 
     zero = jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape, jnp.float32)
     (loss, dkernel), dx = _over_chunks(body, zero, (x, targets, weights), kernel.shape[1], head)
@@ -97,10 +97,6 @@ def _backward(head: Head, saved: tuple[Array, Array], dy: Array) -> tuple[Array,
 
 
 weighted_cross_entropy.defvjp(_forward, _backward)
-
-
-def _product(x: Array, y: Array, dtype: Any = None) -> Array:
-    return jnp.matmul(x, y, preferred_element_type=dtype or x.dtype)
 
 
 def _kernel(table: Array, dtype: Any, head: Head) -> Array:

@@ -39,6 +39,11 @@ def rotate(x: Float[Array, "B N T H"], angles: Float[Array, "B T half"]) -> Floa
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def product(x: Float[Array, "... C"], y: Float[Array, "... C N"], dtype: Any = None) -> Float[Array, "... N"]:
+    """`x @ y` as it stands, in `dtype` (None: that of `x`) however XLA sums it."""
+    return jnp.matmul(x, y, preferred_element_type=dtype or x.dtype)
+
+
 def transpose(x: Float[Array, "*B M N"], natural: bool) -> Float[Array, "*B N M"]:
     """Swaps the last two axes; with `natural`, in memory too, so that XLA cannot fold it back into a product."""
     rows = x.shape[-2]
@@ -52,8 +57,8 @@ def _transposed_times(x: Array, y: Array, natural: bool) -> Array:
     """x.T @ y, in the order that moves less memory: by transposing x, or y and the result."""
     (rows, left), right = x.shape[-2:], y.shape[-1]
     if natural and rows * left > rows * right + left * right:
-        return transpose(jnp.matmul(transpose(y, natural), x, preferred_element_type=x.dtype), natural)
-    return jnp.matmul(transpose(x, natural), y, preferred_element_type=x.dtype)
+        return transpose(product(transpose(y, natural), x), natural)
+    return product(transpose(x, natural), y)
 
 
 def _rows(x: Array) -> Array:
@@ -63,7 +68,7 @@ def _rows(x: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: Float[Array, "*B C"], w: Float[Array, "C N"], natural: bool = False) -> Float[Array, "*B N"]:
     """`x @ w`, in the dtype of `x`."""
-    return jnp.matmul(x, w, preferred_element_type=x.dtype)
+    return product(x, w)
 
 
 def _matmul_forward(x: Array, w: Array, natural: bool) -> tuple[Array, tuple[Array, Array]]:
@@ -72,7 +77,7 @@ def _matmul_forward(x: Array, w: Array, natural: bool) -> tuple[Array, tuple[Arr
 
 def _matmul_backward(natural: bool, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
-    dx = jnp.matmul(dy, transpose(w, natural), preferred_element_type=x.dtype)
+    dx = product(dy, transpose(w, natural))
     return dx, _transposed_times(_rows(x), _rows(dy), natural)
 
 
@@ -82,7 +87,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul_transposed(x: Float[Array, "*B C"], w: Float[Array, "N C"], natural: bool = False) -> Float[Array, "*B N"]:
     """`x @ w.T` as `matmul` does it: for the embedding as head."""
-    return jnp.matmul(x, transpose(w, natural), preferred_element_type=x.dtype)
+    return product(x, transpose(w, natural))
 
 
 def _matmul_transposed_forward(x: Array, w: Array, natural: bool) -> tuple[Array, tuple[Array, Array]]:
@@ -91,7 +96,7 @@ def _matmul_transposed_forward(x: Array, w: Array, natural: bool) -> tuple[Array
 
 def _matmul_transposed_backward(natural: bool, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
-    dx = jnp.matmul(dy, w, preferred_element_type=x.dtype)
+    dx = product(dy, w)
     return dx, _transposed_times(_rows(dy), _rows(x), natural)
 
 
@@ -150,7 +155,7 @@ def _scores(query: Array, key: Array, mask: Array, natural: bool) -> Array:
     """
     (batch, heads, length, width), (kv_heads, key_length) = query.shape, key.shape[1:3]
     grouped = (query * width**-0.5).reshape(batch, kv_heads, -1, width)
-    scores = jnp.matmul(grouped, transpose(key, natural), preferred_element_type=jnp.float32)
+    scores = product(grouped, transpose(key, natural), jnp.float32)
     scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, key_length)
     return jnp.where(mask[:, None, None], scores, MASKED).reshape(batch, kv_heads, -1, key_length)
 
@@ -162,7 +167,7 @@ def _attend(query: Array, key: Array, value: Array, mask: Array, natural: bool) 
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak).astype(value.dtype)
     total = jnp.sum(weights, axis=-1, keepdims=True, dtype=jnp.float32)
-    mixed = (jnp.matmul(weights, value, preferred_element_type=jnp.float32) / total).astype(value.dtype)
+    mixed = (product(weights, value, jnp.float32) / total).astype(value.dtype)
     return mixed.reshape(query.shape), peak + jnp.log(total)
 
 
@@ -177,13 +182,13 @@ def _attend_backward(natural: bool, saved: Any, gradient: tuple[Array, Array]) -
     dy, dtype, width = gradient[0], value.dtype, query.shape[-1]
     dy, mixed = (x.reshape(*key.shape[:2], -1, width) for x in (dy, mixed))
     weights = jnp.exp(_scores(query, key, mask, natural) - log_sum).astype(dtype)
-    dvalue = jnp.matmul(transpose(weights, natural), dy, preferred_element_type=dtype)
-    dweights = jnp.matmul(dy, transpose(value, natural), preferred_element_type=dtype).astype(jnp.float32)
+    dvalue = product(transpose(weights, natural), dy)
+    dweights = product(dy, transpose(value, natural)).astype(jnp.float32)
     along = jnp.sum(dy.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1, keepdims=True)
     dscores = (weights.astype(jnp.float32) * (dweights - along)).astype(dtype)
-    dquery = jnp.matmul(dscores, key, preferred_element_type=dtype).reshape(query.shape) * width**-0.5
+    dquery = product(dscores, key).reshape(query.shape) * width**-0.5
     grouped = (query * width**-0.5).reshape(dy.shape)
-    dkey = jnp.matmul(transpose(dscores, natural), grouped, preferred_element_type=dtype)
+    dkey = product(transpose(dscores, natural), grouped)
     return dquery, dkey, dvalue, None
 
 

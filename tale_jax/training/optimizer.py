@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from tale_jax.config import OptimizerConfig
-from tale_jax.model.ops import transpose
+from tale_jax.model.ops import product, transpose
 
 
 def groups(params: Any) -> Any:
@@ -86,9 +86,6 @@ def orthogonal(x: Float[Array, "L M N"], natural: bool = False, steps: int = 5) 
     All singular values end between about 0.7 and 1.2. `natural` is the layout of products, as in `model/ops.py`.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-
-    def product(x: Array, y: Array) -> Array:
-        return jnp.matmul(x, y, preferred_element_type=x.dtype)
 
     # At a Frobenius norm of 1 no singular value is above 1.
     y = (x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)).astype(jnp.bfloat16)
