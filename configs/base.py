@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.passes = 1.0  # passes over the training windows, when total_steps is 0
     config.batch_size = 8  # sequences in one optimizer step
     config.micro_batch_size = 0  # sequences in one forward and backward pass; 0: batch_size (no accumulation)
-    config.precision = "auto"  # of computing: auto, float32 or bfloat16; weights are always kept in float32
+    config.precision = "auto"  # of computing: auto, float32, bfloat16 or float16; weights are always float32
     config.windows = (
         "stream"  # stream: text cut wherever a window is full; document: each window begins with a document
     )

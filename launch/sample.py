@@ -28,7 +28,7 @@ flags.DEFINE_integer("seed", 0, "of the draws")
 flags.DEFINE_multi_string("stop", [], "text that ends a sample, which is cut before it; may be given again")
 flags.DEFINE_enum("long_prompt", "refuse", ["refuse", "window"], "of a prompt longer than the context: or use its end")
 flags.DEFINE_integer("step", 0, "checkpoint; 0: the best by validation loss", lower_bound=0)
-flags.DEFINE_enum("precision", "float32", ["auto", "float32", "bfloat16"], "dtype to compute in")
+flags.DEFINE_enum("precision", "float32", ["auto", "float32", "bfloat16", "float16"], "dtype to compute in")
 flags.DEFINE_bool("interactive", False, "ask for prompts, one after another")
 flags.DEFINE_bool("json", False, "print one JSON object for a prompt, as the last line")
 

@@ -36,7 +36,8 @@ class Backend:
       device: the device's own name.
       devices: all of them.
       natural: products with materialised transposes pay off (XLA on CPU from jaxlib 0.11, see `model/ops.py`).
-      readers: threads that read batches ahead: none where the cores that would do it compute the step.
+      host_is_free: the host's cores have nothing to do while the device computes, so that batches are read, and
+        checkpoints written, beside the steps.
       donate: buffers given to a step are reused for its results; elsewhere asking for it warns at every compilation.
       memory: bytes that the program may fill, 0 if unknown: of the machine, of its GPU's working set, or of the GPU.
       note: why `auto` chose this platform, "" when it was asked for.
@@ -47,7 +48,7 @@ class Backend:
     device: str
     devices: tuple[Any, ...]
     natural: bool
-    readers: int
+    host_is_free: bool
     donate: bool
     memory: int
     note: str
@@ -100,7 +101,7 @@ def start(platform: str) -> Backend:
         device=machine.cpu_name() if name == "cpu" else first.device_kind,
         devices=tuple(devices),
         natural=False,
-        readers=0,
+        host_is_free=False,
         donate=False,
         memory=_memory(name, plugin, first),
         note=note,
@@ -117,8 +118,9 @@ def on_platform(backend: Backend, platform: str) -> Backend:
     natural = platform == "cpu" and version >= (0, 11)
     # Old jaxlib on CPU gives arrays that were restored from a checkpoint back to the wrong allocator, and aborts.
     donate = platform == "cuda" or (platform == "cpu" and version >= (0, 5))
-    readers = 0 if platform == "cpu" else 2
-    return dataclasses.replace(backend, platform=platform, natural=natural, readers=readers, donate=donate)
+    return dataclasses.replace(
+        backend, platform=platform, natural=natural, host_is_free=platform != "cpu", donate=donate
+    )
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 Checkpoint N lies in `workdir/checkpoints/N/`, in four items: `params` (all that evaluation and sampling need),
 `training` (optimizer state, step, random state), `data` (position in the token windows) and `meta` (validation loss).
-Saving is asynchronous: steps go on while the arrays are written. A folder without its final name is no checkpoint.
+Where the host is free, steps go on while the arrays are written; on a CPU that would take as long, and a second copy of
+the state. A folder without its final name is no checkpoint.
 """
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,24 @@ import orbax.checkpoint as ocp
 from tale_jax.config import Config
 from tale_jax.model.transformer import Transformer
 from tale_jax.text.tokenizer import Tokenizer
+from tale_jax.training.scaling import LossScale, first_scale
 from tale_jax.training.state import TrainState
 
 NAME = "nats_per_token"
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep` of them stay, and the best by validation loss."""
+    """The checkpoints of one run: the newest `keep` of them stay, and the best by validation loss.
 
-    def __init__(self, workdir: Path, keep: int):
+    `at_once`: bytes that are on their way to the disk at a time, while `save` waits; 0: `save` copies the state and
+    returns, and the copy is written in the background.
+    """
+
+    def __init__(self, workdir: Path, keep: int, at_once: int = 0):
         self.folder = Path(workdir).absolute() / "checkpoints"
         self.keep = keep
-        options = ocp.CheckpointManagerOptions(create=True, max_to_keep=None, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        options = ocp.CheckpointManagerOptions(create=True, max_to_keep=None, enable_async_checkpointing=not at_once)
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=_sparing_handlers(at_once))
         self._losses = {step: _read_meta(self._manager, step).get(NAME) for step in self._manager.all_steps()}
 
     @property
@@ -41,22 +48,22 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data: Mapping[str, Any], loss: float | None) -> None:
         """Begins to save `state` and the data position; `loss` is the validation loss in nats per token, if known now.
 
-        Raises OSError in one line when the save before this one failed (a full disk): the older ones are still there.
+        Raises OSError in one line when this save, or the one before it, failed (a full disk): the older ones are still
+        there.
         """
         if step in self._losses:
             return
         self.wait()
         self._prune()
         arrays = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                training=ocp.args.StandardSave(arrays),
-                data=ocp.args.JsonSave(dict(data)),
-                meta=ocp.args.JsonSave({"step": step, NAME: loss}),
-            ),
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            training=ocp.args.StandardSave(arrays),
+            data=ocp.args.JsonSave(dict(data)),
+            meta=ocp.args.JsonSave({"step": step, NAME: loss} | _saved_scale(state.scale)),
         )
+        with self._written():
+            self._manager.save(step, args=items)
         self._losses[step] = loss
 
     def restore(self, abstract_state: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -77,12 +84,18 @@ class Checkpoints:
                 data=ocp.args.JsonRestore(),
             ),
         )
-        return TrainState(params=found.params, **found.training), dict(found.data)
+        scale = _restored_scale(target.scale, _read_meta(self._manager, step))
+        return TrainState(params=found.params, **found.training, scale=scale), dict(found.data)
 
     def wait(self) -> None:
         """Until the save under way is on disk. Raises OSError in one line if it failed."""
-        try:
+        with self._written():
             self._manager.wait_until_finished()
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # orbax raises what its writers hit: OSError, ValueError, tensorstore's own
             raise OSError(f"{self.folder}: the checkpoint could not be written ({_reason(error)})") from error
 
@@ -145,6 +158,33 @@ def _best(losses: Mapping[int, float | None]) -> int | None:
     """The step of the lowest loss, None when none is known."""
     known = [(loss, step) for step, loss in losses.items() if loss is not None]
     return min(known)[1] if known else None
+
+
+def bytes_at_once(state: Any) -> int:
+    """For `Checkpoints`: enough to keep a disk busy, and more than the largest array of `state`, as orbax demands."""
+    return max(32 << 20, 2 * max(x.size * x.dtype.itemsize for x in jax.tree_util.tree_leaves(state)))
+
+
+def _sparing_handlers(at_once: int) -> dict[str, Any] | None:
+    if not at_once:
+        return None
+    gigabytes: Any = at_once / 1e9  # orbax says int, and multiplies
+    arrays = {name: ocp.StandardCheckpointHandler(save_concurrent_gb=gigabytes) for name in ("params", "training")}
+    return arrays | {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")}
+
+
+def _saved_scale(scale: LossScale | None) -> dict[str, Any]:
+    return {"loss_scale": [float(scale.value), int(scale.good)]} if scale else {}
+
+
+def _restored_scale(target: LossScale | None, meta: Mapping[str, Any]) -> LossScale | None:
+    """The loss scale that was saved, or the first one where none was; None unless the run computes in float16."""
+    if target is None:
+        return None
+    first = first_scale()
+    value, good = meta.get("loss_scale", (first.value, first.good))
+    scale = LossScale(jnp.asarray(value, jnp.float32), jnp.asarray(good, jnp.int32))
+    return jax.tree_util.tree_map(lambda x, like: jax.device_put(x, like.sharding), scale, target)
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:

@@ -17,7 +17,7 @@ import ml_collections
 
 CORPORA = ("tales", "wikitext2", "wikitext103", "tinystories", "files", "hub")
 PLATFORMS = ("auto", "cpu", "metal", "cuda")
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "wsd")
 REMAT = (
     "none",

@@ -181,7 +181,7 @@ def use_few_heaps() -> None:
 
 
 def release_memory() -> None:
-    """Gives freed memory back to the system, as after compiling (glibc only)."""
+    """Gives freed memory back to the system, as after compiling or saving (glibc only)."""
     if trim := _glibc("malloc_trim"):
         trim(0)
 

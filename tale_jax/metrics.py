@@ -262,8 +262,9 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._steps = self._timed_steps = 0
+        self._values: dict[str, list[float]] = {}
+        self._latest: dict[str, float] = {}
+        self._timed_steps = 0
         self._waited = self._paused = 0.0
 
     @contextlib.contextmanager
@@ -280,12 +281,15 @@ class Meter:
         yield
         self._paused += self._clock() - start
 
-    def add(self, *, loss: float | int, grad_norm: float | int, learning_rate: float | int) -> None:
-        """One step is done; takes host floats (loss in nats per token)."""
-        for field, value in (("loss", loss), ("grad_norm", grad_norm)):
-            self._sums[field] = self._sums.get(field, 0.0) + float(value)
-        self._learning_rate = float(learning_rate)
-        self._steps += 1
+    def add(self, *, loss: float | int, grad_norm: float | int, **latest: float | int) -> None:
+        """One step is done; takes host floats (loss in nats per token). Of `latest` the last values are recorded.
+
+        A gradient norm that overflowed (float16 leaves such a step out) is no part of the mean.
+        """
+        self._values.setdefault("loss", []).append(float(loss))
+        if math.isfinite(grad_norm):
+            self._values.setdefault("grad_norm", []).append(float(grad_norm))
+        self._latest = {field: float(value) for field, value in latest.items()}
         self._tokens += self._tokens_per_step
         now = self._clock()
         if self._since is None:
@@ -295,11 +299,11 @@ class Meter:
             self._until = now
 
     def record(self, step: int) -> Record:
-        """The train record of the steps since the last one: means of loss and gradient norm, the last learning rate,
-        tokens seen, and, where known, `tokens_per_second`, `data_wait` (share of time) and `peak_share`."""
+        """The train record of the steps since the last one: means of loss and gradient norm, the last learning rate
+        (and loss scale), tokens seen, and, where known, `tokens_per_second`, `data_wait` (share of time) and
+        `peak_share`."""
         record: Record = {"kind": "train", "step": step, "time": time.time(), "tokens": self._tokens}
-        record |= {field: total / self._steps for field, total in self._sums.items()}
-        record["learning_rate"] = self._learning_rate
+        record |= {field: sum(values) / len(values) for field, values in self._values.items()} | self._latest
         if self._timed_steps and self._since is not None:
             seconds = max(self._until - self._since - self._paused, 1e-9)
             record["tokens_per_second"] = self._timed_steps * self._tokens_per_step / seconds

@@ -2,8 +2,8 @@
 
 Memory comes from the compiler: the very step that the Trainer jits is compiled, and its own analysis says what it holds
 for its arguments and for everything in between. On a CPU the peak is that of the process: what it holds by now (Python,
-the libraries, compiled programs), plus the program, plus the copy of the state that a checkpoint is written from while
-steps go on. Time comes from a few real steps on random tokens.
+the libraries, compiled programs), plus the program, or what is on its way into a checkpoint while steps wait. Time
+comes from a few real steps on random tokens.
 
     python launch/plan.py --config=configs/m2_air.py --memory=8GB
 """
@@ -30,7 +30,7 @@ import rich.table
 from tale_jax import backend as backends
 from tale_jax import machine
 from tale_jax.audit import Untrained, programs
-from tale_jax.checkpoint import Checkpoints
+from tale_jax.checkpoint import Checkpoints, bytes_at_once
 from tale_jax.config import Config
 from tale_jax.data import window_starts
 from tale_jax.machine import format_bytes
@@ -40,12 +40,11 @@ from tale_jax.text.windows import load_tokens
 from tale_jax.training.step import Trainer, make_trainer
 
 # On a CPU, measured (plan.py --table): freed arrays leave gaps; XLA's bfloat16 kernels keep float32 buffers that grow
-# with their results and that the compiler does not count; a checkpoint is written from a copy of the state, in pieces
-# that are compressed.
-GAPS = 1.05  # of what a program holds in between
-KERNELS = 0.6  # of the results of bfloat16 products, in float32
-CHECKPOINT = 1.7  # of the state
-PROGRAMS = 120 << 20  # bytes of the programs that come later: scoring, reading a prompt, decoding
+# with their results and that the compiler does not count; arrays on their way to a checkpoint are also compressed.
+GAPS = 1.03  # of what a program holds in between
+KERNELS = 0.45  # of the results of bfloat16 products, in float32
+CHECKPOINT = 1.5  # of the bytes written at once
+PROGRAMS = 80 << 20  # bytes of the programs that come later: initial weights, scoring, reading a prompt, decoding
 STEPS = 4  # of the short run; the first is not counted
 
 CHANGES: tuple[dict[str, Any], ...] = (
@@ -72,7 +71,8 @@ class Memory:
         largest array along the vocabulary, activations the rest.
       results: what a step returns besides its arguments' memory: as much as they, where nothing is donated.
       decode_cache: keys and values of the samples along training; not held during a step.
-      process: Python, libraries, compiled programs; checkpoint: copies while one is written. Both 0 on a GPU.
+      process: Python, libraries, compiled programs; checkpoint: what is on its way to the disk while steps wait. Both
+        0 on a GPU.
       peak: the most at any time.
     """
 
@@ -218,10 +218,9 @@ def measure_memory(config: Config, trainer: Trainer, here: backends.Backend, pro
     if here.platform == "cpu":
         floor = 0 if process else machine.peak_resident_memory()
         process = process or machine.resident_memory() + PROGRAMS
-        checkpoint = int(CHECKPOINT * (weights + optimizer))
-        devices = len(here.devices)
-        program = given + results + int(GAPS * between + KERNELS * _bfloat16_products(text))
-        peak = max(floor, process + checkpoint + devices * program)
+        checkpoint = int(CHECKPOINT * bytes_at_once(trainer.abstract_state))
+        program = results + int(GAPS * between + KERNELS * _bfloat16_products(text))
+        peak = max(floor, process + len(here.devices) * given + max(len(here.devices) * program, checkpoint))
     return Memory(
         weights=weights,
         optimizer=optimizer,
@@ -324,7 +323,7 @@ def _changes(config: Config) -> Iterator[dict[str, Any]]:
 def rehearse(config: Config, platform: str) -> dict[str, Any]:
     """Runs every program of a run in a process of its own; returns what was predicted and what it took.
 
-    Steps, scoring, decoding, and two checkpoints that are written while steps go on. `predicted_bytes` and
+    Steps, scoring, decoding and two checkpoints. `predicted_bytes` and
     `predicted_step` come from the plan, `measured_bytes` and `measured_step` (the median of twelve) from the run.
     """
     command = [sys.executable, "-m", "tale_jax.plan", platform]
@@ -347,7 +346,8 @@ def _rehearse_here(config: Config, platform: str) -> dict[str, Any]:
     functions = programs(config, trainer)
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(Path(folder), config.checkpoint.keep)
+        checkpoints = Checkpoints(Path(folder), config.checkpoint.keep, bytes_at_once(trainer.abstract_state))
+        machine.release_memory()
         for step in range(1, 13):
             begin = time.perf_counter()
             state, metrics = trainer.step(state, windows)
@@ -358,6 +358,7 @@ def _rehearse_here(config: Config, platform: str) -> dict[str, Any]:
                     function, args, kwargs = functions[name]
                     jax.block_until_ready(function(*_zeros(args), **kwargs))
                 checkpoints.save(step, state, {"examples": step}, None)
+                machine.release_memory()
         checkpoints.close()
     return {
         "predicted_bytes": plan.peak_bytes,
@@ -440,9 +441,7 @@ def headline(plan: Plan) -> str:
     m = plan.memory
     program = m.weights + m.optimizer + m.batch + m.gradients + m.logits + m.activations + m.results
     of = f" of {format_bytes(plan.budget_bytes)}" if plan.budget_bytes else ""
-    parts = f"the step {format_bytes(program)}" + (
-        f", the process {format_bytes(m.process)}, a checkpoint {format_bytes(m.checkpoint)}" if m.process else ""
-    )
+    parts = f"the step {format_bytes(program)}" + (f", the process {format_bytes(m.process)}" if m.process else "")
     return (
         f"plan: peak memory {format_bytes(plan.peak_bytes)}{of} ({parts}); "
         f"a checkpoint takes {format_bytes(plan.checkpoint_bytes)} of disk, all of them {format_bytes(plan.disk_bytes)}"

@@ -24,8 +24,9 @@ from tale_jax.config import ModelConfig
 from tale_jax.model.transformer import Cache, Transformer
 from tale_jax.training.step import token_losses
 
-DTYPES = ("float32", "bfloat16")
-LIMITS = {"float32": 2e-3, "bfloat16": 5e-2}  # of the relative error of loss and logits; of gradients three times that
+DTYPES = ("float32", "bfloat16", "float16")
+# Of the relative error of loss and logits; of gradients three times that.
+LIMITS = {"float32": 2e-3, "bfloat16": 5e-2, "float16": 2e-2}
 TIMEOUT = 300  # seconds
 SMALL = ModelConfig(
     num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=2, mlp_dim=192, seq_len=64, rope_base=1e4, norm_eps=1e-5,
@@ -34,6 +35,7 @@ SMALL = ModelConfig(
 )  # fmt: skip
 TIMED = dataclasses.replace(SMALL, embed_dim=384, num_heads=6, num_kv_heads=6, mlp_dim=1024, seq_len=256)
 VOCAB, BOS = 512, 1
+SCALE = 1024.0  # of the loss, so that gradients are not below what float16 can tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Finding:
     """What a probe found about one dtype.
 
     Attributes:
-      dtype: float32 or bfloat16.
+      dtype: float32, bfloat16 or float16.
       correct: it ran, and everything came within LIMITS of the CPU.
       reason: what went wrong, "" if nothing did.
       loss_error, gradient_error, decode_error: relative to float32 on the CPU.
@@ -58,7 +60,7 @@ class Finding:
 
 
 def choose_precision(here: backend.Backend, precision: str) -> tuple[Any, str]:
-    """The dtype to compute in, and why. `precision` is auto, float32 or bfloat16; auto takes the fastest correct one.
+    """The dtype to compute in, and why. `precision` is auto or a dtype; auto takes the fastest correct one.
 
     float32 wins when it is nearly as fast. A CPU is what others are compared with, so there large products are timed,
     in less than a second, and nothing is probed. Raises ValueError for a dtype that is not computed rightly here.
@@ -66,7 +68,8 @@ def choose_precision(here: backend.Backend, precision: str) -> tuple[Any, str]:
     if here.platform == "cpu":
         if precision != "auto":
             return jnp.dtype(precision), "as the config says"
-        peaks = {name: backend.matmul_peak(name) for name in DTYPES}
+        # No CPU that we know of is faster in float16 than in bfloat16.
+        peaks = {name: backend.matmul_peak(name) for name in ("float32", "bfloat16")}
         shown = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in peaks.items())
         faster = peaks["bfloat16"] > 1.3 * peaks["float32"]  # products are not all of a step
         return jnp.dtype("bfloat16" if faster else "float32"), f"matrix products here: {shown}"
@@ -149,8 +152,8 @@ def _numbers(device: Any, dtype: str, natural: bool) -> dict[str, np.ndarray]:
         params = model.init(jax.random.PRNGKey(0), jnp.asarray(windows[:, :8]))["params"]
     with jax.default_device(device):
         params = jax.device_put(params, device)
-        step = jax.jit(jax.value_and_grad(lambda p, w: jnp.mean(token_losses(model, p, w, BOS))))
-        loss, gradients = step(params, windows)
+        step = jax.jit(jax.value_and_grad(lambda p, w: SCALE * jnp.mean(token_losses(model, p, w, BOS))))
+        loss, gradients = jax.tree_util.tree_map(lambda x: x / SCALE, step(params, windows))
 
         def decode(params: Any, tokens: Any) -> Any:
             cache = Cache.empty(SMALL, tokens.shape[0], model.dtype)

@@ -12,7 +12,7 @@ from tale_jax.config import Config
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "base")
 VARIANTS = {"m2_air": ["", "tuned"], "tales": ["", "tiny"]}
-DTYPES = {"METAL": "float32", "mps": "bfloat16"}  # the most that each plugin computes
+DTYPES = {"METAL": "float32", "mps": "bfloat16"}  # what each plugin is expected to run best
 
 
 def recipe(name: str, *variant: str, **changes) -> Config:
@@ -52,6 +52,12 @@ SETTINGS = [
 def test_settings_keep_to_known_operations(cpu, settings, platform):
     config = recipe("tales", "tiny", **settings)
     faults = [fault for program in audit(config, cpu, platform, jnp.float32) for fault in program.faults]
+    assert not faults, "\n".join(faults)
+
+
+def test_float16_keeps_to_known_operations(cpu):
+    config = recipe("tales", "tiny", micro_batch_size=2)
+    faults = [fault for program in audit(config, cpu, "mps", jnp.float16) for fault in program.faults]
     assert not faults, "\n".join(faults)
 
 

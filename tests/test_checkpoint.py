@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_training import make_trainer
 
-from tale_jax.checkpoint import Checkpoints, open_experiment
+from tale_jax.checkpoint import Checkpoints, bytes_at_once, open_experiment
 
 
 def leaves_equal(a, b):
@@ -31,6 +31,18 @@ def kept(folder):
 
 def test_state_and_data_position_come_back_exactly(tmp_path):
     trainer, state = save(tmp_path, 2, [3.0])
+    found, data = Checkpoints(tmp_path, 2).restore(trainer.abstract_state, trainer.state_shardings)
+    leaves_equal(found, state)
+    assert data == {"examples": 8}
+
+
+def test_saved_in_the_foreground_with_little_memory_it_is_the_same_checkpoint(tmp_path):
+    trainer = make_trainer()
+    state = trainer.init()
+    checkpoints = Checkpoints(tmp_path, 2, bytes_at_once(trainer.abstract_state))
+    checkpoints.save(1, state, {"examples": 8}, 3.0)
+    assert kept(tmp_path) == [1]  # before anything waits for it
+    checkpoints.close()
     found, data = Checkpoints(tmp_path, 2).restore(trainer.abstract_state, trainer.state_shardings)
     leaves_equal(found, state)
     assert data == {"examples": 8}

@@ -19,10 +19,10 @@ import numpy as np
 
 from tale_jax import data
 from tale_jax.backend import Backend, matmul_peak
-from tale_jax.checkpoint import Checkpoints
+from tale_jax.checkpoint import Checkpoints, bytes_at_once
 from tale_jax.config import Config
 from tale_jax.evaluate import Evaluation, Scorer
-from tale_jax.machine import format_bytes
+from tale_jax.machine import format_bytes, release_memory
 from tale_jax.metrics import Meter, open_sinks
 from tale_jax.model.transformer import count_parameters, flops_per_token
 from tale_jax.plan import Plan, headline, memory_budget, plan_run, refusal, remedies
@@ -92,9 +92,10 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
             seed=config.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            num_threads=backend.readers,
+            num_threads=2 if backend.host_is_free else 0,
         )
-        checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        at_once = 0 if backend.host_is_free else bytes_at_once(trainer.abstract_state)
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep, at_once)
         if (step := checkpoints.latest or 0) >= config.total_steps:
             checkpoints.close()
             return Outcome(step, config.total_steps, 0)
@@ -115,6 +116,7 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
             else:
                 state, position = checkpoints.restore(trainer.abstract_state, trainer.state_shardings)
                 batches.set_state(position)
+            release_memory()
 
             params = count_parameters(state.params)
             flops = flops_per_token(config.model, config.tokenizer.vocab_size)
@@ -212,6 +214,7 @@ def _steps(
                     observer.sample(state.params, step)
                 if due["checkpoint"] or stop:
                     checkpoints.save(step, state, batches.get_state(), loss)
+                release_memory()
     settle()
     checkpoints.save(step, state, batches.get_state(), None)  # nothing to do unless the signal came in between
     return step

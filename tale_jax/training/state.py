@@ -9,6 +9,7 @@ import optax
 
 from tale_jax.model.initial import with_induction_heads
 from tale_jax.model.transformer import Transformer
+from tale_jax.training.scaling import first_scale, needed
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -18,6 +19,7 @@ class TrainState(flax.struct.PyTreeNode):
     params: Any
     opt_state: Any
     key: Any  # raw PRNG key data, from which dropout at each step is derived
+    scale: Any = None  # of the loss, computing in float16 (see `scaling.py`)
 
 
 def init_state(model: Transformer, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -26,4 +28,6 @@ def init_state(model: Transformer, optimizer: optax.GradientTransformation, seed
     params = model.init(init_key, jnp.zeros((1, 8), jnp.int32))["params"]
     if model.config.induction_init:
         params = with_induction_heads(params, model.config)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), key=key)
+    scale = first_scale() if needed(model.dtype) else None
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step=step, params=params, opt_state=optimizer.init(params), key=key, scale=scale)

@@ -15,6 +15,7 @@ from tale_jax.model.transformer import Transformer
 from tale_jax.sharding import batch_sharding, make_mesh, shardings
 from tale_jax.training.loss import document_segments
 from tale_jax.training.optimizer import make_optimizer
+from tale_jax.training.scaling import next_scale, where_finite
 from tale_jax.training.schedule import learning_rate
 from tale_jax.training.state import TrainState, init_state
 
@@ -53,17 +54,17 @@ def make_train_step(
 
     The batch is cut into micro-batches whose gradients are summed, so that accumulation changes nothing but memory.
     Metrics are scalars: `loss` in nats per token (BOS not counted, as in evaluation), `grad_norm` before
-    clipping, `learning_rate`.
+    clipping, `learning_rate`, and in float16 `loss_scale`, by which both are divided already.
     """
     num_micro = config.num_micro_batches
     dropout = config.model.dropout > 0
 
-    def gradients(params: Any, windows: Array, key: Array) -> tuple[Array, Any]:
+    def gradients(params: Any, windows: Array, key: Array, scale: Array | float) -> tuple[Array, Any]:
         # BOS carries no text, so it is not learned, as evaluation does not count it.
         num_counted = jnp.sum(windows[:, 1:] != bos_id)
 
         def loss_fn(params: Any, windows: Array, key: Array) -> Array:
-            weights = (windows[:, 1:] != bos_id) / num_counted
+            weights = (windows[:, 1:] != bos_id) * (scale / num_counted)
             return token_losses(model, params, windows, bos_id, weights, key if dropout else None)
 
         if num_micro == 1:
@@ -79,11 +80,20 @@ def make_train_step(
         return jax.lax.scan(add, zero, (micro, jax.random.split(key, num_micro)))[0]
 
     def train_step(state: TrainState, windows: Int[Array, "B T1"]) -> tuple[TrainState, dict[str, Array]]:
-        loss, grads = gradients(state.params, windows, jax.random.fold_in(state.key, state.step))
+        key, scale = jax.random.fold_in(state.key, state.step), state.scale
+        loss, grads = gradients(state.params, windows, key, 1.0 if scale is None else scale.value)
+        if scale is not None:
+            loss, grads = jax.tree_util.tree_map(lambda x: x / scale.value, (loss, grads))
+        norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = {"loss": loss, "grad_norm": global_norm(grads), "learning_rate": rate(state.step)}
         params = optax.apply_updates(state.params, updates)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(state.step)}
+        if scale is not None:
+            finite = jnp.isfinite(norm)
+            params, opt_state = where_finite(finite, (params, opt_state), (state.params, state.opt_state))
+            scale = next_scale(scale, finite)
+            metrics |= {"loss_scale": scale.value}
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, scale=scale), metrics
 
     return train_step
 
