@@ -39,12 +39,14 @@ from tale_jax.probe import choose_precision
 from tale_jax.text.windows import load_tokens
 from tale_jax.training.step import Trainer, make_trainer
 
-# On a CPU, measured (plan.py --table): freed arrays leave gaps; XLA's bfloat16 kernels keep float32 buffers that grow
-# with their results and that the compiler does not count; arrays on their way to a checkpoint are also compressed.
-GAPS = 1.03  # of what a program holds in between
-KERNELS = 0.45  # of the results of bfloat16 products, in float32
+# On a CPU, measured (plan.py --table). Programs that come later stay in memory: for initial weights, scoring and
+# decoding, and layers that were unrolled; freed arrays leave gaps. XLA's bfloat16 kernels keep float32 buffers that the
+# compiler does not count, where they sum more than 256 terms. Arrays on their way to a checkpoint are also compressed.
+PROGRAMS = 110 << 20  # bytes
+UNROLLED = 6 << 20  # bytes a layer
+GAPS = 0.25  # of the state
+KERNELS, TERMS = 0.45, 256  # of the results of such products, in float32
 CHECKPOINT = 1.5  # of the bytes written at once
-PROGRAMS = 80 << 20  # bytes of the programs that come later: initial weights, scoring, reading a prompt, decoding
 STEPS = 4  # of the short run; the first is not counted
 
 CHANGES: tuple[dict[str, Any], ...] = (
@@ -217,9 +219,10 @@ def measure_memory(config: Config, trainer: Trainer, here: backends.Backend, pro
     peak = given + results + between
     if here.platform == "cpu":
         floor = 0 if process else machine.peak_resident_memory()
-        process = process or machine.resident_memory() + PROGRAMS
+        layers = 0 if config.model.scan_layers else config.model.num_layers
+        process = process or machine.resident_memory() + PROGRAMS + UNROLLED * layers
         checkpoint = int(CHECKPOINT * bytes_at_once(trainer.abstract_state))
-        program = results + int(GAPS * between + KERNELS * _bfloat16_products(text))
+        program = results + between + int(GAPS * (weights + optimizer) + KERNELS * _bfloat16_products(text))
         peak = max(floor, process + len(here.devices) * given + max(len(here.devices) * program, checkpoint))
     return Memory(
         weights=weights,
@@ -408,9 +411,14 @@ def _largest_along(text: str, vocab_size: int, embed_dim: int) -> int:
 
 
 def _bfloat16_products(text: str) -> int:
-    """Bytes, in float32, of the results of all bfloat16 products of a compiled program."""
-    shapes = re.findall(r"= bf16\[([\d,]+)\]\S* dot\(", text)
-    return sum(4 * math.prod(map(int, dims.split(","))) for dims in shapes)
+    """Bytes, in float32, of the results of bfloat16 products of more than TERMS terms in a compiled program."""
+    shapes = {name: dims.split(",") for name, dims in re.findall(r"([\w.\-]+) = \w+\[([\d,]+)\]", text)}
+    dot = r"= bf16\[([\d,]+)\]\S* dot\((?:\w+\[[\d,]*\]\S* )?%?([\w.\-]+),.*?lhs_contracting_dims=\{(\d)\}"
+    return sum(
+        4 * math.prod(map(int, result.split(",")))
+        for result, left, axis in re.findall(dot, text)
+        if left in shapes and int(shapes[left][int(axis)]) > TERMS
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- for people
