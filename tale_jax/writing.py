@@ -69,7 +69,7 @@ def held_out_pieces(
     for begin, end in spans:
         ids = tokens[begin:end].tolist()
         borders = [i for i, token in enumerate(ids) if i == 0 or tokenizer.piece_bytes[token][:1] in (b" ", b"\n")]
-        inside = begin - 1 not in starts and len(borders) > 1 and borders[1] < opening
+        inside = tokens[begin - 1] != tokenizer.bos_id and len(borders) > 1 and borders[1] < opening
         first = borders[1] if inside else 0
         cut = next((i for i in borders if i >= opening), opening)
         pieces.append(Piece(tokenizer.decode(ids[first:cut]), tokenizer.decode(ids[cut:])))

@@ -89,6 +89,14 @@ def test_held_out_text_passes(check, held_out):
     assert all(one.ratio is None or 0.5 < one.ratio < 2 for name, one in measures.items() if name != "repetition")
 
 
+def test_what_is_beyond_the_shorter_text_counts_for_length_alone(check, held_out):
+    refused, measures = check([piece.text + " zap" * 400 for piece in held_out[COUNT:]])
+    assert refused == {"length"} and measures["length"].verdict == "too high: does not end"
+    for name in ("repetition", "distinct_1", "distinct_2", "distinct_3", "new_words", "copying"):
+        assert measures[name].samples == measures[name].held_out
+    assert measures["judge"].ratio == pytest.approx(1, abs=0.05)  # after prompts of others
+
+
 def test_a_loop_is_refused(check, held_out):
     refused, measures = check([looped(piece.text) for piece in held_out[:COUNT]])
     assert {"repetition", "distinct_2", "distinct_3"} <= refused
@@ -129,6 +137,7 @@ def test_a_model_that_stops_at_once_is_refused(check, text):
     assert measures["length"].verdict == "too low: ends too early"
     records = {name: as_record(one, one) for name, one in measures.items()}
     assert json.loads(json.dumps(records, allow_nan=False)) == records
+    assert measures["judge"].passes == (measures["judge"].verdict == "as held-out text")
     if not text:
         assert "judge" in refused and records["judge"]["samples"] is None
         assert table({"measures": records})[1][0][1] == "0.0"

@@ -67,7 +67,7 @@ class NgramModel:
         for keys, shares, rest in self._orders:
             wanted = before * self.vocab_size + tokens
             place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-            known, met = before >= 0, (before >= 0) & (keys[place] == wanted)
+            known, met = before >= 0, keys[place] == wanted
             probability = np.where(known, met * shares[place] + rest[before] * probability, probability)
             before = np.concatenate([[-1], np.where(met, place, -1)[:-1]]).astype(np.int64)
         return np.log(probability)
