@@ -2,6 +2,7 @@
 
 python launch/evaluate.py --workdir=experiments/tales --split=test
 python launch/evaluate.py --workdir=experiments/wikitext2 --stride=64 --json
+python launch/evaluate.py --workdir=experiments/wikitext2 --quality
 """
 
 import json
@@ -16,7 +17,8 @@ STRIDE = flags.DEFINE_integer("stride", 0, "tokens between windows; 0: the conte
 PRECISION = flags.DEFINE_enum("precision", "float32", ["auto", "float32", "bfloat16", "float16"], "dtype to compute in")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "tales to sample and judge; 0: none", lower_bound=0)
 TEMPERATURE = flags.DEFINE_float("sample_temperature", 0.7, "of the sampled tales", lower_bound=0.0)
-SEED = flags.DEFINE_integer("seed", 0, "of the sampled tales", lower_bound=0)
+QUALITY = flags.DEFINE_bool("quality", False, "measure sampled text beside held-out text; quality.jsonl keeps it")
+SEED = flags.DEFINE_integer("seed", 0, "of all samples", lower_bound=0)
 JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 flags.mark_flag_as_required("workdir")
 
@@ -24,7 +26,7 @@ flags.mark_flag_as_required("workdir")
 def main(_: list[str]) -> None:
     from tale_jax import backend, probe
     from tale_jax.checkpoint import open_experiment
-    from tale_jax.evaluate import evaluate
+    from tale_jax.evaluate import describe, evaluate
 
     here = backend.start("auto")
     dtype = probe.choose_precision(here, PRECISION.value)[0]
@@ -35,11 +37,12 @@ def main(_: list[str]) -> None:
         num_samples=NUM_SAMPLES.value,
         sample_temperature=TEMPERATURE.value,
         seed=SEED.value,
+        with_quality=QUALITY.value,
     )
     if JSON.value:
         print(json.dumps(result))
     else:
-        print("\n".join(f"{k:>29}  {v:,.4f}" if isinstance(v, float) else f"{k:>29}  {v}" for k, v in result.items()))
+        print(describe(result))
         print(f"kept in {WORKDIR.value}/evaluations.jsonl")
 
 

@@ -6,14 +6,15 @@ gives each token more to look back on. `document` scores each document from its 
 
 The embedded tales have a known probability, so there the measure is `excess_nats_per_token`: nats of the model minus
 nats of the grammar itself on the same text, 0 for a perfect model. Sampled tales are judged, and looked up in the
-training text.
+training text. Of any text, tales or not, `quality` tells whether samples are like held-out text (`quality.py`).
 
     python launch/evaluate.py --workdir=experiments/tales --split=test --json
+    python launch/evaluate.py --workdir=experiments/wikitext2 --quality
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tale_jax import writing
 from tale_jax.checkpoint import Experiment
 from tale_jax.metrics import JsonlSink
 from tale_jax.model.transformer import Transformer, count_parameters
 from tale_jax.progress import Progress
+from tale_jax.quality import table
 from tale_jax.sample import Sampler, SampleSettings
 from tale_jax.text import tales
 from tale_jax.text.tokenizer import Tokenizer
@@ -163,11 +166,14 @@ def evaluate(
     num_samples: int = 200,
     sample_temperature: float = 0.7,
     seed: int = 0,
+    with_quality: bool = False,
 ) -> dict[str, Any]:
     """All measures of a split, as `evaluate.py --json` prints them, kept in `evaluations.jsonl`.
 
     Losses are in nats, `bits_per_byte` in bits of the text's UTF-8 bytes; the end mark of each document is a token that
     is counted, its begin mark is not. `params` is the number of weights. For tales `num_samples` are judged too.
+    `with_quality` adds `quality`, one result for each temperature (see `writing.measure_quality`), and writes
+    `quality.jsonl`.
     """
     config, tokenizer, log = experiment.config, experiment.tokenizer, experiment.workdir / "log.txt"
     scorer = Scorer(experiment.model, tokenizer, config.evaluate.batch_size)
@@ -178,8 +184,36 @@ def evaluate(
     if evaluation.manifest.corpus["name"] == "tales" and num_samples:
         with Progress("judge samples", total=num_samples, unit="tales", log=log) as progress:
             result |= judge_samples(experiment, num_samples, sample_temperature, seed, progress.advance)
+    if with_quality:
+        result["quality"] = judge_quality(experiment, split, seed)
     JsonlSink(experiment.workdir / "evaluations.jsonl").write(result | {"time": time.time()})
     return result
+
+
+def judge_quality(experiment: Experiment, split: str, seed: int) -> list[dict[str, Any]]:
+    """Samples beside the text of a split, by all measures of `quality.py`; the samples go to `quality.jsonl`."""
+    sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, batch_size=writing.BATCH_SIZE)
+    (train, _), (held_out, _) = (load_tokens(experiment.workdir, name) for name in ("train", split))
+    with Progress("sample", unit="texts", log=experiment.workdir / "log.txt") as progress:
+        results, records = writing.measure_quality(sampler, train, held_out, seed=seed, advance=progress.advance)
+    about = {"split": split, "step": experiment.step}
+    writing.write_samples(experiment.workdir / "quality.jsonl", [record | about for record in records])
+    return results
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """The result of `evaluate` for people, line by line."""
+    plain = {name: value for name, value in result.items() if name != "quality"}
+    lines = [f"{k:>29}  {v:,.4f}" if isinstance(v, float) else f"{k:>29}  {v}" for k, v in plain.items()]
+    for one in result.get("quality", ()):
+        header, rows = table(one)
+        cells = [["", *header], *rows]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(header) + 1)]
+        lines.append(f"{one['num_samples']} samples at temperature {one['temperature']:g}, {one['words']:,} words")
+        for name, *values, verdict in cells:
+            numbers = "  ".join(f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=False))
+            lines.append(f"  {name:<{widths[0]}}  {numbers}  {verdict}")
+    return "\n".join(lines)
 
 
 def judge_samples(

@@ -19,6 +19,7 @@ from typing import Any
 
 from tale_jax.plots import NUM_COLORS, compact, plots
 from tale_jax.progress import format_seconds
+from tale_jax.quality import table
 from tale_jax.runs import Run, read_run
 
 MAX_SAMPLE_STEPS = 6
@@ -134,6 +135,25 @@ def _evaluations(runs: Sequence[Run]) -> str:
     return f"<h2>Evaluations</h2>{_table(header, rows)}"
 
 
+def _quality(runs: Sequence[Run]) -> str:
+    """For each run a table of its latest samples beside held-out text, for each temperature."""
+    parts = []
+    for i, run in enumerate(runs):
+        evaluation = next((e for e in reversed(run.evaluations) if e.get("quality")), {})
+        for one in evaluation.get("quality", ()):
+            header, rows = table(one)
+            who = f"{_name(runs, i)}, " if len(runs) > 1 else ""
+            about = f"step {evaluation['step']:,}, temperature {one['temperature']:g}, {one['words']:,} words"
+            parts.append(f"<h3>{who}{about}</h3>{_table(header, rows)}")
+    if not parts:
+        return ""
+    note = (
+        "What the model writes, beside held-out text of the same length. “By chance” is the ratio of other held-out "
+        "text. A text without sense can pass; one that fails has none, or is not its own."
+    )
+    return f"<h2>Samples beside held-out text</h2><p>{note}</p>{''.join(parts)}"
+
+
 def _name(runs: Sequence[Run], index: int) -> str:
     """A run's name with the colour of its curves."""
     swatch = f'<i style="background:var(--color-{index % NUM_COLORS})"></i>' if len(runs) > 1 else ""
@@ -208,6 +228,7 @@ def _page(runs: Sequence[Run]) -> str:
 {summary}
 {plots(runs)}
 {_evaluations(runs)}
+{_quality(runs)}
 {"<h2>Samples</h2>" + samples if samples else ""}
 {configs}
 </body>

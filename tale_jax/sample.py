@@ -153,6 +153,16 @@ class Sampler:
         pieces = self.stream(prompt, settings, num_samples=num_samples, seed=seed, params=params)
         return [piece.sample for piece in pieces if piece.sample]
 
+    def follow(
+        self, prompts: Sequence[str], settings: SampleSettings, *, seed: int = 0, params: Any = None
+    ) -> "Generation":
+        """One sample for each prompt, drawn together in groups of `batch_size`; otherwise as `stream`."""
+        if not prompts:
+            raise ValueError("prompts must hold at least one; give [''] to start a document")
+        generation = self.stream(prompts[0], settings, num_samples=len(prompts), seed=seed, params=params)
+        generation.each = [self._read(prompt, settings.long_prompt) for prompt in prompts]
+        return generation
+
     def stream(
         self, prompt: str, settings: SampleSettings, *, num_samples: int = 1, seed: int = 0, params: Any = None
     ) -> "Generation":
@@ -215,11 +225,12 @@ class Sampler:
         seen: Bool[Array, " V"],
         rows: int,
         slots: int = 0,
+        first: Int[Array, ""] | int = 0,
     ) -> State:
-        """Reads the first `length` of the tokens, once for all `rows`, into a cache of `slots` (0: the context)."""
+        """Reads the tokens from `first` to `length`, once for all `rows`, into a cache of `slots` (0: the context)."""
         index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         cache = Cache.empty(self.model.config, 1, self.model.dtype, slots)
-        positions = jnp.where(index < length, index, -1)[None]
+        positions = jnp.where((index >= first) & (index < length), index, -1)[None]
         logits, cache = self._forward(weights, tokens, cache, positions=positions, only=length - 1)
         state = State(
             layers=_apart((cache.keys, cache.values), self.model.config.num_layers),
@@ -283,6 +294,7 @@ class Generation:
       ids: what the model reads of it, the begin mark included (but not before the end of a longer prompt).
       samples: those finished and passed on.
       seconds: since the start, everything counted.
+      each: what the model reads before each sample, where they follow prompts of their own.
     """
 
     sampler: Sampler
@@ -294,6 +306,7 @@ class Generation:
     seed: int
     samples: list[Sample] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    each: Sequence[list[int]] = ()
     _chunks: list[tuple[bool, int, float]] = dataclasses.field(default_factory=list)  # compiled before, tokens, seconds
 
     @property
@@ -318,12 +331,9 @@ class Generation:
 
     def _write(self, group: list["_Row"]) -> Iterator[None]:
         """Adds tokens to the rows until all are finished; yields after each chunk of them."""
-        sampler, s, length = self.sampler, self.settings, len(self.ids)
+        sampler, s, length = self.sampler, self.settings, max(map(len, self.each or [self.ids]))
         num_rows = max(sampler.least_rows, min(sampler.batch_size, _power_of_two(len(group))))
         slots = min(sampler.context, max(LEAST_SLOTS, _power_of_two(length + s.max_tokens)))
-        tokens = np.zeros((1, min(sampler.context, _power_of_two(max(length, 16)))), np.int32)
-        tokens[0, :length] = self.ids
-        seen = np.isin(np.arange(sampler.model.vocab_size), self.ids)
         knobs = Knobs(
             temperature=jnp.float32(s.temperature),
             top_k=jnp.int32(min(s.top_k, sampler.model.vocab_size)),
@@ -332,9 +342,7 @@ class Generation:
             repetition_penalty=jnp.float32(s.repetition_penalty),
         )
         key, numbers = jax.random.PRNGKey(self.seed), np.arange(num_rows, dtype=np.int32) + group[0].number
-        state = jax.block_until_ready(
-            sampler.prefill(self.weights, tokens, np.int32(length), seen, rows=num_rows, slots=slots)
-        )
+        state = jax.block_until_ready(self._read(group, num_rows, slots, length))
         while live := [row for row in group if not row.finished]:
             begin, before = time.perf_counter(), sum(row.tokens for row in live)
             state, drawn, logprobs = sampler.decode(self.weights, state, key, numbers, knobs)
@@ -350,6 +358,27 @@ class Generation:
             self._chunks.append(((num_rows, slots) in sampler.warm, sum(row.tokens for row in live) - before, seconds))
             sampler.warm.add((num_rows, slots))
             yield
+
+    def _read(self, group: list["_Row"], num_rows: int, slots: int, length: int) -> Any:
+        """The state after the prompt; after prompts of their own, where all end at `length`, shorter ones begin later.
+
+        Attention sees differences of positions only, so where a prompt begins changes nothing but the rounding.
+        """
+        sampler = self.sampler
+        padded = min(sampler.context, _power_of_two(max(length, 16)))
+
+        def read(ids: list[int], rows: int, **how: Any) -> Any:
+            tokens = np.zeros((1, padded), np.int32)
+            tokens[0, length - len(ids) : length] = ids
+            seen = np.isin(np.arange(sampler.model.vocab_size), ids)
+            return sampler.prefill(self.weights, tokens, np.int32(length), seen, rows=rows, slots=slots, **how)
+
+        if not self.each:
+            return read(self.ids, num_rows)
+        each = [self.each[row.number] for row in group]
+        each += [each[-1]] * (num_rows - len(group))
+        states = [read(ids, 1, first=np.int32(length - len(ids))) for ids in each]
+        return jax.tree_util.tree_map(lambda *x: jnp.concatenate(x) if x[0].ndim else x[0], *states)
 
 
 class _Row:

@@ -90,6 +90,29 @@ def test_one_run(tmp_path):
     assert not list(path.parent.glob("*.partial"))
 
 
+def test_samples_beside_held_out_text(tmp_path):
+    """The last evaluation that has them is shown, a table for each temperature."""
+    workdir = make_run(tmp_path / "tales")
+    measure = {"samples": 0.5, "held_out": 0.0, "least": 0.0, "most": 0.02, "ratio": None, "other_ratio": 1.25,
+               "passes": False, "verdict": "too high: <repeats>"}  # fmt: skip
+    quality = [
+        {"temperature": t, "num_samples": 64, "words": 6345, "passes": False, "measures": {"repetition": measure}}
+        for t in (0.8, 1.0)
+    ]
+    with (workdir / "evaluations.jsonl").open("a") as file:
+        for record in ({"step": 30, "quality": quality[:1]}, {"step": 40, "quality": quality}, {"step": 41}):
+            file.write("\n" + json.dumps({"split": "valid", **record}))
+    checker = check(write_report([workdir]))
+    text = " ".join(checker.texts)
+    for words in ("step 40, temperature 0.8, 6,345 words", "temperature 1, 6,345", "too high: <repeats>", "0.500",
+                  "1.25", "0.000 to 0.020", "runs of 4 words"):  # fmt: skip
+        assert words in text, words
+    assert "step 30, temperature" not in text
+    other = make_run(tmp_path / "other")
+    assert text.count("repeats") == 2 and "too high: <repeats>" in " ".join(check(write_report([workdir, other])).texts)
+    assert "beside held-out" not in " ".join(check(write_report([other])).texts)
+
+
 def test_runs_are_compared(tmp_path):
     runs = [make_run(tmp_path / name, rate=rate) for name, rate in (("a", 1e-3), ("b", 5e-4), ("c", 1e-3))]
     path = write_report([*runs, runs[0]])

@@ -240,6 +240,19 @@ def test_a_seed_gives_the_same_samples_however_many_there_are(sampler, tiny_mode
     sampler.sample(PROMPT, settings, seed=2**32 - 1)
 
 
+def test_prompts_of_their_own_are_followed_as_if_each_stood_alone(tiny_model, tokenizer):
+    sampler, settings = Sampler(*tiny_model, tokenizer, batch_size=4), SampleSettings(max_tokens=12)
+    prompts = ["The cat sat", "", "and the dog saw the hen. The", "hen", "mat 7", "The cat sat"]
+    together = [piece.sample for piece in sampler.follow(prompts, settings, seed=5) if piece.sample]
+    for number, (prompt, sample) in enumerate(zip(prompts, together, strict=True)):
+        alone = sampler.sample(prompt, settings, num_samples=number + 1, seed=5)[number]
+        assert sample.text == alone.text, (number, prompt)
+        assert sample.logprob == pytest.approx(alone.logprob, abs=1e-3)
+    assert len({sample.text for sample in together}) == len(prompts)
+    with pytest.raises(ValueError, match="prompts must hold at least one"):
+        sampler.follow([], settings)
+
+
 def test_top_k_of_one_is_greedy_even_where_tokens_tie(sampler, tiny_model):
     flat = jax.tree_util.tree_map(jnp.zeros_like, tiny_model[1])  # all tokens are equally likely
     likeliest = sampler.sample(PROMPT, SampleSettings(max_tokens=20, temperature=0.0), params=flat)
