@@ -28,7 +28,7 @@ LAYERS = (
     ("tale_jax.runs",),
     ("tale_jax.training.step", "tale_jax.data", "tale_jax.checkpoint", "tale_jax.metrics"),
     ("tale_jax.training.state", "tale_jax.training.loss", "tale_jax.training.optimizer"),
-    ("tale_jax.model.lora", "tale_jax.training.schedule", "tale_jax.sharding"),
+    ("tale_jax.model.lora", "tale_jax.training.schedule", "tale_jax.training.average", "tale_jax.sharding"),
     ("tale_jax.model.transformer",),
     ("tale_jax.model.head",),
     ("tale_jax.model.*",),

@@ -13,6 +13,7 @@ from tale_jax.backend import Backend
 from tale_jax.config import Config
 from tale_jax.model.transformer import Transformer
 from tale_jax.sharding import batch_sharding, make_mesh, shardings
+from tale_jax.training.average import moving_average
 from tale_jax.training.loss import document_segments
 from tale_jax.training.optimizer import make_optimizer
 from tale_jax.training.schedule import learning_rate
@@ -51,12 +52,13 @@ def make_train_step(
 ) -> TrainStep:
     """A pure function (state, windows [batch_size, seq_len + 1]) → (state, metrics).
 
-    The batch is cut into micro-batches whose gradients are summed, so that accumulation changes nothing but memory.
-    Metrics are scalars: `loss` in nats per token (BOS not counted, as in evaluation), `grad_norm` before
-    clipping, `learning_rate`.
+    More, shorter windows of as many tokens (see `data.cut`) are taken as well. The batch is cut into micro-batches
+    whose gradients are summed, so that accumulation changes nothing but memory. Metrics are scalars: `loss` in nats per
+    token (BOS not counted, as in evaluation), `grad_norm` before clipping, `learning_rate`.
     """
     num_micro = config.num_micro_batches
-    dropout = config.model.dropout > 0
+    dropout = config.model.dropout > 0 or config.model.word_dropout > 0
+    decay = config.average.decay
 
     def gradients(params: Any, windows: Array, key: Array) -> tuple[Array, Any]:
         # BOS carries no text, so it is not learned, as evaluation does not count it.
@@ -83,7 +85,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {"loss": loss, "grad_norm": global_norm(grads), "learning_rate": rate(state.step)}
         params = optax.apply_updates(state.params, updates)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        average = moving_average(state.average, params, decay, state.step) if decay else None
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, average=average), metrics
 
     return train_step
 
@@ -94,7 +97,10 @@ def global_norm(tree: Any) -> Float[Array, ""]:
 
 
 class Trainer:
-    """The compiled functions of a run on a mesh: `init`, `step`, and the shardings that tie them to devices."""
+    """The compiled functions of a run on a mesh: `init`, `step`, and the shardings that tie them to devices.
+
+    `short_step` is `step` for the shorter windows that a run may begin with; it compiles when it is first called.
+    """
 
     def __init__(
         self,
@@ -107,7 +113,7 @@ class Trainer:
         donate: bool,
     ):
         def init() -> TrainState:
-            return init_state(model, optimizer, config.seed)
+            return init_state(model, optimizer, config.seed, average=config.average.decay > 0)
 
         self.model = model
         self.abstract_state = jax.eval_shape(init)
@@ -122,6 +128,7 @@ class Trainer:
             out_shardings=(self.state_shardings, replicated),
             donate_argnums=(0,) if donate else (),
         )
+        self.short_step = self.step
 
     def compile(self) -> Any:
         """Compiles the step ahead of its first use, which then runs what was compiled; returns that, to be analysed."""
