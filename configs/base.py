@@ -56,19 +56,25 @@ def get_config() -> ml_collections.ConfigDict:
     model.scale_embeddings = True  # by sqrt(embed_dim), so that a token's own vector is not drowned by the blocks
     model.zero_init_outputs = True  # start the two output projections of each block at zero
     model.induction_init = False  # start one head of each layer as what copying from earlier in a text needs
-    model.dropout = 0.0  # of embeddings and block outputs while training; 0: off
+    model.dropout = 0.0  # of embeddings and block outputs while training, to the nearest 1/256; 0: off
+    model.word_dropout = 0.0  # share of the vocabulary whose input embeddings are dropped in a pass; 0: off
     model.logit_softcap = 0.0  # logits = cap * tanh(logits / cap); 0: off
     model.mask_documents = False  # attention stays inside one document
     model.scan_layers = False  # one compiled layer in a loop: faster to compile, somewhat slower to run
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
-    optimizer.name = "adamw"  # of the matrices in the blocks: adamw or muon; AdamW for everything else
+    optimizer.name = "adamw"  # of the matrices in the blocks: adamw, muon or lion; Adam for everything else
     optimizer.learning_rate = 2e-3  # peak
     optimizer.embedding_rate = 3.0  # learning rate of embedding, head and norm scales, as a multiple of the peak
     optimizer.beta1 = 0.9
     optimizer.beta2 = 0.95
     optimizer.eps = 1e-8
-    optimizer.weight_decay = 0.1  # on matrices; embedding and norm scales are not decayed
+    optimizer.momentum = 0.95  # of muon
+    optimizer.momentum_warmup_steps = 0  # muon's momentum rises from 0.85 over so many steps; 0: off
+    optimizer.weight_decay = 0.1  # of the matrices in the blocks; 0: off. Norm scales are never decayed
+    optimizer.embedding_decay = 0.0  # of embedding and head; 0: off
+    optimizer.decay_schedule = "rate"  # decay is times the learning rate: rate (of the step) or constant (the peak)
+    optimizer.cautious = False  # decay a weight only where the step, too, makes it smaller
     optimizer.clip_norm = 1.0  # largest global gradient norm; 0: off
 
     config.schedule = schedule = ml_collections.ConfigDict()
@@ -76,6 +82,11 @@ def get_config() -> ml_collections.ConfigDict:
     schedule.warmup_steps = 0  # 0: 2 % of the run
     schedule.final_fraction = 0.0  # learning rate at the end, as a fraction of the peak
     schedule.decay_fraction = 0.2  # share of the run that wsd decays over
+    schedule.short_fraction = 0.0  # share of the run, its first, that trains on shorter windows; 0: off
+    schedule.short_cut = 2  # pieces that each window is then cut into; the tokens of a step stay the same
+
+    config.average = average = ml_collections.ConfigDict()
+    average.decay = 0.0  # of a moving average of the weights, which validation and samples use; 0: off
 
     config.evaluate = evaluate = ml_collections.ConfigDict()
     evaluate.every_steps = 200  # 0: only at the end

@@ -13,6 +13,7 @@ from cli import run
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the experiment")
 SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "what to score")
 STEP = flags.DEFINE_integer("step", 0, "checkpoint; 0: the best by validation loss", lower_bound=0)
+WEIGHTS = flags.DEFINE_string("weights", "auto", "last, ema, auto (ema where there is one), or mean:K of K checkpoints")
 STRIDE = flags.DEFINE_integer("stride", 0, "tokens between windows; 0: the context; less: slides", lower_bound=0)
 PRECISION = flags.DEFINE_enum("precision", "float32", ["auto", "float32", "bfloat16", "float16"], "dtype to compute in")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "tales to sample and judge; 0: none", lower_bound=0)
@@ -31,7 +32,7 @@ def main(_: list[str]) -> None:
     here = backend.start("auto")
     dtype = probe.choose_precision(here, PRECISION.value)[0]
     result = evaluate(
-        open_experiment(WORKDIR.value, STEP.value, dtype, here.natural),
+        open_experiment(WORKDIR.value, STEP.value, dtype, here.natural, WEIGHTS.value),
         split=SPLIT.value,
         stride=STRIDE.value,
         num_samples=NUM_SAMPLES.value,

@@ -9,7 +9,6 @@ An interactive session ends with an empty line; Ctrl-C stops the text that is be
 
 import dataclasses
 import functools
-from typing import Any
 
 from absl import flags
 from cli import run
@@ -28,6 +27,7 @@ flags.DEFINE_integer("seed", 0, "of the draws")
 flags.DEFINE_multi_string("stop", [], "text that ends a sample, which is cut before it; may be given again")
 flags.DEFINE_enum("long_prompt", "refuse", ["refuse", "window"], "of a prompt longer than the context: or use its end")
 flags.DEFINE_integer("step", 0, "checkpoint; 0: the best by validation loss", lower_bound=0)
+flags.DEFINE_string("weights", "auto", "last, ema, auto (ema where there is one), or mean:K of K checkpoints")
 flags.DEFINE_enum("precision", "float32", ["auto", "float32", "bfloat16", "float16"], "dtype to compute in")
 flags.DEFINE_bool("interactive", False, "ask for prompts, one after another")
 flags.DEFINE_bool("json", False, "print one JSON object for a prompt, as the last line")
@@ -38,14 +38,13 @@ def main(_: list[str]) -> None:
     from tale_jax.checkpoint import open_experiment
     from tale_jax.sample import Sampler, SampleSettings, converse, show
 
-    chosen: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(SampleSettings)}
-    settings = SampleSettings(**chosen)
+    settings = SampleSettings(**{field.name: FLAGS[field.name].value for field in dataclasses.fields(SampleSettings)})
     here = backend.start("auto")
     dtype = probe.choose_precision(here, FLAGS.precision)[0]
-    experiment = open_experiment(FLAGS.workdir, FLAGS.step, dtype, here.natural)
+    experiment = open_experiment(FLAGS.workdir, FLAGS.step, dtype, here.natural, FLAGS.weights)
     sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, donate=here.donate)
     stream = functools.partial(sampler.stream, settings=settings, num_samples=FLAGS.num_samples, seed=FLAGS.seed)
-    write = functools.partial(show, as_json=FLAGS.json, step=experiment.step)
+    write = functools.partial(show, as_json=FLAGS.json, step=experiment.step, weights=experiment.weights)
     if FLAGS.interactive:
         converse(stream, write)
     else:

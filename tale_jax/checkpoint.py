@@ -1,13 +1,15 @@
 """The only importer of orbax: what a run saves, and the one path by which it comes back.
 
-Checkpoint N lies in `workdir/checkpoints/N/`, in four items: `params` (all that evaluation and sampling need),
-`training` (optimizer state, step, random state), `data` (position in the token windows) and `meta` (validation loss).
+Checkpoint N lies in `workdir/checkpoints/N/`, in a few items: `params`, and `average` where the run keeps one (all that
+evaluation and sampling need is one of these), `training` (optimizer state, step, random state), `data` (position in the
+token windows) and `meta` (validation loss).
 Where the host is free, steps go on while the arrays are written; on a CPU that would take as long, and a second copy of
 the state. A folder without its final name is no checkpoint.
 """
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +22,12 @@ import orbax.checkpoint as ocp
 from tale_jax.config import Config
 from tale_jax.model.transformer import Transformer
 from tale_jax.text.tokenizer import Tokenizer
+from tale_jax.training.average import mean
 from tale_jax.training.scaling import LossScale, first_scale
 from tale_jax.training.state import TrainState
 
 NAME = "nats_per_token"
+ITEMS = ("params", "average", "training")  # the arrays of a checkpoint; of these `average` is in some only
 
 
 class Checkpoints:
@@ -55,10 +59,8 @@ class Checkpoints:
             return
         self.wait()
         self._prune()
-        arrays = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            training=ocp.args.StandardSave(arrays),
+            **{name: ocp.args.StandardSave(arrays) for name, arrays in _arrays(state).items()},
             data=ocp.args.JsonSave(dict(data)),
             meta=ocp.args.JsonSave({"step": step, NAME: loss} | _saved_scale(state.scale)),
         )
@@ -74,18 +76,11 @@ class Checkpoints:
         target = jax.tree_util.tree_map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, shardings
         )
-        arrays = {"step": target.step, "opt_state": target.opt_state, "key": target.key}
-        found = _restore(
-            self._manager,
-            step,
-            ocp.args.Composite(
-                params=ocp.args.StandardRestore(target.params),
-                training=ocp.args.StandardRestore(arrays),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
+        items = {name: ocp.args.StandardRestore(arrays) for name, arrays in _arrays(target).items()}
+        found = _restore(self._manager, step, ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
         scale = _restored_scale(target.scale, _read_meta(self._manager, step))
-        return TrainState(params=found.params, **found.training, scale=scale), dict(found.data)
+        state = TrainState(params=found.params, average=found.get("average"), scale=scale, **found.training)
+        return state, dict(found.data)
 
     def wait(self) -> None:
         """Until the save under way is on disk. Raises OSError in one line if it failed."""
@@ -116,23 +111,36 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A trained model as evaluation, sampling and conversion need it."""
+    """A trained model as evaluation, sampling and conversion need it.
+
+    `weights` are of `step`: last (as the step left them), ema (their moving average), or mean:K (of K checkpoints).
+    """
 
     workdir: Path
     config: Config
     step: int
+    weights: str
     tokenizer: Tokenizer
     model: Transformer
     params: Any
 
 
-def open_experiment(workdir: Path, step: int = 0, dtype: Any = jnp.float32, natural: bool = False) -> Experiment:
-    """Restores the weights of a workdir on the default device: step N, or 0 for the best by validation loss.
+def open_experiment(
+    workdir: Path, step: int = 0, dtype: Any = jnp.float32, natural: bool = False, weights: str = "auto"
+) -> Experiment:
+    """Restores the weights of a workdir on the default device.
 
-    `dtype` and `natural` are how the model will compute (see `Transformer`); the weights are float32.
-    Raises ValueError in one line when there is no experiment, no checkpoint, or not that one.
+    Args:
+      workdir: of the experiment.
+      step: of the checkpoint; 0: the best by validation loss (for mean:K the newest).
+      dtype, natural: how the model will compute (see `Transformer`); the weights are float32.
+      weights: last, as the step left them; ema, their moving average; auto, ema where the run kept one, else last; or
+        mean:K, the mean over the newest K checkpoints, up to `step`.
+
+    Raises:
+      ValueError: in one line, when there is no experiment, no checkpoint, not that one, or not those weights.
     """
-    workdir = Path(workdir)
+    workdir, count = Path(workdir), _count(weights)
     config = Config.load(workdir)
     folder = workdir.absolute() / "checkpoints"
     steps = [int(entry.name) for entry in folder.glob("[0-9]*") if entry.name.isdigit()] if folder.is_dir() else []
@@ -148,10 +156,39 @@ def open_experiment(workdir: Path, step: int = 0, dtype: Any = jnp.float32, natu
     target = jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False, read_only=True)) as manager:
         if not step:
-            step = _best({s: _read_meta(manager, s).get(NAME) for s in manager.all_steps()}) or max(steps)
-        found = _restore(manager, step, ocp.args.Composite(params=ocp.args.StandardRestore(target)))
+            best = None if count else _best({s: _read_meta(manager, s).get(NAME) for s in manager.all_steps()})
+            step = best or max(steps)
+        averaged = (folder / str(step) / "average").is_dir()
+        chosen = sorted(s for s in steps if s <= step)[-max(1, count) :]
+        if len(chosen) < count or (weights == "ema" and not averaged):
+            means = f"mean:K of the {len(chosen)} checkpoints up to step {step}" if count else "mean:K"
+            raise ValueError(
+                f"weights={weights} must be what the run kept; there is {'ema, ' if averaged else ''}last, and {means}"
+            )
+        weights = weights if weights != "auto" else "ema" if averaged else "last"
+        item = "average" if weights == "ema" else "params"
+        wanted = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
+        params = mean(_restore(manager, each, wanted)[item] for each in chosen)
     tokenizer = Tokenizer.load(workdir / "tokenizer" / "tokenizer.model")
-    return Experiment(workdir, config, step, tokenizer, model, found.params)
+    return Experiment(workdir, config, step, weights, tokenizer, model, params)
+
+
+def _count(weights: str) -> int:
+    """Of checkpoints in mean:K, 0 for other weights. Raises ValueError for what cannot be."""
+    if found := re.fullmatch(r"mean:([1-9]\d*)", weights):
+        return int(found[1])
+    if weights not in ("auto", "last", "ema"):
+        raise ValueError(f"weights={weights} must be auto, last, ema, or mean:K of K checkpoints; try --weights=mean:2")
+    return 0
+
+
+def _arrays(state: TrainState) -> dict[str, Any]:
+    """The arrays of a state by the items they are saved in."""
+    items = {
+        "params": state.params,
+        "training": {"step": state.step, "opt_state": state.opt_state, "key": state.key},
+    }
+    return items if state.average is None else items | {"average": state.average}
 
 
 def _best(losses: Mapping[int, float | None]) -> int | None:
@@ -169,7 +206,7 @@ def _sparing_handlers(at_once: int) -> dict[str, Any] | None:
     if not at_once:
         return None
     gigabytes: Any = at_once / 1e9  # orbax says int, and multiplies
-    arrays = {name: ocp.StandardCheckpointHandler(save_concurrent_gb=gigabytes) for name in ("params", "training")}
+    arrays = {name: ocp.StandardCheckpointHandler(save_concurrent_gb=gigabytes) for name in ITEMS}
     return arrays | {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")}
 
 

@@ -28,10 +28,23 @@ REMAT = (
     "dots_with_no_batch_dims_saveable",
 )
 WANDB_MODES = ("off", "offline", "online")
-# Settings younger than the first workdirs, and what those were trained with.
-YOUNGER = {"model": {"induction_init": False}, "backend": {"memory_gb": 0.0, "ignore_memory": False}}
 WINDOWS = ("stream", "document")
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon", "lion")
+DECAY_SCHEDULES = ("rate", "constant")
+# Settings younger than the first workdirs, and what those were trained with.
+YOUNGER = {
+    "model": {"induction_init": False, "word_dropout": 0.0},
+    "optimizer": {
+        "momentum": 0.95,
+        "momentum_warmup_steps": 0,
+        "embedding_decay": 0.0,
+        "decay_schedule": "rate",
+        "cautious": False,
+    },
+    "schedule": {"short_fraction": 0.0, "short_cut": 2},
+    "average": {"decay": 0.0},
+    "backend": {"memory_gb": 0.0, "ignore_memory": False},
+}
 
 # Settings that may change when a run goes on: none of them changes what is learned (total_steps only how long).
 FREE_TO_CHANGE = (
@@ -89,6 +102,7 @@ class ModelConfig:
     zero_init_outputs: bool
     induction_init: bool
     dropout: float
+    word_dropout: float
     logit_softcap: float
     mask_documents: bool
     scan_layers: bool
@@ -106,7 +120,12 @@ class OptimizerConfig:
     beta1: float
     beta2: float
     eps: float
+    momentum: float
+    momentum_warmup_steps: int
     weight_decay: float
+    embedding_decay: float
+    decay_schedule: str
+    cautious: bool
     clip_norm: float
 
 
@@ -116,6 +135,13 @@ class ScheduleConfig:
     warmup_steps: int
     final_fraction: float
     decay_fraction: float
+    short_fraction: float
+    short_cut: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AverageConfig:
+    decay: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +204,7 @@ class Config:
     model: ModelConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
+    average: AverageConfig
     evaluate: EvaluateConfig
     sample: SampleConfig
     checkpoint: CheckpointConfig
@@ -212,7 +239,7 @@ class Config:
         except ValueError as error:
             raise ValueError(f"{path} must be JSON ({error}); restore it, or train in a new workdir") from None
         for group, settings in YOUNGER.items():
-            if isinstance(values, dict) and isinstance(values.get(group), dict):
+            if isinstance(values, dict) and isinstance(values.setdefault(group, {}), dict):
                 values[group] = settings | values[group]
         return cls.build(values)
 
@@ -319,6 +346,7 @@ def check(config: Config) -> None:
         "schedule.name": SCHEDULES,
         "windows": WINDOWS,
         "optimizer.name": OPTIMIZERS,
+        "optimizer.decay_schedule": DECAY_SCHEDULES,
         "metrics.wandb": WANDB_MODES,
         "backend.platform": PLATFORMS,
     }.items():
@@ -334,13 +362,14 @@ def check(config: Config) -> None:
         "batch_size model.num_layers model.embed_dim model.num_heads model.seq_len model.rope_base model.norm_eps "
         "optimizer.learning_rate optimizer.embedding_rate optimizer.eps corpus.num_train_tales corpus.num_valid_tales "
         "corpus.num_test_tales tokenizer.sample_bytes sample.num_samples sample.max_tokens metrics.every_steps "
-        "checkpoint.keep mesh.fsdp"
+        "checkpoint.keep mesh.fsdp schedule.short_cut"
     )
     for field in positive.split():
         need(settings[field] > 0 and math.isfinite(settings[field]), field, "be positive", "see configs/base.py")
     not_negative = (
         "seed total_steps micro_batch_size model.num_kv_heads model.mlp_dim model.logit_softcap corpus.max_train_bytes "
-        "optimizer.weight_decay optimizer.clip_norm schedule.warmup_steps schedule.final_fraction "
+        "optimizer.momentum_warmup_steps optimizer.weight_decay optimizer.embedding_decay optimizer.clip_norm "
+        "schedule.warmup_steps schedule.final_fraction schedule.short_fraction "
         "evaluate.every_steps evaluate.max_windows evaluate.batch_size sample.every_steps sample.temperature "
         "checkpoint.every_steps mesh.data backend.memory_gb"
     )
@@ -353,13 +382,20 @@ def check(config: Config) -> None:
         "be positive when total_steps=0",
         "try passes=1.0, or set total_steps",
     )
-    for field in ("model.dropout", "optimizer.beta1", "optimizer.beta2"):
-        need(
-            0 <= settings[field] < 1, field, "be at least 0 and below 1", "try 0.0" if "dropout" in field else "try 0.9"
-        )
+    shares = {"model.dropout": 0.0, "model.word_dropout": 0.0, "average.decay": 0.999}
+    shares |= {"optimizer.beta1": 0.9, "optimizer.beta2": 0.9, "optimizer.momentum": 0.95}
+    for field, usual in shares.items():
+        need(0 <= settings[field] < 1, field, "be at least 0 and below 1", f"try {usual}")
     need(0 < config.corpus.held_out < 0.5, "corpus.held_out", "lie between 0 and 0.5", "try 0.05")
     need(0 < config.schedule.decay_fraction <= 1, "schedule.decay_fraction", "be above 0 and at most 1", "try 0.2")
-    need(config.schedule.final_fraction <= 1, "schedule.final_fraction", "be at most 1", "try 0.0")
+    for field in ("schedule.final_fraction", "schedule.short_fraction"):
+        need(settings[field] <= 1, field, "be at most 1", "try 0.0")
+    need(
+        not config.optimizer.momentum_warmup_steps or config.optimizer.name == "muon",
+        "optimizer.momentum_warmup_steps",
+        f"be 0 where optimizer.name={config.optimizer.name}",
+        "set optimizer.name=muon, whose momentum it is",
+    )
     need(
         300 <= config.tokenizer.vocab_size <= 2**31 - 1 or bool(config.tokenizer.path),
         "tokenizer.vocab_size",
@@ -368,6 +404,13 @@ def check(config: Config) -> None:
     )
 
     model, micro = config.model, config.micro_batch_size
+    cut, length = config.schedule.short_cut, model.seq_len
+    need(
+        not config.schedule.short_fraction or length % cut == 0,
+        "schedule.short_cut",
+        f"divide model.seq_len={length}",
+        f"try {min((d for d in range(2, length + 1) if length % d == 0), key=lambda d: abs(d - cut))}",
+    )
     nearest = model.num_heads * max(2, round(model.embed_dim / model.num_heads / 2) * 2)
     need(
         model.embed_dim % model.num_heads == 0,

@@ -39,6 +39,14 @@ def window_starts(
     return starts[starts <= last]
 
 
+def cut(windows: Int32[np.ndarray, "B T1"], pieces: int) -> Int32[np.ndarray, "more less"]:
+    """Each window as so many shorter ones: the same inputs and targets, with less before them. `pieces` divides T."""
+    if pieces == 1:
+        return windows
+    inputs, targets = (x.reshape(-1, (windows.shape[1] - 1) // pieces) for x in (windows[:, :-1], windows[:, 1:]))
+    return np.concatenate([inputs, targets[:, -1:]], axis=1)
+
+
 class Windows:
     """Random access to the windows of a token stream."""
 

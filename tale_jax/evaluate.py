@@ -180,7 +180,7 @@ def evaluate(
     evaluation = Evaluation(experiment.workdir, split, scorer, tokenizer, config.windows, stride)
     with Progress(f"evaluate {split}", total=len(evaluation.spans), unit="windows", log=log) as progress:
         result = evaluation(experiment.params, progress.advance)
-    result |= {"step": experiment.step, "params": count_parameters(experiment.params)}
+    result |= {"step": experiment.step, "weights": experiment.weights, "params": count_parameters(experiment.params)}
     if evaluation.manifest.corpus["name"] == "tales" and num_samples:
         with Progress("judge samples", total=num_samples, unit="tales", log=log) as progress:
             result |= judge_samples(experiment, num_samples, sample_temperature, seed, progress.advance)

@@ -68,7 +68,7 @@ class Memory:
     """Bytes on one device (on a CPU: of the process) while training, by part.
 
     Attributes:
-      weights, optimizer, batch: what a step is given, as the compiler has it.
+      weights, optimizer, average, batch: what a step is given, as the compiler has it.
       gradients, logits, activations: of what it holds in between; gradients are as large as the weights, logits the
         largest array along the vocabulary, activations the rest.
       results: what a step returns besides its arguments' memory: as much as they, where nothing is donated.
@@ -80,6 +80,7 @@ class Memory:
 
     weights: int
     optimizer: int
+    average: int
     batch: int
     gradients: int
     logits: int
@@ -208,7 +209,8 @@ def measure_memory(config: Config, trainer: Trainer, here: backends.Backend, pro
     compiled = trainer.compile()
     text, analysis = compiled.as_text(), compiled.memory_analysis()
     machine.release_memory()
-    weights, optimizer = _bytes(trainer.abstract_state.params), _bytes(trainer.abstract_state.opt_state)
+    state = trainer.abstract_state
+    weights, optimizer, average = _bytes(state.params), _bytes(state.opt_state), _bytes(state.average)
     batch = config.batch_size * (config.model.seq_len + 1) * 4
     between, given = analysis.temp_size_in_bytes, analysis.argument_size_in_bytes
     results = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
@@ -221,12 +223,13 @@ def measure_memory(config: Config, trainer: Trainer, here: backends.Backend, pro
         floor = 0 if process else machine.peak_resident_memory()
         layers = 0 if config.model.scan_layers else config.model.num_layers
         process = process or machine.resident_memory() + PROGRAMS + UNROLLED * layers
-        checkpoint = int(CHECKPOINT * bytes_at_once(trainer.abstract_state))
-        program = results + between + int(GAPS * (weights + optimizer) + KERNELS * _bfloat16_products(text))
+        checkpoint = int(CHECKPOINT * bytes_at_once(state))
+        program = results + between + int(GAPS * (weights + optimizer + average) + KERNELS * _bfloat16_products(text))
         peak = max(floor, process + len(here.devices) * given + max(len(here.devices) * program, checkpoint))
     return Memory(
         weights=weights,
         optimizer=optimizer,
+        average=average,
         batch=batch,
         gradients=gradients,
         logits=logits,
@@ -447,7 +450,7 @@ def format_duration(seconds: float) -> str:
 def headline(plan: Plan) -> str:
     """The short plan: one line for memory and one for disk."""
     m = plan.memory
-    program = m.weights + m.optimizer + m.batch + m.gradients + m.logits + m.activations + m.results
+    program = m.weights + m.optimizer + m.average + m.batch + m.gradients + m.logits + m.activations + m.results
     of = f" of {format_bytes(plan.budget_bytes)}" if plan.budget_bytes else ""
     parts = f"the step {format_bytes(program)}" + (f", the process {format_bytes(m.process)}" if m.process else "")
     return (

@@ -36,7 +36,7 @@ def test_recipes_keep_to_known_operations(cpu, name, variant, platform):
 SETTINGS = [
     {"remat": "block"},
     {"remat": "dots_saveable", "model.scan_layers": True},
-    {"micro_batch_size": 2, "model.dropout": 0.1},
+    {"micro_batch_size": 2, "model.dropout": 0.1, "model.word_dropout": 0.1, "average.decay": 0.99},
     {
         "model.num_kv_heads": 1,
         "model.induction_init": False,
@@ -44,6 +44,8 @@ SETTINGS = [
         "model.tie_embeddings": False,
     },
     {"optimizer.name": "adamw", "schedule.name": "wsd"},
+    {"optimizer.name": "lion", "optimizer.cautious": True, "optimizer.embedding_decay": 0.1},
+    {"optimizer.momentum_warmup_steps": 9, "optimizer.decay_schedule": "constant", "schedule.short_fraction": 0.5},
 ]
 
 

@@ -5,7 +5,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from test_training import make_trainer
+from conftest import build_config
+from test_training import batches, make_trainer
 
 from tale_jax.checkpoint import Checkpoints, bytes_at_once, open_experiment
 
@@ -109,3 +110,76 @@ def test_a_damaged_checkpoint_names_the_one_to_go_on_from(trained, tmp_path):
             file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"remove that folder to go on from step 10"):
         open_experiment(workdir, step=20)
+
+
+def saved_runs(tmp_path, decay):
+    """A run of three steps without a tokenizer of its own; returns its states."""
+    trainer = make_trainer(**{"average.decay": decay, "optimizer.learning_rate": 1e-2})
+    checkpoints, state, states = Checkpoints(tmp_path, 3), trainer.init(), {}
+    for step, windows in enumerate(batches(3), start=1):
+        state, _ = trainer.step(state, trainer.place(windows))
+        states[step] = state
+        checkpoints.save(step, state, {}, 1.0 / step if step < 3 else 9.0)
+    checkpoints.close()
+    build_config(**SHAPE, **{"average.decay": decay}).save(tmp_path)
+    return trainer, states
+
+
+SHAPE = {"model.embed_dim": 32, "model.num_heads": 4, "model.seq_len": 16, "tokenizer.vocab_size": 512}
+
+
+@pytest.fixture
+def untokenized(monkeypatch):
+    """The trainers of these tests have 64 ids; no tokenizer is so small."""
+    from tale_jax import checkpoint
+    from tale_jax.model.transformer import Transformer
+
+    monkeypatch.setattr(checkpoint, "Transformer", lambda config, _, *rest: Transformer(config, 64, *rest))
+    monkeypatch.setattr(checkpoint.Tokenizer, "load", lambda path: None)
+
+
+def test_a_state_with_an_average_comes_back_and_one_without_has_no_item(tmp_path):
+    trainer, states = saved_runs(tmp_path / "on", 0.9)
+    found, _ = Checkpoints(tmp_path / "on", 3).restore(trainer.abstract_state, trainer.state_shardings)
+    leaves_equal(found, states[3])
+    assert (tmp_path / "on" / "checkpoints" / "3" / "average").is_dir()
+    save(tmp_path / "off", 1, [1.0])
+    assert not (tmp_path / "off" / "checkpoints" / "1" / "average").exists()
+
+
+def test_the_weights_asked_for(tmp_path, untokenized):
+    _, states = saved_runs(tmp_path, 0.9)
+    for weights, step, kind, wanted in (
+        ("auto", 2, "ema", states[2].average),
+        ("ema", 2, "ema", states[2].average),
+        ("last", 2, "last", states[2].params),
+        ("mean:1", 3, "mean:1", states[3].params),
+    ):
+        opened = open_experiment(tmp_path, weights=weights)
+        assert (opened.step, opened.weights) == (step, kind)  # step 2 is the best
+        leaves_equal(opened.params, wanted)
+    opened = open_experiment(tmp_path, step=2, weights="mean:2")
+    assert (opened.step, opened.weights) == (2, "mean:2")
+    middle = jax.tree_util.tree_map(lambda a, b: (a + b) / 2, states[1].params, states[2].params)
+    jax.tree_util.tree_map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), opened.params, middle)
+
+
+def test_auto_takes_the_last_where_no_average_is_kept(trained):
+    opened = open_experiment(trained)
+    assert opened.weights == "last"
+    leaves_equal(opened.params, open_experiment(trained, weights="last").params)
+
+
+@pytest.mark.parametrize(
+    ("weights", "line"),
+    [
+        ("ema", r"weights=ema must be what the run kept; there is last, and mean:K"),
+        ("mean:3", r"weights=mean:3 must .* there is last, and mean:K of the 2 checkpoints up to step 20"),
+        ("mean:0", r"weights=mean:0 must be auto, last, ema, or mean:K of K checkpoints; try --weights=mean:2"),
+        ("best", r"weights=best must be auto, last, ema, or mean:K"),
+    ],
+)
+def test_weights_that_are_not_there_are_refused_in_one_line(trained, weights, line):
+    with pytest.raises(ValueError, match=line) as error:
+        open_experiment(trained, weights=weights)
+    assert "\n" not in str(error.value)

@@ -43,6 +43,10 @@ OTHER = {
     "model.dropout": 0.5,
     "optimizer.beta1": 0.5,
     "optimizer.beta2": 0.5,
+    "optimizer.momentum": 0.9,
+    "optimizer.decay_schedule": "constant",
+    "schedule.short_cut": 4,
+    "model.seq_len": 512,
     "schedule.decay_fraction": 0.5,
 }
 
@@ -91,6 +95,16 @@ def test_every_leaf_can_be_set_from_a_flag(tmp_path):
         ({"remat": "blok"}, "did you mean block?"),
         ({"precision": "fp16"}, 'precision="fp16" must be one of auto, float32, bfloat16'),
         ({"model.dropout": 1.0}, "model.dropout=1.0 must be at least 0 and below 1"),
+        ({"average.decay": 1.0}, "average.decay=1.0 must be at least 0 and below 1; try 0.999"),
+        ({"optimizer.name": "lyon"}, "must be one of adamw, muon, lion; did you mean lion?"),
+        (
+            {"optimizer.name": "adamw", "optimizer.momentum_warmup_steps": 5},
+            "optimizer.momentum_warmup_steps=5 must be 0 where optimizer.name=adamw; set optimizer.name=muon",
+        ),
+        (
+            {"schedule.short_fraction": 0.5, "schedule.short_cut": 3},
+            "schedule.short_cut=3 must divide model.seq_len=208; try 2",
+        ),
         ({"corpus.name": "files"}, 'corpus.path="" must name a file, folder or glob'),
         ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate=nan must be positive"),
         ({"total_steps": 0, "passes": 0.0}, "passes=0.0 must be positive when total_steps=0"),
@@ -141,5 +155,10 @@ def test_a_workdir_saved_before_a_setting_was_there_still_loads(tmp_path):
     assert saved["model"].pop("induction_init") is True
     for name in ("memory_gb", "ignore_memory"):
         saved["backend"].pop(name)
+    saved.pop("average")
+    for name in ("momentum", "cautious", "embedding_decay", "decay_schedule", "momentum_warmup_steps"):
+        saved["optimizer"].pop(name)
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert Config.load(tmp_path).model == dataclasses.replace(config.model, induction_init=False)
+    loaded = Config.load(tmp_path)
+    assert loaded.model == dataclasses.replace(config.model, induction_init=False)
+    assert loaded.optimizer == config.optimizer and loaded.average == config.average

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tale_jax.data import Batches, Windows, window_starts
+from tale_jax.data import Batches, Windows, cut, window_starts
 
 TOKENS = np.arange(1005, dtype=np.uint16)  # 100 windows of 10, and a rest that no window has
 
@@ -108,3 +108,12 @@ def test_too_few_windows_and_processes_that_do_not_divide():
         make(batch_size=101)
     with pytest.raises(ValueError, match=r"batch_size=5 must be divisible by the 2 processes"):
         make(process_count=2)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 5])
+def test_cut_windows_hold_the_same_inputs_and_targets(pieces):
+    windows = next(iter(make()))
+    short = cut(windows, pieces)
+    assert short.shape == (5 * pieces, 10 // pieces + 1)
+    np.testing.assert_array_equal(short[:, :-1].ravel(), windows[:, :-1].ravel())
+    np.testing.assert_array_equal(short[:, 1:].ravel(), windows[:, 1:].ravel())

@@ -6,12 +6,14 @@ import os
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import build_config
 
 from tale_jax import config as config_module
-from tale_jax.checkpoint import Checkpoints
+from tale_jax.checkpoint import Checkpoints, open_experiment
+from tale_jax.evaluate import Evaluation, Scorer
 from tale_jax.metrics import read_metrics
 from tale_jax.training.loop import train
 
@@ -94,6 +96,58 @@ def test_a_crash_loses_only_what_came_after_the_checkpoint(straight, tmp_path, c
     np.testing.assert_allclose([mine[s] for s in range(1, 21)], [theirs[s] for s in range(1, 21)], rtol=1e-5)
 
 
+def test_a_run_with_average_and_short_windows_goes_on_as_if_never_stopped(tmp_path, cpu, monkeypatch):
+    """Stopped in each phase and at none; the whole state at the end is the same, to the bit."""
+    settings = SMALL | {
+        "total_steps": 8,
+        "evaluate.every_steps": 0,
+        "checkpoint.every_steps": 0,
+        "sample.every_steps": 8,
+    }
+    settings |= {"average.decay": 0.8, "schedule.short_fraction": 0.5, "model.word_dropout": 0.1, "remat": "block"}
+    config = build_config(**settings, **{"optimizer.momentum_warmup_steps": 5, "optimizer.cautious": True})
+    outcome = train(config, tmp_path / "straight", cpu)
+    seen = []
+    for at in (2, 6):
+        stop_after(at - (seen[-1] if seen else 0), monkeypatch)
+        seen.append(train(config, tmp_path / "stopped", cpu).step)
+        monkeypatch.undo()
+    assert seen == [2, 6] and train(config, tmp_path / "stopped", cpu).step == outcome.step == 8
+    mine, theirs = losses(tmp_path / "stopped"), losses(tmp_path / "straight")
+    assert mine == theirs and len(mine) == 8
+    for weights in ("ema", "last"):
+        one, other = (open_experiment(tmp_path / name, weights=weights).params for name in ("straight", "stopped"))
+        jax.tree_util.tree_map(np.testing.assert_array_equal, one, other)
+    assert read_metrics(tmp_path / "straight")["valid"][-1]["nats_per_token"] == pytest.approx(
+        served_loss(tmp_path / "straight"), rel=1e-5
+    )
+
+
+def stop_after(steps, monkeypatch):
+    """A SIGTERM with the batch of this number."""
+    from tale_jax import data
+
+    taken, original = [], data.Batches.__next__
+
+    def next_batch(self):
+        taken.append(1)
+        if len(taken) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    monkeypatch.setattr(data.Batches, "__next__", next_batch)
+
+
+def served_loss(workdir):
+    """Validation loss of what `--weights=auto` opens, on the windows that the run used."""
+    opened = open_experiment(workdir)
+    assert opened.weights == "ema"
+    scorer = Scorer(opened.model, opened.tokenizer, opened.config.evaluate.batch_size)
+    most = opened.config.evaluate.max_windows
+    how = opened.tokenizer, opened.config.windows
+    return Evaluation(workdir, "valid", scorer, *how, max_windows=most)(opened.params)["nats_per_token"]
+
+
 def test_a_finished_run_says_so_and_changes_nothing(straight, cpu):
     before = {
         path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file() and "log" not in path.name
@@ -154,6 +208,7 @@ def test_every_setting_is_read(tmp_path, cpu, monkeypatch):
     elsewhere = {("CorpusConfig", name) for name in corpus} | {  # of other corpora, schedules and scripts
         ("MetricsConfig", "wandb_project"),
         ("ScheduleConfig", "decay_fraction"),
+        ("ScheduleConfig", "short_cut"),
         ("BackendConfig", "platform"),
         ("Config", "backend"),
     }

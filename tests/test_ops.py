@@ -86,3 +86,16 @@ def test_products_have_the_gradients_of_automatic_differentiation(natural, shape
         y2, pull2 = jax.vjp(known, x, w)
         for a, b in zip((y, *pull(dy)), (y2, *pull2(dy)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("share", "taken"), [(0.1, 26 / 256), (0.5, 0.5), (1e-9, 1 / 256), (0.9999, 255 / 256)])
+@pytest.mark.parametrize("width", [64, 30])
+def test_dropout_drops_the_share_and_keeps_the_mean(share, taken, width):
+    x = jnp.ones((64, 256, width), jnp.bfloat16)
+    y = np.asarray(ops.dropout(x, share, jax.random.PRNGKey(0)).astype(jnp.float32))
+    np.testing.assert_allclose((y == 0).mean(), taken, atol=4 * (taken * (1 - taken) / y.size) ** 0.5)
+    np.testing.assert_allclose(y[y != 0], 1 / (1 - taken), rtol=0.005)
+    if share == 0.5:
+        columns = (y == 0).reshape(-1, width)
+        pairs = np.corrcoef(columns.T) - np.eye(width)  # the bytes of a word, and words, know nothing of one another
+        assert np.abs(pairs).max() < 6 / len(columns) ** 0.5

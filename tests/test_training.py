@@ -9,19 +9,19 @@ import optax
 import pytest
 from conftest import build_config
 
-from tale_jax import sharding
+from tale_jax import data, sharding
 from tale_jax.config import MeshConfig
 from tale_jax.model.transformer import Transformer
 from tale_jax.training.loss import document_segments
 from tale_jax.training.optimizer import groups, make_optimizer, orthogonal
-from tale_jax.training.schedule import learning_rate
+from tale_jax.training.schedule import learning_rate, window_cut
 from tale_jax.training.state import init_state
 from tale_jax.training.step import Trainer
 
 V, BOS = 64, 1
 
 
-def make_trainer(devices=1, data=0, fsdp=1, dtype=jnp.float32, **changes) -> Trainer:
+def make_trainer(devices=1, share=0, fsdp=1, dtype=jnp.float32, donate=False, **changes) -> Trainer:
     small = {
         "optimizer.learning_rate": 1e-4,
         "optimizer.eps": 1e-4,  # where gradients vanish Adam divides by rounding noise, which no order of sums repeats
@@ -35,8 +35,8 @@ def make_trainer(devices=1, data=0, fsdp=1, dtype=jnp.float32, **changes) -> Tra
     model = Transformer(config.model, V, dtype, natural=True, remat=config.remat)
     rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
     optimizer = make_optimizer(config.optimizer, rate)
-    mesh = sharding.make_mesh(MeshConfig(data, fsdp), jax.devices()[:devices], config.micro_batch_size)
-    return Trainer(config, model, optimizer, rate, BOS, mesh, donate=False)
+    mesh = sharding.make_mesh(MeshConfig(share, fsdp), jax.devices()[:devices], config.micro_batch_size)
+    return Trainer(config, model, optimizer, rate, BOS, mesh, donate)
 
 
 def batches(count: int, size: int = 8) -> list[np.ndarray]:
@@ -78,20 +78,6 @@ def test_a_run_of_one_step_has_a_rate():
     assert float(learning_rate(config.schedule, config.optimizer, 1)(0)) == pytest.approx(
         config.optimizer.learning_rate
     )
-
-
-def test_groups_by_name():
-    trainer = make_trainer(**{"model.tie_embeddings": False})
-    named = {
-        ".".join(k.key for k in path): group
-        for path, group in jax.tree_util.tree_leaves_with_path(groups(trainer.abstract_state.params))
-    }
-    matrices = {name for name, group in named.items() if group == "matrix"}
-    assert matrices == {
-        f"blocks.{part}.kernel"
-        for part in ("attention.query attention.key attention.value attention.output mlp.gate mlp.up mlp.down".split())
-    }
-    assert named["embedding"] == named["head"] == named["final_norm.scale"] == "embedding"
 
 
 def test_weight_decay_only_on_matrices():
@@ -199,3 +185,32 @@ def test_initial_weights_are_a_function_of_the_seed():
 
     np.testing.assert_array_equal(weights(0), weights(0))
     assert jnp.abs(weights(0) - weights(1)).max() > 0
+
+
+def test_short_windows_come_first_for_their_share_of_the_run():
+    config = build_config(**{"schedule.short_fraction": 0.25, "schedule.short_cut": 4})
+    assert [window_cut(config.schedule, 8, step) for step in range(8)] == [4, 4, 1, 1, 1, 1, 1, 1]
+    assert {window_cut(build_config().schedule, 8, step) for step in range(8)} == {1}
+
+
+def test_shorter_windows_are_other_windows_of_the_same_tokens():
+    """Both lengths take the same step function; within one document each piece knows only itself."""
+    trainer = make_trainer(donate=True, **{"schedule.short_fraction": 0.5})
+    windows = batches(1)[0]
+    pieces = data.cut(windows, 2)
+    assert pieces.shape == (16, 9)
+    state, short = trainer.short_step(trainer.init(), trainer.place(pieces))
+    direct = make_trainer(batch_size=16, **{"model.seq_len": 8})
+    _, wanted = direct.step(direct.init(), direct.place(pieces))
+    np.testing.assert_allclose(short["loss"], wanted["loss"], rtol=1e-6)
+    compiled = trainer.compile()
+    assert trainer.step is compiled and trainer.short_step is not compiled
+    state, whole = trainer.step(state, trainer.place(windows))
+    assert int(state.step) == 2 and np.isfinite(whole["loss"])
+
+
+def test_dropout_is_the_same_on_every_mesh():
+    changes = {"model.dropout": 0.3, "model.word_dropout": 0.2, "model.zero_init_outputs": False}
+    one = losses(make_trainer(**changes), 4)
+    assert np.abs(one - losses(make_trainer(), 4)).max() > 1e-3
+    np.testing.assert_allclose(losses(make_trainer(8, 2, 4, **changes), 4), one, atol=1e-5)

@@ -181,6 +181,28 @@ def test_softcap_bounds_logits_and_dropout_needs_its_rng(tokens):
     assert jnp.abs(dropped[0] - dropped[2]).max() > 1e-3
 
 
+def test_word_dropout_drops_ids_wherever_they_stand_and_only_in_training():
+    """What goes into the blocks: rows of the table, whole ones gone and the others larger."""
+    model, params = make(word_dropout=0.25, scale_embeddings=False)
+    tokens = jnp.tile(jnp.arange(V), (3, 1)).at[1].set(jnp.arange(V)[::-1])[:, :64]
+
+    def embedded(**how):
+        where = {"capture_intermediates": lambda m, _: m.path == ("dropout",), "mutable": ["intermediates"]}
+        return np.asarray(
+            model.apply({"params": params}, tokens, **where, **how)[1]["intermediates"]["dropout"]["__call__"][0]
+        )
+
+    table = np.asarray(params["embedding"])
+    np.testing.assert_array_equal(embedded(), table[tokens])
+    found = embedded(deterministic=False, rngs={"dropout": jax.random.PRNGKey(0)})
+    gone = {int(t) for t, row in zip(tokens.ravel(), found.reshape(-1, 32), strict=True) if not row.any()}
+    kept = {int(t) for t in tokens.ravel()} - gone
+    assert 0.1 < len(gone) / (len(gone) + len(kept)) < 0.4
+    np.testing.assert_allclose(found, table[tokens] * np.isin(tokens, list(kept))[..., None] / 0.75, rtol=1e-6)
+    again = embedded(deterministic=False, rngs={"dropout": jax.random.PRNGKey(1)})
+    assert (again != found).any()
+
+
 def test_bfloat16_stays_near_float32(tokens):
     model, params = make(natural=True)
     wide, _ = model.apply({"params": params}, tokens)

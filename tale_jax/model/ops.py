@@ -1,4 +1,4 @@
-"""Pure functions of the transformer: products in a natural layout, RMS norm, rotary positions, attention.
+"""Pure functions of the transformer: RMS norm, rotary positions, dropout, products in a natural layout, attention.
 
 Axes: B batch, T query position, S key position, N heads, K key/value heads, G query heads for each of those, H head
 width. Every batched product has one contracted axis, because Apple's jax-metal computes no other.
@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
 SMALLEST_BLOCK, MOST_BLOCKS = 128, 16  # rows of a block of causal attention: fewer do not pay, more cost compilation
@@ -37,6 +37,19 @@ def rotate(x: Float[Array, "B N T H"], angles: Float[Array, "B T half"]) -> Floa
     cos, sin = (f(angles)[:, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def dropout(x: Float[Array, "*B D"], share: float, key: UInt32[Array, " 2"]) -> Float[Array, "*B D"]:
+    """Zeros about `share` of the elements, each for itself, and scales the rest so that their mean stays.
+
+    `share` is taken to the nearest 1/256, though never as 0 or 1: one random word then serves four elements, and random
+    words are what dropout costs on a CPU. Which are dropped does not depend on how the array is spread over devices.
+    """
+    dropped = min(255, max(1, round(256 * share)))
+    # The barrier keeps XLA from drawing a word again for each of its bytes.
+    words = jax.lax.optimization_barrier(jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32))
+    kept = jnp.concatenate([((words >> shift) & 255) >= dropped for shift in (0, 8, 16, 24)], axis=-1)
+    return jnp.where(kept[..., : x.shape[-1]], x * (256 / (256 - dropped)), 0)
 
 
 def product(x: Float[Array, "... C"], y: Float[Array, "... C N"], dtype: Any = None) -> Float[Array, "... N"]:

@@ -51,6 +51,17 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32), self.eps)
 
 
+class Dropout(nn.Module):
+    """Drops elements, by the rng "dropout", unless `deterministic` (Srivastava et al. 2014)."""
+
+    share: float
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return x if self.deterministic or not self.share else ops.dropout(x, self.share, self.make_rng("dropout"))
+
+
 class Dense(nn.Module):
     """A product with a float32 kernel [in, out], computed in `dtype`; no bias."""
 
@@ -130,7 +141,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, angles, mask, slot, cached):
         c = self.config
-        drop = nn.Dropout(c.dropout, deterministic=self.deterministic, name="dropout")
+        drop = Dropout(c.dropout, self.deterministic, name="dropout")
         mixed, cached = Attention(c, self.dtype, self.natural, name="attention")(
             RMSNorm(c.norm_eps, name="attention_norm")(x), angles, mask, slot, cached
         )
@@ -177,7 +188,7 @@ class Transformer(nn.Module):
             padding.
           segments: documents; attention stays inside one. Without a cache only.
           cache: what came before. The T tokens go to the next slots of its ring, and must not wrap around in one call.
-          deterministic: no dropout (otherwise the rng "dropout" is needed).
+          deterministic: no dropout of elements or of words (otherwise the rng "dropout" is needed).
           only: the one index along T whose logits are wanted; the result is then [B, 1, V].
           targets: the result is then the nats of each target [B, T], and the logits are never all in memory.
           weights: the result is then one number, the sum of weight times nats: the quickest to differentiate.
@@ -205,10 +216,14 @@ class Transformer(nn.Module):
             "embedding", nn.initializers.normal(EMBEDDING_STD), (self.vocab_size, c.embed_dim), jnp.float32
         )
         x = jnp.take(embedding, tokens, axis=0)
+        if c.word_dropout and not deterministic:
+            # Whole rows of the table, so that a token is gone wherever it stands (Merity et al. 2018).
+            kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - c.word_dropout, (self.vocab_size,))
+            x = x * jnp.take(kept / (1 - c.word_dropout), tokens, axis=0)[..., None]
         if c.scale_embeddings:
             x = x * c.embed_dim**0.5
         x = x.astype(self.dtype)
-        x = nn.Dropout(c.dropout, deterministic=deterministic, name="dropout")(x)
+        x = Dropout(c.dropout, deterministic, name="dropout")(x)
 
         cached = None if cache is None else (cache.keys, cache.values)
         blocks = self._stack()(c, self.dtype, self.natural, deterministic, name="blocks")

@@ -30,6 +30,7 @@ from tale_jax.probe import choose_precision
 from tale_jax.progress import Progress
 from tale_jax.sample import Sampler, SampleSettings
 from tale_jax.text.prepare import prepare
+from tale_jax.training.schedule import window_cut
 from tale_jax.training.state import TrainState
 from tale_jax.training.step import Trainer, make_trainer
 
@@ -196,8 +197,9 @@ def _steps(
 
     while step < config.total_steps and not stop:
         with meter.waiting():
-            windows = trainer.place(next(batches))
-        state, metrics = trainer.step(state, windows)
+            pieces = window_cut(config.schedule, config.total_steps, step)
+            windows = trainer.place(data.cut(next(batches), pieces))
+        state, metrics = (trainer.step if pieces == 1 else trainer.short_step)(state, windows)
         settle()
         step += 1
         pending = {"step": step, "metrics": metrics}
@@ -209,9 +211,9 @@ def _steps(
         if any(due.values()) or stop:
             settle()
             with meter.paused():
-                loss = observer.evaluate(state.params, step) if due["evaluate"] else None
+                loss = observer.evaluate(state.served, step) if due["evaluate"] else None
                 if due["sample"]:
-                    observer.sample(state.params, step)
+                    observer.sample(state.served, step)
                 if due["checkpoint"] or stop:
                     checkpoints.save(step, state, batches.get_state(), loss)
                 release_memory()

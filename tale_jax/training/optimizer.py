@@ -1,8 +1,10 @@
-"""The update in two groups: the matrices of the blocks, and everything that is looked up or scales.
+"""The update in three groups: matrices of the blocks, what is looked up (embedding and head), and scales of norms.
 
-Embedding, head and norm scales learn faster and are not decayed: at this size the embedding is a third of the weights,
-and each row of it sees only the steps in which its token occurs. The matrices take AdamW, or Muon, which gives every
-direction of an update the same length, so that rare ones (a name to be copied, say) are learned like frequent ones.
+Embedding, head and norm scales learn faster and, unless told, are not decayed: at this size the embedding is a third of
+the weights, and each row of it sees only the steps in which its token occurs. They take Adam. The matrices take AdamW,
+Lion, or Muon, which gives every direction of an update the same length, so that rare ones (a name to be copied, say)
+are learned like frequent ones. Updates of Lion and Muon are brought to the size of Adam's, so that learning rates and
+decay mean the same for all three.
 """
 
 from typing import Any, NamedTuple
@@ -16,79 +18,130 @@ from jaxtyping import Array, Float
 from tale_jax.config import OptimizerConfig
 from tale_jax.model.ops import product, transpose
 
+SIZE = 0.2  # root mean square of the elements of a usual Adam update (Liu et al. 2025)
+FIRST_MOMENTUM = 0.85  # of Muon, where it warms up
+
 
 def groups(params: Any) -> Any:
-    """The group of every weight, by its name: "matrix" for kernels inside blocks, else "embedding"."""
+    """The group of every weight, by its name: matrix (kernels inside blocks), embedding (and head), or scale."""
 
     def group(path: tuple, _: Any) -> str:
         names = [key.key for key in path]
-        return "matrix" if "blocks" in names and names[-1] == "kernel" else "embedding"
+        if names[-1] == "kernel" and "blocks" in names:
+            return "matrix"
+        return "scale" if names[-1] == "scale" else "embedding"
 
     return jax.tree_util.tree_map_with_path(group, params)
 
 
 def make_optimizer(
-    config: OptimizerConfig, rate: optax.Schedule, natural: bool = False
+    config: OptimizerConfig, rate: optax.Schedule, natural: bool = False, dtype: Any = jnp.float32
 ) -> optax.GradientTransformation:
-    """Global-norm clipping, then for the matrices AdamW (Loshchilov and Hutter 2019) or Muon, for the rest Adam.
+    """Global-norm clipping, then the matrices' own update and Adam for the rest, with decoupled weight decay.
 
-    `natural` is the layout of products, as in `model/ops.py`.
+    The matrices take AdamW (Loshchilov and Hutter 2019), Muon or Lion (Chen et al. 2023). `rate` is their learning
+    rate, step by step; `natural` and `dtype` are of products, as in `model/ops.py`.
     """
+    strengths = {"matrix": config.weight_decay, "embedding": config.embedding_decay, "scale": 0.0}
 
-    def decayed(direction: optax.GradientTransformation, factor: float, decay: float) -> optax.GradientTransformation:
-        steps = optax.scale_by_learning_rate(lambda step: factor * rate(step))
-        return optax.chain(direction, optax.add_decayed_weights(decay), steps)
+    def steps(direction: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+        scaled = optax.scale_by_learning_rate(lambda step: factor * rate(step))
+        if config.decay_schedule == "rate":
+            return optax.chain(direction, decay(strengths, config.cautious), scaled)
+        return optax.chain(direction, scaled, decay(strengths, config.cautious, -factor * config.learning_rate))
 
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
-    matrix = adam if config.name == "adamw" else scale_by_muon(natural)
+    if config.name == "muon":
+        matrix = scale_by_muon(natural, dtype, config.momentum, config.momentum_warmup_steps)
+    elif config.name == "lion":
+        matrix = optax.chain(optax.scale_by_lion(config.beta1, config.beta2), optax.scale(SIZE))
+    else:
+        matrix = adam
+
+    def learner(params: Any) -> Any:
+        return jax.tree_util.tree_map(lambda group: "matrix" if group == "matrix" else "embedding", groups(params))
+
     update = optax.multi_transform(
-        {"matrix": decayed(matrix, 1.0, config.weight_decay), "embedding": decayed(adam, config.embedding_rate, 0.0)},
-        groups,
+        {"matrix": steps(matrix, 1.0), "embedding": steps(adam, config.embedding_rate)}, learner
     )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+
+
+def decay(strengths: dict[str, float], cautious: bool = False, scale: float = 1.0) -> optax.GradientTransformation:
+    """Adds to the update of each weight `scale` times the weight times the strength of its group.
+
+    The sign of `scale` says which way updates point: positive while they are still to be subtracted from the weights.
+    `cautious` leaves alone what the update makes larger (Cautious Weight Decay, Chen et al. 2025). There is no state.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def one(group: str, update: Array, weight: Array) -> Array:
+            if not strengths[group]:
+                return update
+            shrinking = scale * strengths[group] * weight
+            return update + (jnp.where(update * shrinking >= 0, shrinking, 0) if cautious else shrinking)
+
+        return jax.tree_util.tree_map(one, groups(params), updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 class MuonState(NamedTuple):
     momentum: Any
 
 
-def scale_by_muon(natural: bool = False, momentum: float = 0.95) -> optax.GradientTransformation:
+class WarmingMuonState(NamedTuple):
+    momentum: Any
+    count: Any  # updates done
+
+
+def scale_by_muon(
+    natural: bool = False, dtype: Any = jnp.float32, momentum: float = 0.95, warmup_steps: int = 0
+) -> optax.GradientTransformation:
     """Nesterov momentum, made orthogonal (Jordan et al. 2024), of the size of an Adam update (Liu et al. 2025).
 
-    For stacks of matrices [L, in, out]; with 0.2 sqrt(max(in, out)) in front, learning rate and decay mean what they do
-    for AdamW. All matrices of one shape are made orthogonal together: few large products instead of many small ones.
+    For stacks of matrices [L, in, out]. All matrices of one shape are made orthogonal together: few large products
+    instead of many small ones. Over the first `warmup_steps` updates the momentum rises linearly to `momentum`; only
+    then does the state hold their count.
     """
+    warming = optax.linear_schedule(min(FIRST_MOMENTUM, momentum), momentum, warmup_steps) if warmup_steps else None
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        moved = jax.tree_util.tree_map(lambda m, g: momentum * m + g, state.momentum, updates)
-        ahead = jax.tree_util.tree_map(lambda m, g: momentum * m + g, moved, updates)
+        share = warming(state.count) if warming else momentum
+        moved = jax.tree_util.tree_map(lambda m, g: share * m + g, state.momentum, updates)
+        ahead = jax.tree_util.tree_map(lambda m, g: share * m + g, moved, updates)
         leaves, tree = jax.tree_util.tree_flatten(ahead)
         tall = [x.shape[-2] > x.shape[-1] for x in leaves]
         wide = [x.swapaxes(-1, -2) if turn else x for x, turn in zip(leaves, tall, strict=True)]
         for shape in {x.shape[-2:]: None for x in wide}:
             members = [i for i, x in enumerate(wide) if x.shape[-2:] == shape]
-            stacked = 0.2 * shape[1] ** 0.5 * orthogonal(jnp.concatenate([wide[i] for i in members]), natural)
+            stacked = orthogonal(jnp.concatenate([wide[i] for i in members]), natural, dtype)
+            stacked *= SIZE * shape[1] ** 0.5
             ends = np.cumsum([wide[i].shape[0] for i in members])
             for i, x in zip(members, jnp.split(stacked, ends[:-1]), strict=True):
                 leaves[i] = x.swapaxes(-1, -2) if tall[i] else x
-        return jax.tree_util.tree_unflatten(tree, leaves), MuonState(moved)
+        state = WarmingMuonState(moved, state.count + 1) if warming else MuonState(moved)
+        return jax.tree_util.tree_unflatten(tree, leaves), state
 
-    def init(params: Any) -> MuonState:
-        return MuonState(jax.tree_util.tree_map(jnp.zeros_like, params))
+    def init(params: Any) -> Any:
+        zeros = jax.tree_util.tree_map(jnp.zeros_like, params)
+        return WarmingMuonState(zeros, jnp.zeros((), jnp.int32)) if warming else MuonState(zeros)
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonal(x: Float[Array, "L M N"], natural: bool = False, steps: int = 5) -> Float[Array, "L M N"]:
-    """Nearly the orthogonal factor of each matrix (M <= N), by Newton-Schulz in bfloat16.
+def orthogonal(
+    x: Float[Array, "L M N"], natural: bool = False, dtype: Any = jnp.float32, steps: int = 5
+) -> Float[Array, "L M N"]:
+    """Nearly the orthogonal factor of each matrix (M <= N), by Newton-Schulz in `dtype`.
 
     All singular values end between about 0.7 and 1.2. `natural` is the layout of products, as in `model/ops.py`.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
 
     # At a Frobenius norm of 1 no singular value is above 1.
-    y = (x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)).astype(jnp.bfloat16)
+    y = (x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)).astype(dtype)
     for _ in range(steps):
         gram = product(y, transpose(y, natural))
         y = a * y + product(b * gram + c * product(gram, gram), y)

@@ -1,4 +1,4 @@
-"""The learning rate over a run: linear warmup, then linear, cosine or warmup-stable-decay."""
+"""What changes over a run: the learning rate, by warmup and decay, and the length of its windows."""
 
 import optax
 
@@ -26,3 +26,12 @@ def learning_rate(schedule: ScheduleConfig, optimizer: OptimizerConfig, total_st
     # The first step has rate peak/warmup rather than 0, so that no step is lost.
     ramp = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
     return optax.join_schedules([ramp, after], [warmup])
+
+
+def window_cut(schedule: ScheduleConfig, total_steps: int, step: int) -> int:
+    """How many pieces the windows of a step (counted from 0) are cut into: `short_cut` at first, then 1.
+
+    What a model learns first it learns from near tokens, and short windows spare it the attention to far ones (Press et
+    al. 2021, Shortformer).
+    """
+    return schedule.short_cut if step < round(schedule.short_fraction * total_steps) else 1

@@ -19,15 +19,28 @@ class TrainState(flax.struct.PyTreeNode):
     params: Any
     opt_state: Any
     key: Any  # raw PRNG key data, from which dropout at each step is derived
+    average: Any = None  # moving average of params, where one is kept
     scale: Any = None  # of the loss, computing in float16 (see `scaling.py`)
 
+    @property
+    def served(self) -> Any:
+        """The weights that validation and samples use: the average where there is one."""
+        return self.params if self.average is None else self.average
 
-def init_state(model: Transformer, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Weights before the first step: a pure function of the model's shape and the seed."""
+
+def init_state(
+    model: Transformer, optimizer: optax.GradientTransformation, seed: int, average: bool = False
+) -> TrainState:
+    """Weights before the first step: a pure function of the model's shape and the seed. `average`: one is kept."""
     init_key, key = jax.random.split(jax.random.PRNGKey(seed))
     params = model.init(init_key, jnp.zeros((1, 8), jnp.int32))["params"]
     if model.config.induction_init:
         params = with_induction_heads(params, model.config)
-    scale = first_scale() if needed(model.dtype) else None
-    step = jnp.zeros((), jnp.int32)
-    return TrainState(step=step, params=params, opt_state=optimizer.init(params), key=key, scale=scale)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        key=key,
+        average=params if average else None,
+        scale=first_scale() if needed(model.dtype) else None,
+    )

@@ -13,6 +13,7 @@ from tale_jax.backend import Backend
 from tale_jax.config import Config
 from tale_jax.model.transformer import Transformer
 from tale_jax.sharding import batch_sharding, make_mesh, shardings
+from tale_jax.training.average import moving_average
 from tale_jax.training.loss import document_segments
 from tale_jax.training.optimizer import make_optimizer
 from tale_jax.training.scaling import next_scale, where_finite
@@ -52,12 +53,14 @@ def make_train_step(
 ) -> TrainStep:
     """A pure function (state, windows [batch_size, seq_len + 1]) → (state, metrics).
 
-    The batch is cut into micro-batches whose gradients are summed, so that accumulation changes nothing but memory.
-    Metrics are scalars: `loss` in nats per token (BOS not counted, as in evaluation), `grad_norm` before
-    clipping, `learning_rate`, and in float16 `loss_scale`, by which both are divided already.
+    More, shorter windows of as many tokens (see `data.cut`) are taken as well. The batch is cut into micro-batches
+    whose gradients are summed, so that accumulation changes nothing but memory. Metrics are scalars: `loss` in nats per
+    token (BOS not counted, as in evaluation), `grad_norm` before clipping, `learning_rate`, and in float16
+    `loss_scale`, by which both are divided already.
     """
     num_micro = config.num_micro_batches
-    dropout = config.model.dropout > 0
+    dropout = config.model.dropout > 0 or config.model.word_dropout > 0
+    decay = config.average.decay
 
     def gradients(params: Any, windows: Array, key: Array, scale: Array | float) -> tuple[Array, Any]:
         # BOS carries no text, so it is not learned, as evaluation does not count it.
@@ -93,7 +96,9 @@ def make_train_step(
             params, opt_state = where_finite(finite, (params, opt_state), (state.params, state.opt_state))
             scale = next_scale(scale, finite)
             metrics |= {"loss_scale": scale.value}
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, scale=scale), metrics
+        average = moving_average(state.average, params, decay, state.step) if decay else None
+        state = TrainState(state.step + 1, params, opt_state, state.key, average, scale)
+        return state, metrics
 
     return train_step
 
@@ -104,7 +109,10 @@ def global_norm(tree: Any) -> Float[Array, ""]:
 
 
 class Trainer:
-    """The compiled functions of a run on a mesh: `init`, `step`, and the shardings that tie them to devices."""
+    """The compiled functions of a run on a mesh: `init`, `step`, and the shardings that tie them to devices.
+
+    `short_step` is `step` for the shorter windows that a run may begin with; it compiles when it is first called.
+    """
 
     def __init__(
         self,
@@ -117,7 +125,7 @@ class Trainer:
         donate: bool,
     ):
         def init() -> TrainState:
-            return init_state(model, optimizer, config.seed)
+            return init_state(model, optimizer, config.seed, average=config.average.decay > 0)
 
         self.model = model
         self.abstract_state = jax.eval_shape(init)
@@ -132,6 +140,7 @@ class Trainer:
             out_shardings=(self.state_shardings, replicated),
             donate_argnums=(0,) if donate else (),
         )
+        self.short_step = self.step
 
     def compile(self) -> Any:
         """Compiles the step ahead of its first use, which then runs what was compiled; returns that, to be analysed."""
@@ -149,6 +158,6 @@ def make_trainer(config: Config, backend: Backend, dtype: Any, bos_id: int) -> T
     """The trainer of a planned config, computing in `dtype` on the devices of `backend`."""
     model = Transformer(config.model, config.tokenizer.vocab_size, dtype, backend.natural, config.remat)
     rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
-    optimizer = make_optimizer(config.optimizer, rate, backend.natural)
+    optimizer = make_optimizer(config.optimizer, rate, backend.natural, dtype)
     mesh = make_mesh(config.mesh, backend.devices, config.micro_batch_size)
     return Trainer(config, model, optimizer, rate, bos_id, mesh, backend.donate)
