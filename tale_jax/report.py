@@ -149,7 +149,7 @@ def _quality(runs: Sequence[Run]) -> str:
         return ""
     note = (
         "What the model writes, beside held-out text of the same length. “By chance” is the ratio of other held-out "
-        "text. A text without sense can pass; one that fails has none, or is not its own."
+        "text. Text without sense can pass; text that fails differs as the verdict says."
     )
     return f"<h2>Samples beside held-out text</h2><p>{note}</p>{''.join(parts)}"
 
