@@ -38,10 +38,11 @@ def test_a_finished_run_says_so(told):
 
 
 def test_evaluate(told):
-    done = run_script("evaluate", f"--workdir={told}", "--json", "--num_samples=4", "--split=test")
+    done = run_script("evaluate", f"--workdir={told}", "--json", "--num_samples=4", "--split=test", "--weights=mean:2")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["split"] == "test" and result["step"] == 20 and result["nats_per_token"] > 0
+    assert result["weights"] == "mean:2"
     assert {"excess_nats_per_token", "sample_temperature", "accepted_share", "consistent_share", "copied_share"} <= set(
         result
     )
@@ -51,7 +52,7 @@ def test_sample(told):
     done = run_script("sample", f"--workdir={told}", "--prompt=Once", "--max_tokens=5", "--num_samples=2", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert len(result["samples"]) == 2 and result["tokens_per_second"] > 0
+    assert len(result["samples"]) == 2 and result["tokens_per_second"] > 0 and result["weights"] == "last"
     assert all({"text", "tokens", "logprob"} <= set(sample) for sample in result["samples"])
 
 
@@ -98,6 +99,8 @@ def test_interrupt_saves_and_the_same_command_goes_on(tmp_path):
         ("evaluate", ["--workdir={tmp}/nothing"], "must hold an experiment"),
         ("evaluate", ["--workdir={told}", "--split=train-set"], "--split=train-set must be one of"),
         ("evaluate", ["--workdir={told}", "--step=7"], "step=7 must be a checkpoint"),
+        ("evaluate", ["--workdir={told}", "--weights=ema"], "weights=ema must be what the run kept"),
+        ("sample", ["--workdir={told}", "--weights=mean:9"], "mean:K of the 2 checkpoints up to step 20"),
         ("evaluate", ["--workdir={untrained}"], "must hold a checkpoint"),
         ("sample", ["--workdir={untrained}"], "must hold a checkpoint"),
         ("sample", ["--workdir={broken}"], "is not a checkpoint that can be read"),

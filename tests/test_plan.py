@@ -41,6 +41,14 @@ def test_numbers_are_those_of_the_run(cpu):
     assert made.fits and made.peak_bytes == made.memory.peak > made.memory.process
 
 
+def test_an_average_takes_as_much_as_the_weights_and_short_windows_change_nothing(cpu):
+    made = planned(cpu, **{"average.decay": 0.99, "schedule.short_fraction": 0.5})[2]
+    plain = planned(cpu)[2]
+    assert made.memory.average == made.memory.weights and plain.memory.average == 0
+    assert made.checkpoint_bytes == plain.checkpoint_bytes + plain.memory.weights
+    assert made.memory.batch == plain.memory.batch and made.memory.logits == plain.memory.logits
+
+
 def test_the_compiler_agrees_on_what_a_step_is_given_and_runs_it(cpu):
     config, trainer, made = planned(cpu)
     state = trainer.init()
