@@ -1,6 +1,7 @@
 """Says before any step whether a run fits, how long it takes, and what would make it fit.
 
 python launch/plan.py --config=configs/m2_air.py --memory=8GB
+python launch/plan.py --config=configs/m2_air.py --memory=8GB --mac
 python launch/plan.py --config=configs/tales.py --json
 """
 
@@ -14,6 +15,7 @@ from ml_collections import config_flags
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/m2_air.py:tuned")
 WORKDIR = flags.DEFINE_string("workdir", "", "folder with prepared text, which tells the length of a pass")
 MEMORY = flags.DEFINE_string("memory", "", "budget, as 8GB; empty: what this machine has")
+MAC = flags.DEFINE_bool("mac", False, "plan for the GPU of a Mac with --memory (8GB), on whatever machine this is")
 TIME = flags.DEFINE_bool("time", True, "take a few steps, to tell the time")
 MEASURE = flags.DEFINE_bool("measure", False, "rehearse the run, and compare what it took with the plan")
 TABLE = flags.DEFINE_bool("table", False, "rehearse twelve runs around this one, and compare each with its plan")
@@ -31,7 +33,11 @@ def main(_: list[str]) -> None:
     if TABLE.value:
         plan.show_rehearsals({k: plan.rehearse(c, here.platform) for k, c in plan.variants(config).items()})
         return
-    made = plan.make(config, here, WORKDIR.value, plan.parse_bytes(MEMORY.value), TIME.value)
+    memory = plan.parse_bytes(MEMORY.value)
+    if MAC.value:
+        made = plan.make_for_a_mac(config, here, WORKDIR.value, memory)
+    else:
+        made = plan.make(config, here, WORKDIR.value, memory, TIME.value)
     result = dataclasses.asdict(made)
     if not JSON.value:
         plan.show(made)

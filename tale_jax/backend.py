@@ -123,6 +123,13 @@ def on_platform(backend: Backend, platform: str) -> Backend:
     )
 
 
+def as_on_a_mac(backend: Backend, memory: int) -> Backend:
+    """What `backend` would be on a Mac with so many bytes of memory, for plans that are made elsewhere."""
+    there = on_platform(backend, "metal")
+    device = "a Mac, from the same program compiled here"
+    return dataclasses.replace(there, device=device, memory=machine.gpu_share(memory), note="")
+
+
 @contextmanager
 def tracing_for_metal() -> Iterator[None]:
     """Inside it JAX traces as `start` sets it on a Metal platform."""

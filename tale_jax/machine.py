@@ -148,8 +148,13 @@ def total_memory() -> int:
 
 
 def gpu_working_set(plugin: str) -> int:
-    """Bytes of memory that an Apple GPU works well with: two thirds of the machine's (5.3 of 8 GB); else 0."""
-    return total_memory() * 2 // 3 if plugin else 0
+    """Bytes of memory that the Apple GPU of this machine works well with; without one 0."""
+    return gpu_share(total_memory()) if plugin else 0
+
+
+def gpu_share(memory: int) -> int:
+    """Bytes that an Apple GPU works well with, of a machine's memory: two thirds (5.3 of 8 GB)."""
+    return memory * 2 // 3
 
 
 def resident_memory() -> int:

@@ -161,25 +161,46 @@ def plan_run(
     )
 
 
-def make(config: Config, here: backends.Backend, workdir: str = "", budget: int = 0, timed: bool = True) -> Plan:
+def make_for_a_mac(config: Config, here: backends.Backend, workdir: str = "", memory: int = 0) -> Plan:
+    """`make` for the GPU of a Mac with so many bytes of memory (0: 8 GB), on any machine.
+
+    The step is the one that a Metal plugin would be given, compiled here instead: what it holds is the same, but for
+    how well each compiler reuses memory. Nothing is timed. The dtype is float32 unless the config names another, since
+    which one is right and fast is for the probe to find out there.
+    """
+    there = backends.as_on_a_mac(here, memory or 8 * 10**9)
+    dtype = "float32" if config.precision == "auto" else config.precision
+    why = "the probe will choose there" if config.precision == "auto" else "as the config says"
+    return make(config, there, workdir, timed=False, precision=(dtype, why))
+
+
+def make(
+    config: Config,
+    here: backends.Backend,
+    workdir: str = "",
+    budget: int = 0,
+    timed: bool = True,
+    precision: tuple[Any, str] | None = None,
+) -> Plan:
     """The whole plan of a config, as launch/plan.py shows it: with its time, and advice where it does not fit.
 
     Args:
       config: not planned yet; where its length depends on the text, `workdir` may hold that text, prepared.
       budget: bytes it may use; 0: `backend.memory_gb`, or what the machine has.
       timed: take a few steps, unless they could not fit.
+      precision: the dtype to compute in, and why; None: as `choose_precision` finds.
     """
     num_windows = _count_windows(config, Path(workdir)) if workdir else 0
     config = config.planned(num_windows) if num_windows else without_data(config)
     budget = budget or memory_budget(config, here)
-    dtype, why = choose_precision(here, config.precision)
-    trainer = make_trainer(config, here, dtype, Untrained.bos_id)
+    dtype, why = precision or choose_precision(here, config.precision)
+    trainer = make_trainer(config, here, jnp.dtype(dtype), Untrained.bos_id)
     plan = plan_run(config, trainer, here, budget, why, num_windows)
     possible = not here.memory or plan.peak_bytes < here.memory
     if timed and possible:
         plan = complete(plan, config, trainer)
     if not plan.fits:
-        plan = dataclasses.replace(plan, advice=advise(config, here, plan))
+        plan = dataclasses.replace(plan, advice=advise(config, here, plan, timed))
     return plan
 
 
@@ -271,24 +292,27 @@ def complete(plan: Plan, config: Config, trainer: Trainer) -> Plan:
     return dataclasses.replace(plan, tokens_per_second=config.tokens_per_step / step, seconds=seconds)
 
 
-def advise(config: Config, here: backends.Backend, plan: Plan) -> tuple[Change, ...]:
+def advise(config: Config, here: backends.Backend, plan: Plan, timed: bool = True) -> tuple[Change, ...]:
     """The three changes that make a run fit into its budget and cost the least speed, found by trying them.
 
-    Prices are shares of the planned speed, or of the fastest change where the run itself could not be timed.
+    Prices are shares of the planned speed, or of the fastest change where the run itself could not be timed; without
+    `timed` they are 0, and the changes are those that are known to cost little.
     """
     found = []
     for settings in _changes(config):
         changed = change(config, settings)
-        dtype = jnp.dtype(choose_precision(here, changed.precision)[0])
-        trainer = make_trainer(changed, here, dtype, Untrained.bos_id)
+        dtype = choose_precision(here, changed.precision)[0] if timed else changed.precision
+        dtype = plan.precision if dtype == "auto" else dtype
+        trainer = make_trainer(changed, here, jnp.dtype(dtype), Untrained.bos_id)
         peak = measure_memory(changed, trainer, here, plan.memory.process).peak
         if peak <= plan.budget_bytes:
-            found.append((changed.tokens_per_step / time_steps(changed, trainer, 2), peak, settings))
+            speed = changed.tokens_per_step / time_steps(changed, trainer, 2) if timed else 0.0
+            found.append((speed, peak, settings))
             if len(found) == 3:  # those that cost little come first
                 break
     found.sort(key=lambda item: -item[0])
     fastest = plan.tokens_per_second or max((speed for speed, *_ in found), default=0.0)
-    return tuple(Change(settings, peak, speed, speed / fastest) for speed, peak, settings in found)
+    return tuple(Change(settings, peak, speed, speed / fastest if fastest else 0.0) for speed, peak, settings in found)
 
 
 def change(config: Config, settings: dict[str, Any]) -> Config:
@@ -521,7 +545,9 @@ def show(plan: Plan) -> None:
         "tokens a parameter": f"{plan.tokens_per_parameter:.1f} (about 20 is the classic advice)"
         if plan.tokens_per_parameter
         else unknown,
-        "speed": f"{plan.tokens_per_second:,.0f} tokens/s, from a few steps on random tokens",
+        "speed": f"{plan.tokens_per_second:,.0f} tokens/s, from a few steps on random tokens"
+        if plan.tokens_per_second
+        else "not measured",
         "time": format_duration(plan.seconds) + " for steps and scoring"
         if plan.seconds
         else f"{format_duration(1000 * plan.tokens_per_step / plan.tokens_per_second)} for 1,000 steps"
@@ -549,11 +575,8 @@ def show(plan: Plan) -> None:
         console.print(f"{verdict}: {format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)}.")
     for change in plan.advice:
         flags = " ".join(f"--config.{name}={value}" for name, value in change.settings.items())
-        console.print(
-            f"  {flags}: {format_bytes(change.peak_bytes)}, {change.tokens_per_second:,.0f} tokens/s "
-            f"({change.speed:.0%} of the speed)",
-            soft_wrap=True,
-        )
+        price = f", {change.tokens_per_second:,.0f} tokens/s ({change.speed:.0%} of the speed)" if change.speed else ""
+        console.print(f"  {flags}: {format_bytes(change.peak_bytes)}{price}", soft_wrap=True)
     if not plan.fits and not plan.advice:
         console.print("  no change of remat, micro-batch, precision or scan_layers is enough: make the model smaller")
 

@@ -112,7 +112,7 @@ def probe(here: backend.Backend, fresh: bool = False) -> list[Finding]:
 
 def _fingerprint(here: backend.Backend) -> str:
     versions = [machine.version(name) for name in ("jax", "jaxlib", "flax", "numpy", here.plugin or "jax")]
-    facts = [here.platform, here.device, len(here.devices), here.plugin, sys.version, *versions]
+    facts = [here.platform, here.device, len(here.devices), here.plugin, sys.version, *versions, LIMITS]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

@@ -59,6 +59,18 @@ def test_the_compiler_agrees_on_what_a_step_is_given_and_runs_it(cpu):
     assert int(state.step) == 1 and jnp.isfinite(metrics["loss"])
 
 
+def test_a_mac_is_planned_for_on_any_machine(cpu):
+    """Of its memory the GPU has two thirds, nothing is donated, no process counts, and nothing is timed."""
+    config = build_config(**TINY | {"precision": "auto", "batch_size": 16})
+    made = plan.make_for_a_mac(config, cpu, memory=3 * 10**9)
+    assert (made.platform, made.precision, made.budget_bytes) == ("metal", "float32", 2 * 10**9)
+    assert made.memory.process == 0 and made.memory.results >= made.memory.weights and made.tokens_per_second == 0
+    assert made.fits and made.peak_bytes < 10**9
+    less = plan.make_for_a_mac(config, cpu, memory=made.peak_bytes)  # of which two thirds are not enough
+    assert not less.fits and less.advice
+    assert all(change.peak_bytes <= less.budget_bytes and change.speed == 0 for change in less.advice)
+
+
 def between(made) -> int:
     return made.memory.gradients + made.memory.logits + made.memory.activations
 
@@ -70,6 +82,18 @@ def test_remat_and_micro_batches_hold_less(cpu):
         for change in ({}, {"remat": "block", "model.scan_layers": True}, {"micro_batch_size": 2})
     )
     assert remat < 0.8 * plain and micro < 0.8 * plain
+
+
+def test_only_bfloat16_products_of_many_terms_keep_more_than_the_compiler_says():
+    text = """
+      p0 = bf16[16,384]{1,0} parameter(0)
+      %p1 = bf16[384,32]{1,0} parameter(1)
+      %long = bf16[16,32]{1,0} dot(p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+      %q0 = bf16[16,64]{1,0} parameter(2)
+      %short = bf16[16,32]{1,0} dot(bf16[16,64]{1,0} %q0, bf16[64,32]{1,0} %q1), lhs_contracting_dims={1}
+      %wide = f32[16,32]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+    """
+    assert plan._bfloat16_products(text) == 4 * 16 * 32
 
 
 def test_logits_are_found_in_the_program(cpu):
