@@ -18,6 +18,10 @@ def get_config():
     config.model.embed_dim = 384
     config.model.num_heads = 6
     config.model.seq_len = 256
+    config.model.induction_init = True
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 5e-3
+    config.optimizer.embedding_rate = 2.0
     config.evaluate.every_steps = 200
     config.checkpoint.every_steps = 100
     config.sample.prompt = " = "  # how an article begins
