@@ -27,6 +27,7 @@ def get_config(variant: str = ""):
     config.total_steps = 2000
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 5e-3
+    config.optimizer.embedding_rate = 6.0
 
     config.evaluate.every_steps = 250
     config.evaluate.max_windows = 64
