@@ -78,7 +78,7 @@ class Checkpoints:
         )
         items = {name: ocp.args.StandardRestore(arrays) for name, arrays in _arrays(target).items()}
         found = _restore(self._manager, step, ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
-        scale = _restored_scale(target.scale, _read_meta(self._manager, step))
+        scale = target.scale and _restored_scale(target.scale, _read_meta(self._manager, step))
         state = TrainState(params=found.params, average=found.get("average"), scale=scale, **found.training)
         return state, dict(found.data)
 
@@ -214,10 +214,8 @@ def _saved_scale(scale: LossScale | None) -> dict[str, Any]:
     return {"loss_scale": [float(scale.value), int(scale.good)]} if scale else {}
 
 
-def _restored_scale(target: LossScale | None, meta: Mapping[str, Any]) -> LossScale | None:
-    """The loss scale that was saved, or the first one where none was; None unless the run computes in float16."""
-    if target is None:
-        return None
+def _restored_scale(target: LossScale, meta: Mapping[str, Any]) -> LossScale:
+    """The loss scale that was saved, or the first one where the run did not compute in float16 before."""
     first = first_scale()
     value, good = meta.get("loss_scale", (first.value, first.good))
     scale = LossScale(jnp.asarray(value, jnp.float32), jnp.asarray(good, jnp.int32))

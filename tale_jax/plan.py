@@ -353,8 +353,8 @@ def _changes(config: Config) -> Iterator[dict[str, Any]]:
 def rehearse(config: Config, platform: str) -> dict[str, Any]:
     """Runs every program of a run in a process of its own; returns what was predicted and what it took.
 
-    Steps, scoring, decoding and two checkpoints. `predicted_bytes` and
-    `predicted_step` come from the plan, `measured_bytes` and `measured_step` (the median of twelve) from the run.
+    Steps, scoring, decoding and two checkpoints. `predicted_bytes` and `predicted_step` come from the plan,
+    `measured_bytes` and `measured_step` (the median of twelve) from the run.
     """
     command = [sys.executable, "-m", "tale_jax.plan", platform]
     values = json.dumps(dataclasses.asdict(config))
@@ -376,7 +376,8 @@ def _rehearse_here(config: Config, platform: str) -> dict[str, Any]:
     functions = programs(config, trainer)
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(Path(folder), config.checkpoint.keep, bytes_at_once(trainer.abstract_state))
+        at_once = 0 if here.host_is_free else bytes_at_once(trainer.abstract_state)
+        checkpoints = Checkpoints(Path(folder), config.checkpoint.keep, at_once)
         machine.release_memory()
         for step in range(1, 13):
             begin = time.perf_counter()

@@ -97,8 +97,8 @@ def make_train_step(
             scale = next_scale(scale, finite)
             metrics |= {"loss_scale": scale.value}
         average = moving_average(state.average, params, decay, state.step) if decay else None
-        state = TrainState(state.step + 1, params, opt_state, state.key, average, scale)
-        return state, metrics
+        new = {"params": params, "opt_state": opt_state, "average": average, "scale": scale}
+        return state.replace(step=state.step + 1, **new), metrics
 
     return train_step
 
