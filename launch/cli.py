@@ -29,7 +29,7 @@ FLAGS = flags.FLAGS
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
     """Parses the flags, calls `main(argv)` and exits, turning what goes wrong into one line and an exit code."""
-    _ask_for_huge_pages()
+    _tune_malloc()
     try:
         try:
             app.run(main, flags_parser=_parse)
@@ -49,15 +49,22 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     sys.exit(0)
 
 
-def _ask_for_huge_pages() -> None:
-    """Starts this script once more where glibc then gives large arrays huge pages: it asks only as a process begins.
+def _tune_malloc() -> None:
+    """Starts this script once more with settings of glibc's malloc, which it reads only as a process begins.
 
-    A training step on CPU touches hundreds of megabytes in pages of 4 kB otherwise, and waits for their addresses.
+    A training step on CPU touches hundreds of megabytes. Huge pages spare it many waits for addresses; and XLA's
+    kernels ask for some megabytes of scratch in every product, which are kept (up to 32 MB each) rather than handed
+    back to the kernel, to be cleared and mapped again a moment later.
     """
     switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if "GLIBC_TUNABLES" in os.environ or not switch.is_file() or "[madvise]" not in switch.read_text():
+    if "GLIBC_TUNABLES" in os.environ or not switch.is_file():
         return
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    settings = {
+        "mmap_threshold": 32 << 20,
+        "trim_threshold": 1 << 30,
+        "hugetlb": int("[madvise]" in switch.read_text()),
+    }
+    os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in settings.items())
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import build_config
 
 from tale_jax.model import ops
+from tale_jax.training.step import make_trainer
 
 
 def inputs(length, heads=4, kv_heads=2, width=8, dtype=jnp.float32):
@@ -99,3 +101,44 @@ def test_dropout_drops_the_share_and_keeps_the_mean(share, taken, width):
         columns = (y == 0).reshape(-1, width)
         pairs = np.corrcoef(columns.T) - np.eye(width)  # the bytes of a word, and words, know nothing of one another
         assert np.abs(pairs).max() < 6 / len(columns) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("mine", "plain"),
+    [
+        (
+            lambda x, y: ops.rms_norm(x, 1 + y[0], 1e-5),
+            lambda x, y: (1 + y[0]) * x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5),
+        ),
+        (ops.swiglu, lambda gate, up: gate * jax.nn.sigmoid(gate) * up),
+    ],
+    ids=["rms_norm", "swiglu"],
+)
+def test_gradients_written_by_hand_are_those_of_automatic_differentiation(mine, plain, dtype):
+    x, y, dy = jax.random.normal(jax.random.PRNGKey(0), (3, 5, 24)).astype(dtype)
+    value, pull = jax.vjp(mine, x, y)
+    expected, pull_plain = jax.vjp(plain, *(a.astype(jnp.float32) for a in (x, y)))
+    tolerance = 1e-6 if dtype == jnp.float32 else 3e-2
+    np.testing.assert_allclose(value, expected, rtol=tolerance, atol=tolerance)
+    for found, wanted in zip(pull(dy), pull_plain(dy.astype(jnp.float32)), strict=True):
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_what_a_norm_and_a_gate_keep_for_the_backward_pass():
+    """Their arguments and a number a row, in the dtype of computing: nothing of their size in float32."""
+    x = jnp.ones((4, 256), jnp.bfloat16)
+    for function, arguments in [(lambda x: ops.rms_norm(x, jnp.ones(256), 1e-5), (x,)), (ops.swiglu, (x, x))]:
+        kept = jax.tree_util.tree_leaves(jax.vjp(function, *arguments)[1])
+        assert not [a.shape for a in kept if a.dtype == jnp.float32 and a.size >= x.size]
+
+
+def test_a_step_does_not_work_ahead_of_its_gradients(cpu):
+    """The compiled step keeps between its passes what was saved, not what the backward pass makes of it."""
+    config = build_config(**{"model.num_layers": 4, "model.embed_dim": 128, "model.seq_len": 128, "batch_size": 8})
+    trainer = make_trainer(config.planned(100), cpu, jnp.bfloat16, bos_id=1)
+    rows, layers, width, inner = 8 * 128, 4, 128, 384
+    saved = 2 * rows * layers * (8 * width + 3 * inner)  # bytes: branches' inputs, query, key, value, mixed, MLP
+    state = sum(x.size * 4 for x in jax.tree_util.tree_leaves(trainer.abstract_state.params))
+    assert trainer.compile().memory_analysis().temp_size_in_bytes < 1.5 * saved + 3 * state

@@ -19,11 +19,62 @@ MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
 SMALLEST_BLOCK, MOST_BLOCKS = 128, 16  # rows of a block of causal attention: fewer do not pay, more cost compilation
 
 
+def after(saved: Any, gradient: Any) -> tuple[Any, Any]:
+    """What a forward pass saved, not to be touched before the gradient is there.
+
+    Otherwise XLA finds that the backward pass computes some things again and keeps them from the forward pass instead,
+    or works ahead: transposes and recomputed weights of every layer then wait in memory, twice what was saved.
+    """
+    return jax.lax.optimization_barrier((saved, gradient))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
-    """Root mean square normalisation (Zhang and Sennrich 2019), computed in float32, returned in the dtype of `x`."""
+    """Root mean square normalisation (Zhang and Sennrich 2019), computed in float32, returned in the dtype of `x`.
+
+    Its gradient is written by hand: for the backward pass only `x` and one number a row are kept, where automatic
+    differentiation keeps three float32 copies of `x`.
+    """
+    return _rms_norm_forward(x, scale, eps)[0]
+
+
+def _rms_norm_forward(x: Array, scale: Array, eps: float) -> tuple[Array, tuple[Array, Array, Array]]:
     wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype), (x, scale, inverse)
+
+
+def _rms_norm_backward(eps: float, saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
+    (x, scale, inverse), dy = after(saved, dy)
+    normed, dy = x.astype(jnp.float32) * inverse, dy.astype(jnp.float32)
+    dnormed = dy * scale.astype(jnp.float32)
+    dx = inverse * (dnormed - normed * jnp.mean(dnormed * normed, axis=-1, keepdims=True))
+    dscale = jnp.sum((dy * normed).reshape(-1, x.shape[-1]), axis=0)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """silu(gate) * up (Shazeer 2020). The backward pass computes the sigmoid again and keeps its arguments only."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def _swiglu_forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    saved, dy = after(saved, dy)
+    gate, up, dy = (x.astype(jnp.float32) for x in (*saved, dy))
+    sigmoid = jax.nn.sigmoid(gate)
+    dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return dgate.astype(saved[0].dtype), (dy * gate * sigmoid).astype(saved[1].dtype)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def rotary_angles(positions: Int[Array, "B T"], head_dim: int, base: float) -> Float[Array, "B T half"]:
@@ -66,6 +117,15 @@ def transpose(x: Float[Array, "*B M N"], natural: bool) -> Float[Array, "*B N M"
     return jax.lax.optimization_barrier(jnp.moveaxis(split, -1, -3)).reshape(*x.shape[:-2], x.shape[-1], rows)
 
 
+def split_heads(x: Float[Array, "B T C"], count: int, natural: bool) -> Float[Array, "B {count} T H"]:
+    """The heads of each position; with `natural`, in memory too (see `transpose`)."""
+    batch, length, width = x.shape
+    if not natural or length % 8:
+        return x.reshape(batch, length, count, width // count).swapaxes(1, 2)
+    split = x.reshape(batch, length // 8, 8, count, width // count)
+    return jax.lax.optimization_barrier(jnp.moveaxis(split, 3, 1)).reshape(batch, count, length, width // count)
+
+
 def _transposed_times(x: Array, y: Array, natural: bool) -> Array:
     """x.T @ y, in the order that moves less memory: by transposing x, or y and the result."""
     (rows, left), right = x.shape[-2:], y.shape[-1]
@@ -89,7 +149,7 @@ def _matmul_forward(x: Array, w: Array, natural: bool) -> tuple[Array, tuple[Arr
 
 
 def _matmul_backward(natural: bool, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, w = saved
+    (x, w), dy = after(saved, dy)
     dx = product(dy, transpose(w, natural))
     return dx, _transposed_times(_rows(x), _rows(dy), natural)
 
@@ -191,7 +251,7 @@ def _attend_forward(query: Array, key: Array, value: Array, mask: Array, natural
 
 def _attend_backward(natural: bool, saved: Any, gradient: tuple[Array, Array]) -> tuple[Array, Array, Array, None]:
     """Recomputes the weights from the log-sum-exp of each row, which is all that the forward pass keeps of them."""
-    query, key, value, mask, log_sum, mixed = saved
+    (query, key, value, mask, log_sum, mixed), gradient = after(saved, gradient)
     dy, dtype, width = gradient[0], value.dtype, query.shape[-1]
     dy, mixed = (x.reshape(*key.shape[:2], -1, width) for x in (dy, mixed))
     weights = jnp.exp(_scores(query, key, mask, natural) - log_sum).astype(dtype)

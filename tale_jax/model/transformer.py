@@ -95,7 +95,7 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int) -> Float[Array, "B N T H"]:
             y = Dense(count * c.head_dim, self.dtype, self.natural, name=name)(x)
-            return y.reshape(*y.shape[:2], count, c.head_dim).swapaxes(1, 2)
+            return ops.split_heads(y, count, self.natural)
 
         query, key, value = heads("query", c.num_heads), heads("key", c.num_kv_heads), heads("value", c.num_kv_heads)
         if c.qk_norm:
@@ -127,7 +127,7 @@ class MLP(nn.Module):
         gate = Dense(c.mlp_dim, self.dtype, self.natural, name="gate")(x)
         up = Dense(c.mlp_dim, self.dtype, self.natural, name="up")(x)
         down = Dense(c.embed_dim, self.dtype, self.natural, c.zero_init_outputs, name="down")
-        return down(nn.silu(gate) * up)
+        return down(ops.swiglu(gate, up))
 
 
 class Block(nn.Module):
