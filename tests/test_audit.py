@@ -45,7 +45,12 @@ SETTINGS = [
     },
     {"optimizer.name": "adamw", "schedule.name": "wsd"},
     {"optimizer.name": "lion", "optimizer.cautious": True, "optimizer.embedding_decay": 0.1},
-    {"optimizer.momentum_warmup_steps": 9, "optimizer.decay_schedule": "constant", "schedule.short_fraction": 0.5},
+    {
+        "optimizer.neuron_beta": 0.95,
+        "optimizer.momentum_warmup_steps": 9,
+        "optimizer.decay_schedule": "constant",
+        "schedule.short_fraction": 0.5,
+    },
 ]
 
 
