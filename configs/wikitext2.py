@@ -25,6 +25,7 @@ def get_config(variant: str = ""):
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 5e-3
     config.optimizer.embedding_rate = 2.0
+    config.optimizer.neuron_beta = 0.95
     config.evaluate.every_steps = 200
     config.checkpoint.every_steps = 100
     config.sample.prompt = " = "  # how an article begins
