@@ -71,6 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.eps = 1e-8
     optimizer.momentum = 0.95  # of muon
     optimizer.momentum_warmup_steps = 0  # muon's momentum rises from 0.85 over so many steps; 0: off
+    optimizer.neuron_beta = 0.0  # of muon: updates of each neuron over a mean of their size, of that decay; 0: off
     optimizer.weight_decay = 0.1  # of the matrices in the blocks; 0: off. Norm scales are never decayed
     optimizer.embedding_decay = 0.0  # of embedding and head; 0: off
     optimizer.decay_schedule = "rate"  # decay is times the learning rate: rate (of the step) or constant (the peak)

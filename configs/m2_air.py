@@ -37,6 +37,7 @@ def get_config(variant: str = ""):
         config.optimizer.name = "muon"
         config.optimizer.learning_rate = 5e-3
         config.optimizer.embedding_rate = 2.0  # each row of the embedding sees few steps
+        config.optimizer.neuron_beta = 0.95
         config.model.induction_init = True
         config.schedule.warmup_steps = 0
         config.schedule.name = "linear"  # to zero

@@ -37,6 +37,7 @@ YOUNGER = {
     "optimizer": {
         "momentum": 0.95,
         "momentum_warmup_steps": 0,
+        "neuron_beta": 0.0,
         "embedding_decay": 0.0,
         "decay_schedule": "rate",
         "cautious": False,
@@ -122,6 +123,7 @@ class OptimizerConfig:
     eps: float
     momentum: float
     momentum_warmup_steps: int
+    neuron_beta: float
     weight_decay: float
     embedding_decay: float
     decay_schedule: str
@@ -383,19 +385,25 @@ def check(config: Config) -> None:
         "try passes=1.0, or set total_steps",
     )
     shares = {"model.dropout": 0.0, "model.word_dropout": 0.0, "average.decay": 0.999}
-    shares |= {"optimizer.beta1": 0.9, "optimizer.beta2": 0.9, "optimizer.momentum": 0.95}
+    shares |= {
+        "optimizer.beta1": 0.9,
+        "optimizer.beta2": 0.9,
+        "optimizer.momentum": 0.95,
+        "optimizer.neuron_beta": 0.95,
+    }
     for field, usual in shares.items():
         need(0 <= settings[field] < 1, field, "be at least 0 and below 1", f"try {usual}")
     need(0 < config.corpus.held_out < 0.5, "corpus.held_out", "lie between 0 and 0.5", "try 0.05")
     need(0 < config.schedule.decay_fraction <= 1, "schedule.decay_fraction", "be above 0 and at most 1", "try 0.2")
     for field in ("schedule.final_fraction", "schedule.short_fraction"):
         need(settings[field] <= 1, field, "be at most 1", "try 0.0")
-    need(
-        not config.optimizer.momentum_warmup_steps or config.optimizer.name == "muon",
-        "optimizer.momentum_warmup_steps",
-        f"be 0 where optimizer.name={config.optimizer.name}",
-        "set optimizer.name=muon, whose momentum it is",
-    )
+    for field, whose in {"momentum_warmup_steps": "momentum", "neuron_beta": "update"}.items():
+        need(
+            not settings[f"optimizer.{field}"] or config.optimizer.name == "muon",
+            f"optimizer.{field}",
+            f"be 0 where optimizer.name={config.optimizer.name}",
+            f"set optimizer.name=muon, whose {whose} it is",
+        )
     need(
         300 <= config.tokenizer.vocab_size <= 2**31 - 1 or bool(config.tokenizer.path),
         "tokenizer.vocab_size",

@@ -11,7 +11,7 @@ from tale_jax.audit import audit, inspect, known_operations
 from tale_jax.config import Config
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "base")
-VARIANTS = {"m2_air": ["", "tuned"], "tales": ["", "tiny"]}
+VARIANTS = {"m2_air": ["", "tuned"], "tales": ["", "tiny"], "wikitext2": ["", "best"]}
 DTYPES = {"METAL": "float32", "mps": "bfloat16"}  # what each plugin is expected to run best
 
 
@@ -45,7 +45,12 @@ SETTINGS = [
     },
     {"optimizer.name": "adamw", "schedule.name": "wsd"},
     {"optimizer.name": "lion", "optimizer.cautious": True, "optimizer.embedding_decay": 0.1},
-    {"optimizer.momentum_warmup_steps": 9, "optimizer.decay_schedule": "constant", "schedule.short_fraction": 0.5},
+    {
+        "optimizer.neuron_beta": 0.95,
+        "optimizer.momentum_warmup_steps": 9,
+        "optimizer.decay_schedule": "constant",
+        "schedule.short_fraction": 0.5,
+    },
 ]
 
 

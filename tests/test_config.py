@@ -98,6 +98,10 @@ def test_every_leaf_can_be_set_from_a_flag(tmp_path):
         ({"average.decay": 1.0}, "average.decay=1.0 must be at least 0 and below 1; try 0.999"),
         ({"optimizer.name": "lyon"}, "must be one of adamw, muon, lion; did you mean lion?"),
         (
+            {"optimizer.name": "lion", "optimizer.neuron_beta": 0.95},
+            "optimizer.neuron_beta=0.95 must be 0 where optimizer.name=lion; set optimizer.name=muon",
+        ),
+        (
             {"optimizer.name": "adamw", "optimizer.momentum_warmup_steps": 5},
             "optimizer.momentum_warmup_steps=5 must be 0 where optimizer.name=adamw; set optimizer.name=muon",
         ),
@@ -156,7 +160,7 @@ def test_a_workdir_saved_before_a_setting_was_there_still_loads(tmp_path):
     for name in ("memory_gb", "ignore_memory"):
         saved["backend"].pop(name)
     saved.pop("average")
-    for name in ("momentum", "cautious", "embedding_decay", "decay_schedule", "momentum_warmup_steps"):
+    for name in ("momentum", "cautious", "embedding_decay", "decay_schedule", "momentum_warmup_steps", "neuron_beta"):
         saved["optimizer"].pop(name)
     (tmp_path / "config.json").write_text(json.dumps(saved))
     loaded = Config.load(tmp_path)

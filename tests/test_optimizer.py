@@ -10,7 +10,16 @@ import pytest
 from conftest import build_config
 
 from tale_jax.model.transformer import Transformer
-from tale_jax.training.optimizer import FIRST_MOMENTUM, SIZE, decay, groups, make_optimizer, orthogonal, scale_by_muon
+from tale_jax.training.optimizer import (
+    FIRST_MOMENTUM,
+    SIZE,
+    decay,
+    even_neurons,
+    groups,
+    make_optimizer,
+    orthogonal,
+    scale_by_muon,
+)
 
 ATTENTION, MLP = ("query", "key", "value", "output"), ("gate", "up", "down")
 RATE = 0.01
@@ -120,6 +129,34 @@ def test_muon_and_the_warmup_of_its_momentum(warmup):
         wanted = SIZE * 8**0.5 * orthogonal(jnp.asarray(momentum * trace + gradient["kernel"]))
         np.testing.assert_allclose(updates["kernel"], wanted, atol=0.02)
         np.testing.assert_allclose(state.momentum["kernel"], trace, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_neurons_are_evened_out_and_matrices_keep_their_size(tall):
+    """By hand, for two steps: a neuron's update over the root of the mean of its squares, then the matrix's size."""
+    transform, means = even_neurons(0.9), 0.0
+    updates = [np.random.default_rng(seed).standard_normal((2, 4, 8)) for seed in range(2)]
+    updates = [(x * np.arange(1, 9)).swapaxes(1, 2 if tall else 1) for x in updates]
+    neurons = 2 if tall else 1  # the axis that a neuron's mean runs along
+    state = transform.init({"kernel": jnp.zeros_like(updates[0], jnp.float32)})
+    for update in updates:
+        means = 0.9 * means + 0.1 * (update**2).mean(neurons, keepdims=True)
+        wanted = update / np.sqrt(means)
+        wanted *= np.sqrt((update**2).mean((1, 2), keepdims=True) / (wanted**2).mean((1, 2), keepdims=True))
+        found, state = transform.update({"kernel": jnp.asarray(update, jnp.float32)}, state)
+        np.testing.assert_allclose(found["kernel"], wanted, rtol=1e-4)
+        sizes = (np.asarray(found["kernel"]) ** 2).mean(neurons)
+        assert sizes.max() < 3 * sizes.min() and (update**2).mean(neurons).max() > 9 * (update**2).mean(neurons).min()
+
+
+def test_muon_with_even_neurons():
+    gradients, common = {"kernel": kernel(weights(1)).astype(np.float32)}, {"name": "muon", "momentum": 0.9}
+    path = run(settings(**common, neuron_beta=0.95), steps=1)[0]
+    muon = scale_by_muon(momentum=0.9)
+    even = even_neurons(0.95)
+    updates, _ = muon.update(gradients, muon.init(gradients))
+    updates, _ = even.update(updates, even.init(gradients))
+    np.testing.assert_allclose(kernel(path[1]), kernel(path[0]) - RATE * updates["kernel"], atol=1e-4)
 
 
 @pytest.mark.parametrize(("weight_decay", "embedding_decay"), [(0.5, 0.0), (0.0, 0.2), (0.5, 0.2)])

@@ -258,6 +258,21 @@ def test_induction_init_passes_on_features_above_the_first_layer(changes):
     assert len(set(passed)) == 2 * c.head_dim and 0 not in passed
 
 
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, {"qk_norm": False}])
+def test_induction_init_copies_what_followed_before_any_training(changes):
+    """Where random tokens are told twice, most of the second time is foretold, but for the token itself."""
+    shape = {"embed_dim": 256, "num_heads": 4, "num_kv_heads": 2, "seq_len": 64, "zero_init_outputs": True}
+    c = dataclasses.replace(make(**(shape | changes))[0].config, induction_init=True)
+    model = Transformer(c, 512)
+    params = init_state(model, optax.sgd(0.1), seed=0).params
+    once = np.stack([np.random.default_rng(seed).permutation(512)[:32] for seed in range(8)])
+    tokens = jnp.asarray(np.concatenate([once, once], axis=1))
+    scores = np.array(model.apply({"params": params}, tokens)[0])
+    np.put_along_axis(scores, np.asarray(tokens)[..., None], -np.inf, axis=-1)
+    found = scores[:, :-1].argmax(-1) == np.asarray(tokens)[:, 1:]
+    assert found[:, 32:].mean() > 0.8 and found[:, :31].mean() < 0.1
+
+
 def test_induction_init_needs_a_key_value_head_of_its_own():
     with pytest.raises(ValueError, match=r"model\.induction_init=True must .*model\.num_kv_heads"):
         build_config(**{"model.induction_init": True, "model.num_heads": 2, "model.num_kv_heads": 1})

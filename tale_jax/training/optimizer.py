@@ -53,6 +53,8 @@ def make_optimizer(
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     if config.name == "muon":
         matrix = scale_by_muon(natural, dtype, config.momentum, config.momentum_warmup_steps)
+        if config.neuron_beta:
+            matrix = optax.chain(matrix, even_neurons(config.neuron_beta))
     elif config.name == "lion":
         matrix = optax.chain(optax.scale_by_lion(config.beta1, config.beta2), optax.scale(SIZE))
     else:
@@ -127,6 +129,36 @@ def scale_by_muon(
     def init(params: Any) -> Any:
         zeros = jax.tree_util.tree_map(jnp.zeros_like, params)
         return WarmingMuonState(zeros, jnp.zeros((), jnp.int32)) if warming else MuonState(zeros)
+
+    return optax.GradientTransformation(init, update)
+
+
+class EvenState(NamedTuple):
+    means: Any  # of the squares of updates, by neuron
+
+
+def even_neurons(beta: float) -> optax.GradientTransformation:
+    """Gives the neurons of a matrix updates of one size, as NorMuon does after Muon (Li et al. 2025).
+
+    For stacks of matrices [L, in, out]. A neuron is a slice across the shorter side; its update is divided by the root
+    of a moving mean, of decay `beta`, of its mean square. Then each matrix is brought back to the size it had.
+    """
+
+    def squares(x: Float[Array, "L M N"]) -> Float[Array, "L _ _"]:
+        return jnp.mean(jnp.square(x), axis=-2 if x.shape[-2] <= x.shape[-1] else -1, keepdims=True)
+
+    def even(x: Float[Array, "L M N"], mean: Float[Array, "L _ _"]) -> Float[Array, "L M N"]:
+        y = x * jax.lax.rsqrt(mean + 1e-12)
+        before, after = (jnp.mean(jnp.square(z), axis=(-2, -1), keepdims=True) for z in (x, y))
+        return y * jnp.sqrt(before / (after + 1e-12))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        means = jax.tree_util.tree_map(lambda m, x: beta * m + (1 - beta) * squares(x), state.means, updates)
+        return jax.tree_util.tree_map(even, updates, means), EvenState(means)
+
+    def init(params: Any) -> Any:
+        return EvenState(jax.tree_util.tree_map(lambda x: jnp.zeros_like(squares(x)), params))
 
     return optax.GradientTransformation(init, update)
 
