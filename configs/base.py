@@ -56,6 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.scale_embeddings = True  # by sqrt(embed_dim), so that a token's own vector is not drowned by the blocks
     model.zero_init_outputs = True  # start the two output projections of each block at zero
     model.induction_init = False  # start one head of each layer as what copying from earlier in a text needs
+    model.induction_match = False  # with it: heads above the first layer start out looking for the present token
     model.dropout = 0.0  # of embeddings and block outputs while training, to the nearest 1/256; 0: off
     model.word_dropout = 0.0  # share of the vocabulary whose input embeddings are dropped in a pass; 0: off
     model.logit_softcap = 0.0  # logits = cap * tanh(logits / cap); 0: off

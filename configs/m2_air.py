@@ -39,6 +39,7 @@ def get_config(variant: str = ""):
         config.optimizer.embedding_rate = 2.0  # each row of the embedding sees few steps
         config.optimizer.neuron_beta = 0.95
         config.model.induction_init = True
+        config.model.induction_match = True  # text repeats itself word for word; tales do not
         config.schedule.warmup_steps = 0
         config.schedule.name = "linear"  # to zero
         config.model.qk_norm = True  # keeps the higher rate stable

@@ -22,6 +22,7 @@ def get_config(variant: str = ""):
     config.model.num_heads = 6
     config.model.seq_len = 256
     config.model.induction_init = True
+    config.model.induction_match = True  # text repeats itself word for word; tales do not
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 5e-3
     config.optimizer.embedding_rate = 2.0

@@ -33,7 +33,7 @@ OPTIMIZERS = ("adamw", "muon", "lion")
 DECAY_SCHEDULES = ("rate", "constant")
 # Settings younger than the first workdirs, and what those were trained with.
 YOUNGER = {
-    "model": {"induction_init": False, "word_dropout": 0.0},
+    "model": {"induction_init": False, "induction_match": False, "word_dropout": 0.0},
     "optimizer": {
         "momentum": 0.95,
         "momentum_warmup_steps": 0,
@@ -102,6 +102,7 @@ class ModelConfig:
     scale_embeddings: bool
     zero_init_outputs: bool
     induction_init: bool
+    induction_match: bool
     dropout: float
     word_dropout: float
     logit_softcap: float
@@ -437,6 +438,12 @@ def check(config: Config) -> None:
         "model.induction_init",
         "be False unless another key/value head is left for the rest",
         "set model.num_kv_heads to 2 or more",
+    )
+    need(
+        not model.induction_match or model.induction_init,
+        "model.induction_match",
+        "be False without model.induction_init",
+        "set model.induction_init=True",
     )
     if model.num_kv_heads:
         divisors = [d for d in range(1, model.num_heads + 1) if model.num_heads % d == 0]

@@ -30,7 +30,7 @@ LIMITS = {"float32": 2e-3, "bfloat16": 5e-2, "float16": 2e-2}
 TIMEOUT = 300  # seconds
 SMALL = ModelConfig(
     num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=2, mlp_dim=192, seq_len=64, rope_base=1e4, norm_eps=1e-5,
-    qk_norm=True, tie_embeddings=True, scale_embeddings=True, zero_init_outputs=False, induction_init=False,
+    qk_norm=True, tie_embeddings=True, scale_embeddings=True, zero_init_outputs=False, induction_init=False, induction_match=False,
     dropout=0.0, word_dropout=0.0, logit_softcap=0.0, mask_documents=False, scan_layers=False,
 )  # fmt: skip
 TIMED = dataclasses.replace(SMALL, embed_dim=384, num_heads=6, num_kv_heads=6, mlp_dim=1024, seq_len=256)

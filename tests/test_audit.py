@@ -40,6 +40,7 @@ SETTINGS = [
     {
         "model.num_kv_heads": 1,
         "model.induction_init": False,
+        "model.induction_match": False,
         "model.logit_softcap": 15.0,
         "model.tie_embeddings": False,
     },

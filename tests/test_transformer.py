@@ -262,7 +262,7 @@ def test_induction_init_passes_on_features_above_the_first_layer(changes):
 def test_induction_init_copies_what_followed_before_any_training(changes):
     """Where random tokens are told twice, most of the second time is foretold, but for the token itself."""
     shape = {"embed_dim": 256, "num_heads": 4, "num_kv_heads": 2, "seq_len": 64, "zero_init_outputs": True}
-    c = dataclasses.replace(make(**(shape | changes))[0].config, induction_init=True)
+    c = dataclasses.replace(make(**(shape | changes))[0].config, induction_init=True, induction_match=True)
     model = Transformer(c, 512)
     params = init_state(model, optax.sgd(0.1), seed=0).params
     once = np.stack([np.random.default_rng(seed).permutation(512)[:32] for seed in range(8)])
@@ -276,3 +276,5 @@ def test_induction_init_copies_what_followed_before_any_training(changes):
 def test_induction_init_needs_a_key_value_head_of_its_own():
     with pytest.raises(ValueError, match=r"model\.induction_init=True must .*model\.num_kv_heads"):
         build_config(**{"model.induction_init": True, "model.num_heads": 2, "model.num_kv_heads": 1})
+    with pytest.raises(ValueError, match=r"model\.induction_match=True must .*model\.induction_init"):
+        build_config(**{"model.induction_init": False, "model.induction_match": True})
