@@ -36,6 +36,7 @@ class Backend:
       device: the device's own name.
       devices: all of them.
       natural: products with materialised transposes pay off (XLA on CPU from jaxlib 0.11, see `model/ops.py`).
+      fused: attention in half precision by cuDNN.
       host_is_free: the host's cores have nothing to do while the device computes, so that batches are read, and
         checkpoints written, beside the steps.
       donate: buffers given to a step are reused for its results; elsewhere asking for it warns at every compilation.
@@ -48,6 +49,7 @@ class Backend:
     device: str
     devices: tuple[Any, ...]
     natural: bool
+    fused: bool
     host_is_free: bool
     donate: bool
     memory: int
@@ -63,7 +65,7 @@ def start(platform: str) -> Backend:
     _quiet_libraries()
     _cache_compilations()
     machine.use_few_heaps()
-    _use_wide_vectors()
+    _set_xla_flags()
     plugin = machine.metal_plugin() if platform in ("auto", "metal") else ""
     if platform == "metal" and not plugin:
         raise ValueError(f"backend.platform=metal is not possible here: {machine.why_no_metal()}")
@@ -101,6 +103,7 @@ def start(platform: str) -> Backend:
         device=machine.cpu_name() if name == "cpu" else first.device_kind,
         devices=tuple(devices),
         natural=False,
+        fused=name == "cuda" and _cudnn_attends(),
         host_is_free=False,
         donate=False,
         memory=_memory(name, plugin, first),
@@ -200,11 +203,35 @@ def _cache_compilations() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def _use_wide_vectors() -> None:
-    """Lets XLA on CPU use the 512 bits of AVX-512 where the machine has them; it stops at 256 by default."""
-    flags, option = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_prefer_vector_width"
-    if option not in flags and machine.has_avx512() and _jax_version() >= (0, 11):
-        os.environ["XLA_FLAGS"] = f"{flags} {option}=512".strip()
+def _set_xla_flags() -> None:
+    """Flags that XLA reads as it starts, but for those that the user has set.
+
+    On CPU it uses the 512 bits of AVX-512 where the machine has them, instead of 256. On NVIDIA GPUs it lets
+    communication between devices hide behind computing (JAX's guide to GPU performance).
+    """
+    wanted = {}
+    if machine.has_avx512() and _jax_version() >= (0, 11):
+        wanted["--xla_cpu_prefer_vector_width"] = "512"
+    if machine.has_cuda_plugin():
+        wanted["--xla_gpu_enable_latency_hiding_scheduler"] = "true"
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags = " ".join([flags, *(f"{name}={value}" for name, value in wanted.items() if name not in flags)]).strip()
+    if flags:
+        os.environ["XLA_FLAGS"] = flags
+
+
+def _cudnn_attends() -> bool:
+    """Whether cuDNN's flash attention compiles and runs here, with its gradient: not on every GPU, or without cuDNN."""
+
+    def attend(x: jax.Array) -> jax.Array:
+        mixed = jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation="cudnn")
+        return jnp.sum(mixed.astype(jnp.float32))
+
+    try:
+        jax.block_until_ready(jax.jit(jax.grad(attend))(jnp.zeros((1, 128, 1, 64), jnp.bfloat16)))
+    except Exception:  # whatever JAX, XLA or cuDNN raise where they cannot
+        return False
+    return True
 
 
 def _jax_version() -> tuple[int, ...]:

@@ -136,6 +136,11 @@ def has_avx512() -> bool:
     return info.is_file() and " avx512f " in info.read_text()
 
 
+def has_cuda_plugin() -> bool:
+    """JAX's plugin for NVIDIA GPUs is installed."""
+    return any(str(each.name).startswith("jax-cuda") for each in importlib.metadata.distributions())
+
+
 def total_memory() -> int:
     """Bytes of memory this process may use: the machine's, or less where a container is limited; 0 if unknown."""
     if sys.platform == "darwin":

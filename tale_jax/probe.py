@@ -30,7 +30,8 @@ LIMITS = {"float32": 2e-3, "bfloat16": 5e-2, "float16": 2e-2}
 TIMEOUT = 300  # seconds
 SMALL = ModelConfig(
     num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=2, mlp_dim=192, seq_len=64, rope_base=1e4, norm_eps=1e-5,
-    qk_norm=True, tie_embeddings=True, scale_embeddings=True, zero_init_outputs=False, induction_init=False, induction_match=False,
+    qk_norm=True, tie_embeddings=True, scale_embeddings=True, zero_init_outputs=False, induction_init=False,
+    induction_match=False,
     dropout=0.0, word_dropout=0.0, logit_softcap=0.0, mask_documents=False, scan_layers=False,
 )  # fmt: skip
 TIMED = dataclasses.replace(SMALL, embed_dim=384, num_heads=6, num_kv_heads=6, mlp_dim=1024, seq_len=256)
@@ -133,7 +134,7 @@ def _run(platform: str, dtype: str) -> Finding:
 def examine(here: backend.Backend, dtype: str) -> Finding:
     """Computes on the first device of `here`, in this process, and compares with float32 on the CPU."""
     reference = _numbers(jax.devices("cpu")[0], "float32", False)
-    found = _numbers(here.devices[0], dtype, here.natural)
+    found = _numbers(here.devices[0], dtype, here.natural, here.fused)
     loss, gradient, decoded = (_error(found[name], reference[name]) for name in ("loss", "gradient", "decode"))
     limit = LIMITS[dtype]
     finite = all(np.isfinite(value) for value in (loss, gradient, decoded))
@@ -143,10 +144,10 @@ def examine(here: backend.Backend, dtype: str) -> Finding:
     return Finding(dtype, right, reason, *errors, tokens_per_second=_tokens_per_second(here, dtype))
 
 
-def _numbers(device: Any, dtype: str, natural: bool) -> dict[str, np.ndarray]:
+def _numbers(device: Any, dtype: str, natural: bool, fused: bool = False) -> dict[str, np.ndarray]:
     """Loss, all gradients, and logits after a decoded token, on `device`."""
     cpu = jax.devices("cpu")[0]
-    model = Transformer(SMALL, VOCAB, jnp.dtype(dtype), natural)
+    model = Transformer(SMALL, VOCAB, jnp.dtype(dtype), natural, fused=fused)
     windows = np.random.default_rng(0).integers(4, VOCAB, (4, SMALL.seq_len + 1), dtype=np.int32)
     with jax.default_device(cpu):
         params = model.init(jax.random.PRNGKey(0), jnp.asarray(windows[:, :8]))["params"]
@@ -171,7 +172,7 @@ def _error(found: np.ndarray, reference: np.ndarray) -> float:
 
 
 def _tokens_per_second(here: backend.Backend, dtype: str, seconds: float = 2.0) -> float:
-    model = Transformer(TIMED, VOCAB, jnp.dtype(dtype), here.natural)
+    model = Transformer(TIMED, VOCAB, jnp.dtype(dtype), here.natural, fused=here.fused)
     windows = np.random.default_rng(0).integers(4, VOCAB, (4, TIMED.seq_len + 1), dtype=np.int32)
     params = jax.jit(model.init)(jax.random.PRNGKey(0), windows[:, :8])["params"]
     step = jax.jit(jax.value_and_grad(lambda p, w: jnp.mean(token_losses(model, p, w, BOS))))

@@ -278,3 +278,30 @@ def test_induction_init_needs_a_key_value_head_of_its_own():
         build_config(**{"model.induction_init": True, "model.num_heads": 2, "model.num_kv_heads": 1})
     with pytest.raises(ValueError, match=r"model\.induction_match=True must .*model\.induction_init"):
         build_config(**{"model.induction_init": False, "model.induction_match": True})
+
+
+def test_fused_attention_is_the_blocked_one(monkeypatch):
+    """In half precision, for plain causal attention only; through JAX's own form of it, since cuDNN needs a GPU."""
+    calls = []
+
+    def fused(query, key, value):
+        calls.append(query.shape)
+        return plain(query, key, value, implementation="xla")
+
+    plain = ops.fused_attention
+    monkeypatch.setattr(ops, "fused_attention", fused)
+    shape = {"embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "seq_len": 32}
+    c = dataclasses.replace(make(**shape)[0].config, num_layers=2)
+    tokens = jax.random.randint(jax.random.PRNGKey(1), (2, 32), 0, V)
+    params = Transformer(c, V).init(jax.random.PRNGKey(0), tokens)["params"]
+
+    def scores(fused, dtype, **more):
+        return Transformer(c, V, dtype, fused=fused).apply({"params": params}, tokens, **more)[0].astype(jnp.float32)
+
+    np.testing.assert_allclose(scores(True, jnp.bfloat16), scores(False, jnp.bfloat16), atol=2e-2)
+    taken = len(calls)
+    assert taken
+    scores(True, jnp.float32)
+    scores(True, jnp.bfloat16, segments=tokens * 0)
+    scores(True, jnp.bfloat16, cache=Cache.empty(c, 2, jnp.bfloat16))
+    assert len(calls) == taken

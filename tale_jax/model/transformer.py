@@ -87,7 +87,7 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         angles: Float[Array, "_ T half"],
-        mask: Bool[Array, "_ T S"],
+        mask: Bool[Array, "_ T S"] | None,
         slot: Int[Array, ""],
         cached: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None]:
@@ -108,7 +108,9 @@ class Attention(nn.Module):
             )
             cached = key, value
         key, value = key.astype(self.dtype), value.astype(self.dtype)
-        if cached is not None and x.shape[1] == 1:
+        if mask is None:
+            mixed = ops.fused_attention(query, key, value)
+        elif cached is not None and x.shape[1] == 1:
             mixed = ops.attend_one(query, key, value, mask)
         else:
             mixed = ops.attention(query, key, value, mask, self.natural, causal=cached is None)
@@ -159,6 +161,7 @@ class Transformer(nn.Module):
       dtype: what it computes in; weights are float32 always, and so are norms, softmax and reductions.
       natural: products in the layout that XLA on CPU computes natively (see `ops`).
       remat: what the backward pass recomputes: "none", "block", or a policy of `jax.checkpoint_policies`.
+      fused: in half precision, attention by cuDNN wherever nothing but what comes later is hidden.
     """
 
     config: ModelConfig
@@ -166,6 +169,7 @@ class Transformer(nn.Module):
     dtype: Any = jnp.float32
     natural: bool = False
     remat: str = "none"
+    fused: bool = False
 
     @nn.compact
     def __call__(
@@ -198,12 +202,15 @@ class Transformer(nn.Module):
         """
         c = self.config
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
+        plain = cache is None and positions is None and segments is None
         if positions is None:
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if cache is None:
             slot, slot_positions = start, positions
             mask = ops.causal_mask(positions, positions, segments, segments)
-            if self.natural:
+            if self.fused and plain and jnp.dtype(self.dtype).itemsize == 2 and c.head_dim in range(8, 129, 8):
+                mask = None
+            elif self.natural:
                 mask = jax.lax.optimization_barrier(mask)
         else:
             num_slots = cache.positions.shape[1]

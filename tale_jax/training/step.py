@@ -156,7 +156,8 @@ class Trainer:
 
 def make_trainer(config: Config, backend: Backend, dtype: Any, bos_id: int) -> Trainer:
     """The trainer of a planned config, computing in `dtype` on the devices of `backend`."""
-    model = Transformer(config.model, config.tokenizer.vocab_size, dtype, backend.natural, config.remat)
+    vocab_size = config.tokenizer.vocab_size
+    model = Transformer(config.model, vocab_size, dtype, backend.natural, config.remat, backend.fused)
     rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
     optimizer = make_optimizer(config.optimizer, rate, backend.natural, dtype)
     mesh = make_mesh(config.mesh, backend.devices, config.micro_batch_size)
