@@ -9,7 +9,7 @@ first; any other form runs several times slower, in float32, and the gradients o
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -224,7 +224,7 @@ def fused_attention(
     query: Float[Array, "B N T H"],
     key: Float[Array, "B K T H"],
     value: Float[Array, "B K T H"],
-    implementation: str = "cudnn",
+    implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Float[Array, "B N T H"]:
     """Causal `attention` of whole sequences in half precision, by cuDNN's flash attention."""
     rows = (x.swapaxes(1, 2) for x in (query, key, value))
