@@ -29,7 +29,7 @@ FLAGS = flags.FLAGS
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
     """Parses the flags, calls `main(argv)` and exits, turning what goes wrong into one line and an exit code."""
-    _tune_malloc()
+    _ask_for_huge_pages()
     try:
         try:
             app.run(main, flags_parser=_parse)
@@ -49,22 +49,15 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     sys.exit(0)
 
 
-def _tune_malloc() -> None:
-    """Starts this script once more with settings of glibc's malloc, which it reads only as a process begins.
+def _ask_for_huge_pages() -> None:
+    """Starts this script once more where glibc then gives large arrays huge pages: it asks only as a process begins.
 
-    A training step on CPU touches hundreds of megabytes. Huge pages spare it many waits for addresses; and XLA's
-    kernels ask for some megabytes of scratch in every product, which are kept (up to 32 MB each) rather than handed
-    back to the kernel, to be cleared and mapped again a moment later.
+    A training step on CPU touches hundreds of megabytes in pages of 4 kB otherwise, and waits for their addresses.
     """
     switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if "GLIBC_TUNABLES" in os.environ or not switch.is_file():
+    if "GLIBC_TUNABLES" in os.environ or not switch.is_file() or "[madvise]" not in switch.read_text():
         return
-    settings = {
-        "mmap_threshold": 32 << 20,
-        "trim_threshold": 1 << 30,
-        "hugetlb": int("[madvise]" in switch.read_text()),
-    }
-    os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in settings.items())
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -64,7 +64,7 @@ def start(platform: str) -> Backend:
     """
     _quiet_libraries()
     _cache_compilations()
-    machine.use_few_heaps()
+    machine.keep_freed_memory()
     _set_xla_flags()
     plugin = machine.metal_plugin() if platform in ("auto", "metal") else ""
     if platform == "metal" and not plugin:
