@@ -84,6 +84,8 @@ def get_config() -> ml_collections.ConfigDict:
     schedule.decay_fraction = 0.2  # share of the run that wsd decays over
     schedule.short_fraction = 0.0  # share of the run, its first, that trains on shorter windows; 0: off
     schedule.short_cut = 2  # pieces that each window is then cut into; the tokens of a step stay the same
+    schedule.small_fraction = 0.0  # share of the run, its first, that trains on smaller batches; 0: off
+    schedule.small_divisor = 2  # parts that each batch is then divided into, an update for each, all in one step
 
     config.average = average = ml_collections.ConfigDict()
     average.decay = 0.0  # of a moving average of the weights, which validation and samples use; 0: off

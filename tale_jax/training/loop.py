@@ -30,7 +30,7 @@ from tale_jax.probe import choose_precision
 from tale_jax.progress import Progress
 from tale_jax.sample import Sampler, SampleSettings
 from tale_jax.text.prepare import prepare
-from tale_jax.training.schedule import window_cut
+from tale_jax.training.schedule import batch_parts, window_cut
 from tale_jax.training.state import TrainState
 from tale_jax.training.step import Trainer, make_trainer
 
@@ -181,7 +181,8 @@ def _steps(
         nonlocal pending
         if pending is None:
             return
-        at, values = pending["step"], {name: float(value) for name, value in pending["metrics"].items()}
+        at, updates = pending["step"], pending["updates"]
+        values = {name: float(np.mean([float(update[name]) for update in updates])) for name in updates[0]}
         pending = None
         if not np.isfinite(values["loss"]):
             checkpoints.wait()
@@ -198,11 +199,15 @@ def _steps(
     while step < config.total_steps and not stop:
         with meter.waiting():
             pieces = window_cut(config.schedule, config.total_steps, step)
-            windows = trainer.place(data.cut(next(batches), pieces))
-        state, metrics = (trainer.step if pieces == 1 else trainer.short_step)(state, windows)
+            parts = batch_parts(config.schedule, config.total_steps, step)
+            batch = [trainer.place(part) for part in np.split(data.cut(next(batches), pieces), parts)]
+        update, updates = trainer.step if pieces == parts == 1 else trainer.early_step, []
+        for windows in batch:
+            state, metrics = update(state, windows)
+            updates.append(metrics)
         settle()
         step += 1
-        pending = {"step": step, "metrics": metrics}
+        pending = {"step": step, "updates": updates}
 
         last = step == config.total_steps
         due = {
