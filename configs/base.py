@@ -14,6 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0  # of initial weights, data order and dropout
     config.total_steps = 0  # optimizer steps; 0: as many as `passes` takes
     config.passes = 1.0  # passes over the training windows, when total_steps is 0
+    config.minutes = 0.0  # that all of a run may take: they decide its vocabulary, size and length; 0: off
     config.batch_size = 8  # sequences in one optimizer step
     config.micro_batch_size = 0  # sequences in one forward and backward pass; 0: batch_size (no accumulation)
     config.precision = "auto"  # of computing: auto, float32, bfloat16 or float16; weights are always float32

@@ -33,6 +33,7 @@ OPTIMIZERS = ("adamw", "muon", "lion")
 DECAY_SCHEDULES = ("rate", "constant")
 # Settings younger than the first workdirs, and what those were trained with.
 YOUNGER = {
+    "minutes": 0.0,
     "model": {"induction_init": False, "word_dropout": 0.0},
     "optimizer": {
         "momentum": 0.95,
@@ -196,6 +197,7 @@ class Config:
     seed: int
     total_steps: int
     passes: float
+    minutes: float
     batch_size: int
     micro_batch_size: int
     precision: str
@@ -240,9 +242,9 @@ class Config:
             values = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} must be JSON ({error}); restore it, or train in a new workdir") from None
-        for group, settings in YOUNGER.items():
-            if isinstance(values, dict) and isinstance(values.setdefault(group, {}), dict):
-                values[group] = settings | values[group]
+        for name, setting in YOUNGER.items():
+            if isinstance(values, dict) and isinstance(values.setdefault(name, setting), dict):
+                values[name] = setting | values[name]
         return cls.build(values)
 
     def save(self, workdir: Path) -> None:
@@ -371,8 +373,8 @@ def check(config: Config) -> None:
     for field in positive.split():
         need(settings[field] > 0 and math.isfinite(settings[field]), field, "be positive", "see configs/base.py")
     not_negative = (
-        "seed total_steps micro_batch_size model.num_kv_heads model.mlp_dim model.logit_softcap corpus.max_train_bytes "
-        "optimizer.momentum_warmup_steps optimizer.weight_decay optimizer.embedding_decay optimizer.clip_norm "
+        "seed total_steps minutes micro_batch_size model.num_kv_heads model.mlp_dim model.logit_softcap "
+        "corpus.max_train_bytes optimizer.momentum_warmup_steps optimizer.weight_decay optimizer.embedding_decay optimizer.clip_norm "
         "schedule.warmup_steps schedule.final_fraction schedule.short_fraction schedule.small_fraction "
         "evaluate.every_steps evaluate.max_windows evaluate.batch_size sample.every_steps sample.temperature "
         "checkpoint.every_steps mesh.data backend.memory_gb"

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from tale_jax import data
 from tale_jax.backend import Backend, matmul_peak
+from tale_jax.budget import spend
 from tale_jax.checkpoint import Checkpoints, bytes_at_once
 from tale_jax.config import Config
 from tale_jax.evaluate import Evaluation, Scorer
@@ -63,10 +64,14 @@ def open_workdir(workdir: Path, config: Config) -> None:
         )
 
 
-def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
+def train(config: Config, workdir: Path, backend: Backend, given: Collection[str] = (), began: float = 0.0) -> Outcome:
     """Prepares what is missing, trains to `total_steps`, and leaves the model, its metrics and samples in `workdir`.
 
     SIGINT and SIGTERM end it after the step under way with a checkpoint; the same call goes on from there.
+
+    Args:
+      given: dotted names of settings that `config.minutes` may not decide.
+      began: `time.monotonic()` when these minutes began; 0: now.
 
     Raises:
       ValueError: a setting that cannot work, a run that cannot fit into memory, another experiment in the workdir, or a
@@ -74,6 +79,8 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
       MemoryError: memory ran out all the same; the checkpoints before are intact.
       OSError: the disk is full or refuses; the checkpoints before are intact.
     """
+    if config.minutes:
+        config = spend(config, workdir, backend, began or time.monotonic(), given)
     open_workdir(workdir, config)
     log = workdir / "log.txt"
     prepared = prepare(config, workdir, log)

@@ -4,6 +4,8 @@ A run is counted in steps: a step takes one batch of `batch_size` windows. Where
 batch in parts, with an update of the weights for each; everywhere else a step is one update.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 
@@ -35,7 +37,11 @@ def learning_rate(schedule: ScheduleConfig, optimizer: OptimizerConfig, total_st
     small, parts = _small_steps(schedule, total_steps), schedule.small_divisor
     if not small:
         return by_step
-    return lambda update: by_step(jnp.where(update < small * parts, update / parts, update - small * (parts - 1)))
+
+    def by_update(update: Any) -> Any:
+        return by_step(jnp.where(update < small * parts, update / parts, update - small * (parts - 1)))
+
+    return by_update
 
 
 def window_cut(schedule: ScheduleConfig, total_steps: int, step: int) -> int:
