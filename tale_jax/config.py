@@ -374,7 +374,8 @@ def check(config: Config) -> None:
         need(settings[field] > 0 and math.isfinite(settings[field]), field, "be positive", "see configs/base.py")
     not_negative = (
         "seed total_steps minutes micro_batch_size model.num_kv_heads model.mlp_dim model.logit_softcap "
-        "corpus.max_train_bytes optimizer.momentum_warmup_steps optimizer.weight_decay optimizer.embedding_decay optimizer.clip_norm "
+        "corpus.max_train_bytes optimizer.momentum_warmup_steps optimizer.weight_decay optimizer.embedding_decay "
+        "optimizer.clip_norm "
         "schedule.warmup_steps schedule.final_fraction schedule.short_fraction schedule.small_fraction "
         "evaluate.every_steps evaluate.max_windows evaluate.batch_size sample.every_steps sample.temperature "
         "checkpoint.every_steps mesh.data backend.memory_gb"

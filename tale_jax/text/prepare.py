@@ -98,8 +98,8 @@ def with_vocabulary(config: Config) -> tuple[Config, str]:
 def count_pieces(num_bytes: int, characters: Mapping[str, int]) -> int:
     """A vocabulary for so much text: about the square root of its bytes, a power of two.
 
-    Each piece is then met a few hundred times, whatever the amount. `characters` are counts: half of the pieces at
-    least are left for more than single ones.
+    Each piece is then met a few hundred times, whatever the amount. `characters` are counts: besides the bytes and a
+    piece for each usual character there is room for as many that are longer.
     """
     pieces = 2 ** round(math.log2(max(1, num_bytes)) / 2)
     pieces = min(max(pieces, LEAST_PIECES), MOST_PIECES)
@@ -109,7 +109,7 @@ def count_pieces(num_bytes: int, characters: Mapping[str, int]) -> int:
         if rest < 0:
             break
         distinct -= 1
-    while pieces < 2 * (256 + distinct):
+    while pieces < 256 + 2 * distinct:
         pieces *= 2
     return pieces
 
