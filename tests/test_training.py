@@ -15,7 +15,7 @@ from tale_jax.model.transformer import Transformer
 from tale_jax.training import step
 from tale_jax.training.loss import document_segments
 from tale_jax.training.optimizer import groups, make_optimizer, orthogonal
-from tale_jax.training.schedule import batch_parts, learning_rate, window_cut
+from tale_jax.training.schedule import batch_parts, learning_rate, phases, window_cut
 from tale_jax.training.state import init_state
 from tale_jax.training.step import Trainer
 
@@ -205,6 +205,15 @@ def test_small_batches_come_first_and_the_rate_follows_the_text():
     rates, wanted = [float(by_update(jnp.int32(u))) for u in range(14)], [float(by_step(s)) for s in range(8)]
     np.testing.assert_allclose(rates[0:8:4] + rates[8:], wanted, rtol=1e-6)
     assert rates[:8] == sorted(rates[:8]) and len(set(rates[:5])) == 5
+
+
+def test_phases_are_what_the_steps_are():
+    assert phases(build_config().schedule) == [(1.0, 1, 1)]
+    changes = {"schedule.short_fraction": 0.5, "schedule.small_fraction": 0.125, "schedule.small_divisor": 4}
+    schedule = build_config(**changes).schedule
+    assert phases(schedule) == [(0.125, 2, 4), (0.375, 2, 1), (0.5, 1, 1)]
+    kinds = [(window_cut(schedule, 16, at), batch_parts(schedule, 16, at)) for at in range(16)]
+    assert kinds == [kind for share, *rest in phases(schedule) for kind in [tuple(rest)] * round(16 * share)]
 
 
 def test_a_part_of_a_batch_is_a_batch_of_its_own():

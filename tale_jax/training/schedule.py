@@ -4,6 +4,7 @@ A run is counted in steps: a step takes one batch of `batch_size` windows. Where
 batch in parts, with an update of the weights for each; everywhere else a step is one update.
 """
 
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -60,6 +61,16 @@ def batch_parts(schedule: ScheduleConfig, total_steps: int, step: int) -> int:
     (McCandlish et al. 2018); later they are noise.
     """
     return schedule.small_divisor if step < _small_steps(schedule, total_steps) else 1
+
+
+def phases(schedule: ScheduleConfig) -> list[tuple[float, int, int]]:
+    """The kinds of steps of a run, in order: their share of it, `window_cut` and `batch_parts`."""
+    edges, fine = sorted({0.0, schedule.short_fraction, schedule.small_fraction, 1.0}), 1 << 20
+    starts = [(begin, end, round(begin * fine)) for begin, end in itertools.pairwise(edges)]
+    return [
+        (end - begin, window_cut(schedule, fine, step), batch_parts(schedule, fine, step))
+        for begin, end, step in starts
+    ]
 
 
 def _small_steps(schedule: ScheduleConfig, total_steps: int) -> int:
