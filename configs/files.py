@@ -15,7 +15,7 @@ def get_config():
     config.corpus.name = "files"
     config.tokenizer.vocab_size = 4096
     config.passes = 2.0  # a second pass over small text costs nearly nothing in quality
-    config.batch_size = 16
+    config.batch_size = 8
     config.model.num_layers = 6
     config.model.embed_dim = 256
     config.model.num_heads = 4

@@ -30,9 +30,10 @@ from tale_jax.training.step import make_trainer
 SHAPES = ((4, 128), (5, 192), (6, 256), (6, 320), (6, 384), (8, 512), (10, 640), (12, 768))  # layers and width
 HEAD_DIM = 64
 
-# Bits per byte of held-out text after training N weights on D bytes: FLOOR + SIZE / N ** SIZE_POWER + TEXT / D **
-# TEXT_POWER, fitted to runs of this recipe on children's books. Other text has another floor, which changes no choice.
-FLOOR, SIZE, SIZE_POWER, TEXT, TEXT_POWER = 0.7, 40.0, 0.34, 100.0, 0.3
+# Bits per byte of held-out text after training N million weights on D megabytes: FLOOR + SIZE / N ** SIZE_POWER + TEXT /
+# D ** TEXT_POWER, fitted to runs of this recipe on children's books. Another text has another floor, which changes no
+# choice.
+FLOOR, SIZE, SIZE_POWER, TEXT, TEXT_POWER = 1.0, 0.22, 0.34, 0.84, 0.3
 REPEATS = 15.4  # passes after which text read again is worth little (Muennighoff et al. 2023)
 
 # Passes up to which text bears so much dropout and weight decay: what is seen often is learned by heart.
@@ -42,7 +43,6 @@ REGULARISATION = ((4, 0.0, 0.1), (10, 0.1, 0.2), (math.inf, 0.2, 0.4))
 # token takes SCORING of what to train on it takes. A checkpoint takes SAVING seconds a weight; START is all the rest.
 OTHER_PROGRAMS, SCORING, SAVING, START = 1.2, 0.45, 5e-8, 3.0
 MARGIN = 0.03  # of the time for steps
-EVALUATIONS, CHECKPOINTS = 8, 4  # along a run
 SHARE, COMPILING = 0.3, 5.0  # of the peak of matrix products that a step reaches, and seconds, before any was measured
 MUON = 26.0  # FLOPs of an update for each weight of the blocks and unit of width: five rounds of Newton-Schulz
 LEAST_STEPS = 50
@@ -149,7 +149,7 @@ def predict(parameters: float, read: float, text: float) -> float:
     """Bits per byte that so many weights end at, after reading `read` bytes of a text of `text` bytes."""
     again = max(0.0, read / text - 1)
     worth = min(read, text) + text * REPEATS * (1 - math.exp(-again / REPEATS))
-    return FLOOR + SIZE / parameters**SIZE_POWER + TEXT / worth**TEXT_POWER
+    return FLOOR + SIZE / (parameters / 1e6) ** SIZE_POWER + TEXT / (worth / 1e6) ** TEXT_POWER
 
 
 def regularisation(passes: float) -> tuple[float, float]:
@@ -157,11 +157,16 @@ def regularisation(passes: float) -> tuple[float, float]:
     return next((dropout, decay) for most, dropout, decay in REGULARISATION if passes <= most)
 
 
+def stops(minutes: float) -> int:
+    """How often a run stops to be scored, sampled and saved: about every two minutes."""
+    return min(max(round(minutes / 2), 3), 10)
+
+
 def count_steps(config: Config, left: float, seconds: float, compiling: float) -> int:
     """How many steps of `seconds` fit into `left` seconds, beside all that is not a step; 0 when none does."""
     scored = config.evaluate.max_windows * config.model.seq_len / config.tokens_per_step
     besides = START + (1 + OTHER_PROGRAMS) * compiling
-    besides += EVALUATIONS * SCORING * scored * seconds + CHECKPOINTS * SAVING * weights(config)
+    besides += stops(config.minutes) * (SCORING * scored * seconds + SAVING * weights(config))
     return max(0, int((left - besides) / (seconds * (1 + MARGIN))))
 
 
@@ -170,14 +175,14 @@ def fill(config: Config, steps: int, seconds: float, prepared: Prepared, given: 
     text = prepared.manifests["train"]
     passes = steps * config.tokens_per_step / text.tokens
     dropout, decay = regularisation(passes)
-    evaluate = max(1, math.ceil(steps / EVALUATIONS))
+    every = max(1, math.ceil(steps / stops(config.minutes)))
     settings = {
         "total_steps": steps,
         "model.dropout": dropout,
         "optimizer.weight_decay": decay,
-        "evaluate.every_steps": evaluate,
-        "sample.every_steps": evaluate,
-        "checkpoint.every_steps": max(1, math.ceil(steps / CHECKPOINTS)),
+        "evaluate.every_steps": every,
+        "sample.every_steps": every,
+        "checkpoint.every_steps": every,
     }
     config = change(config, {name: value for name, value in settings.items() if name not in given})
     bits = predict(weights(config), passes * text.bytes, text.bytes) if steps else math.inf

@@ -96,7 +96,8 @@ def test_the_chosen_size_was_measured_and_is_the_best(cpu, machine):
     assert 0.8 * 600 < config.total_steps * best.seconds < 600
     assert best.passes == pytest.approx(config.total_steps * config.tokens_per_step / (5 * 10**6 / 4))
     assert (config.model.dropout, config.optimizer.weight_decay) == budget.regularisation(best.passes)
-    assert math.ceil(config.total_steps / config.evaluate.every_steps) == budget.EVALUATIONS
+    assert math.ceil(config.total_steps / config.evaluate.every_steps) == budget.stops(10) == 5
+    assert config.evaluate.every_steps == config.checkpoint.every_steps == config.sample.every_steps
     lines = budget.reasons(best, others, text(5 * 10**6))
     assert f"layers of {config.model.embed_dim}" in lines[0] and "would make" in lines[0] and "dropout" in lines[1]
 
