@@ -14,6 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0  # of initial weights, data order and dropout
     config.total_steps = 0  # optimizer steps; 0: as many as `passes` takes
     config.passes = 1.0  # passes over the training windows, when total_steps is 0
+    config.minutes = 0.0  # that all of a run may take: they decide its vocabulary, size and length; 0: off
     config.batch_size = 8  # sequences in one optimizer step
     config.micro_batch_size = 0  # sequences in one forward and backward pass; 0: batch_size (no accumulation)
     config.precision = "auto"  # of computing: auto, float32, bfloat16 or float16; weights are always float32
@@ -86,6 +87,8 @@ def get_config() -> ml_collections.ConfigDict:
     schedule.decay_fraction = 0.2  # share of the run that wsd decays over
     schedule.short_fraction = 0.0  # share of the run, its first, that trains on shorter windows; 0: off
     schedule.short_cut = 2  # pieces that each window is then cut into; the tokens of a step stay the same
+    schedule.small_fraction = 0.0  # share of the run, its first, that trains on smaller batches; 0: off
+    schedule.small_divisor = 2  # parts that each batch is then divided into, an update for each, all in one step
 
     config.average = average = ml_collections.ConfigDict()
     average.decay = 0.0  # of a moving average of the weights, which validation and samples use; 0: off

@@ -14,6 +14,7 @@ import difflib
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from ml_collections.config_flags import config_flags
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # recipes import each other, as `from configs import base`
 
 FLAGS = flags.FLAGS
+BEGAN = time.monotonic()
 
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
@@ -47,6 +49,11 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
             traceback.print_exc()
         _fail(_one_line(error))
     sys.exit(0)
+
+
+def given(name: str) -> set[str]:
+    """The dotted names of the fields of a config flag that were set by flags of their own."""
+    return set(config_flags.get_override_values(FLAGS[name]))
 
 
 def _ask_for_huge_pages() -> None:

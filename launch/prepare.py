@@ -6,7 +6,7 @@ python launch/prepare.py --config=configs/tales.py --workdir=experiments/tales
 from pathlib import Path
 
 from absl import flags
-from cli import run
+from cli import given, run
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/tales.py:tiny")
@@ -16,10 +16,13 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(_: list[str]) -> None:
     from tale_jax.config import Config
-    from tale_jax.text.prepare import prepare
+    from tale_jax.text.prepare import prepare, with_vocabulary
 
-    workdir = Path(str(WORKDIR.value))
-    prepared = prepare(Config.build(CONFIG.value), workdir, workdir / "log.txt")
+    config, workdir = Config.build(CONFIG.value), Path(str(WORKDIR.value))
+    if config.minutes and "tokenizer.vocab_size" not in given("config"):
+        config, reason = with_vocabulary(config)
+        print(reason)
+    prepared = prepare(config, workdir, workdir / "log.txt")
     for split, m in prepared.manifests.items():
         print(
             f"{split:>5}: {m.documents:,} documents, {m.words:,} words, {m.bytes:,} bytes, {m.tokens:,} tokens"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from cli import run
+from cli import BEGAN, given, run
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/tales.py:small")
@@ -23,7 +23,7 @@ def main(_: list[str]) -> None:
     from tale_jax import backend  # imports of JAX come after the config is known to be right
     from tale_jax.training.loop import train
 
-    outcome = train(config, workdir, backend.start(config.backend.platform))
+    outcome = train(config, workdir, backend.start(config.backend.platform), given("config"), BEGAN)
     if outcome.signal:
         sys.exit(128 + outcome.signal)
     print(f"{workdir} has finished its {outcome.total_steps} steps; the model: {workdir}/checkpoints/{outcome.step}")

@@ -33,6 +33,7 @@ OPTIMIZERS = ("adamw", "muon", "lion")
 DECAY_SCHEDULES = ("rate", "constant")
 # Settings younger than the first workdirs, and what those were trained with.
 YOUNGER = {
+    "minutes": 0.0,
     "model": {"induction_init": False, "induction_match": False, "word_dropout": 0.0},
     "optimizer": {
         "momentum": 0.95,
@@ -42,7 +43,7 @@ YOUNGER = {
         "decay_schedule": "rate",
         "cautious": False,
     },
-    "schedule": {"short_fraction": 0.0, "short_cut": 2},
+    "schedule": {"short_fraction": 0.0, "short_cut": 2, "small_fraction": 0.0, "small_divisor": 2},
     "average": {"decay": 0.0},
     "backend": {"memory_gb": 0.0, "ignore_memory": False},
 }
@@ -140,6 +141,8 @@ class ScheduleConfig:
     decay_fraction: float
     short_fraction: float
     short_cut: int
+    small_fraction: float
+    small_divisor: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +200,7 @@ class Config:
     seed: int
     total_steps: int
     passes: float
+    minutes: float
     batch_size: int
     micro_batch_size: int
     precision: str
@@ -241,9 +245,9 @@ class Config:
             values = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} must be JSON ({error}); restore it, or train in a new workdir") from None
-        for group, settings in YOUNGER.items():
-            if isinstance(values, dict) and isinstance(values.setdefault(group, {}), dict):
-                values[group] = settings | values[group]
+        for name, setting in YOUNGER.items():
+            if isinstance(values, dict) and isinstance(values.setdefault(name, setting), dict):
+                values[name] = setting | values[name]
         return cls.build(values)
 
     def save(self, workdir: Path) -> None:
@@ -268,7 +272,9 @@ class Config:
     def difference(self, other: "Config") -> tuple[str, Any, Any] | None:
         """What makes this another experiment than `other`, a planned run: the first field and both values, or None."""
         derived = not self.schedule.warmup_steps and other.schedule.warmup_steps == _warmup(other.total_steps)
-        free = (*FREE_TO_CHANGE, "schedule.warmup_steps") if derived else FREE_TO_CHANGE
+        free = {*FREE_TO_CHANGE, "schedule.warmup_steps"} if derived else set(FREE_TO_CHANGE)
+        if self.schedule.small_fraction:  # which updates were small follows from the length of the run
+            free -= {"passes", "total_steps"} if self.total_steps else {"passes"}
         for (name, mine), (_, theirs) in zip(leaves(self), leaves(other), strict=True):
             if mine != theirs and not any(name == f or (f.endswith(".") and name.startswith(f)) for f in free):
                 return name, mine, theirs
@@ -365,14 +371,15 @@ def check(config: Config) -> None:
         "batch_size model.num_layers model.embed_dim model.num_heads model.seq_len model.rope_base model.norm_eps "
         "optimizer.learning_rate optimizer.embedding_rate optimizer.eps corpus.num_train_tales corpus.num_valid_tales "
         "corpus.num_test_tales tokenizer.sample_bytes sample.num_samples sample.max_tokens metrics.every_steps "
-        "checkpoint.keep mesh.fsdp schedule.short_cut"
+        "checkpoint.keep mesh.fsdp schedule.short_cut schedule.small_divisor"
     )
     for field in positive.split():
         need(settings[field] > 0 and math.isfinite(settings[field]), field, "be positive", "see configs/base.py")
     not_negative = (
-        "seed total_steps micro_batch_size model.num_kv_heads model.mlp_dim model.logit_softcap corpus.max_train_bytes "
-        "optimizer.momentum_warmup_steps optimizer.weight_decay optimizer.embedding_decay optimizer.clip_norm "
-        "schedule.warmup_steps schedule.final_fraction schedule.short_fraction "
+        "seed total_steps minutes micro_batch_size model.num_kv_heads model.mlp_dim model.logit_softcap "
+        "corpus.max_train_bytes optimizer.momentum_warmup_steps optimizer.weight_decay optimizer.embedding_decay "
+        "optimizer.clip_norm "
+        "schedule.warmup_steps schedule.final_fraction schedule.short_fraction schedule.small_fraction "
         "evaluate.every_steps evaluate.max_windows evaluate.batch_size sample.every_steps sample.temperature "
         "checkpoint.every_steps mesh.data backend.memory_gb"
     )
@@ -396,7 +403,7 @@ def check(config: Config) -> None:
         need(0 <= settings[field] < 1, field, "be at least 0 and below 1", f"try {usual}")
     need(0 < config.corpus.held_out < 0.5, "corpus.held_out", "lie between 0 and 0.5", "try 0.05")
     need(0 < config.schedule.decay_fraction <= 1, "schedule.decay_fraction", "be above 0 and at most 1", "try 0.2")
-    for field in ("schedule.final_fraction", "schedule.short_fraction"):
+    for field in ("schedule.final_fraction", "schedule.short_fraction", "schedule.small_fraction"):
         need(settings[field] <= 1, field, "be at most 1", "try 0.0")
     for field, whose in {"momentum_warmup_steps": "momentum", "neuron_beta": "update"}.items():
         need(
@@ -460,6 +467,17 @@ def check(config: Config) -> None:
             "micro_batch_size",
             f"divide batch_size={config.batch_size}",
             f"try {min(divisors, key=lambda d: abs(d - micro))}",
+        )
+    if config.schedule.small_fraction:
+        batch, micro = config.batch_size, micro or config.batch_size
+        divisors = [
+            d for d in range(1, batch + 1) if batch % d == 0 and (batch // d < micro or batch // d % micro == 0)
+        ]
+        need(
+            config.schedule.small_divisor in divisors,
+            "schedule.small_divisor",
+            f"divide batch_size={batch} into parts of whole micro-batches (of {micro}) or of less than one",
+            f"try {min(divisors[1:] or divisors, key=lambda d: abs(d - config.schedule.small_divisor))}",
         )
     if config.corpus.name == "hub":
         need(bool(config.corpus.hub_name), "corpus.hub_name", "name a dataset when corpus.name=hub", "try ag_news")

@@ -32,11 +32,12 @@ from tale_jax import machine
 from tale_jax.audit import Untrained, programs
 from tale_jax.checkpoint import Checkpoints, bytes_at_once
 from tale_jax.config import Config
-from tale_jax.data import window_starts
+from tale_jax.data import cut, window_starts
 from tale_jax.machine import format_bytes
 from tale_jax.model.transformer import Cache, count_parameters, flops_per_token
 from tale_jax.probe import choose_precision
 from tale_jax.text.windows import load_tokens
+from tale_jax.training.schedule import phases
 from tale_jax.training.step import Trainer, make_trainer
 
 # On a CPU, measured (plan.py --table). Programs that come later stay in memory: for initial weights, scoring and
@@ -264,15 +265,23 @@ def measure_memory(config: Config, trainer: Trainer, here: backends.Backend, pro
 
 
 def time_steps(config: Config, trainer: Trainer, steps: int = STEPS) -> float:
-    """Seconds of a training step on random tokens: the median of `steps`, after one that is not counted."""
-    state, windows = trainer.init(), trainer.place(_random_windows(config))
-    seconds = []
-    for _ in range(steps + 1):
-        begin = time.perf_counter()
-        state, metrics = trainer.step(state, windows)
-        float(metrics["loss"])  # a host read: on some plugins nothing else waits
-        seconds.append(time.perf_counter() - begin)
-    return float(np.median(seconds[1:]))
+    """Seconds of a training step on random tokens: the median of `steps`, after one that is not counted.
+
+    The mean over the run, where it begins with shorter windows or smaller batches.
+    """
+    state, mean = trainer.init(), 0.0
+    for share, pieces, parts in phases(config.schedule):
+        batch = [trainer.place(part) for part in np.split(cut(_random_windows(config), pieces), parts)]
+        update = trainer.step if pieces == parts == 1 else trainer.early_step
+        seconds = []
+        for _ in range(steps + 1):
+            begin = time.perf_counter()
+            for windows in batch:
+                state, metrics = update(state, windows)
+                float(metrics["loss"])  # a host read: on some plugins nothing else waits
+            seconds.append(time.perf_counter() - begin)
+        mean += share * float(np.median(seconds[1:]))
+    return mean
 
 
 def complete(plan: Plan, config: Config, trainer: Trainer) -> Plan:

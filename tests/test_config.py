@@ -46,6 +46,7 @@ OTHER = {
     "optimizer.momentum": 0.9,
     "optimizer.decay_schedule": "constant",
     "schedule.short_cut": 4,
+    "schedule.small_divisor": 3,
     "model.seq_len": 512,
     "schedule.decay_fraction": 0.5,
 }
@@ -109,6 +110,12 @@ def test_every_leaf_can_be_set_from_a_flag(tmp_path):
             {"schedule.short_fraction": 0.5, "schedule.short_cut": 3},
             "schedule.short_cut=3 must divide model.seq_len=208; try 2",
         ),
+        (
+            {"schedule.small_fraction": 0.5, "schedule.small_divisor": 3},
+            "schedule.small_divisor=3 must divide batch_size=4 into parts of whole micro-batches (of 4) or of",
+        ),
+        ({"minutes": -1.0}, "minutes=-1.0 must not be negative; 0 is off"),
+        ({"schedule.small_fraction": 1.5}, "schedule.small_fraction=1.5 must be at most 1"),
         ({"corpus.name": "files"}, 'corpus.path="" must name a file, folder or glob'),
         ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate=nan must be positive"),
         ({"total_steps": 0, "passes": 0.0}, "passes=0.0 must be positive when total_steps=0"),

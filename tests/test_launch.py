@@ -92,6 +92,11 @@ def test_interrupt_saves_and_the_same_command_goes_on(tmp_path):
         ("train", [TINY, "--workdir={tmp}/x", "--config.model.num_heads=7"], "model.embed_dim=64 must be divisible by"),
         ("train", ["--config=configs/files.py", "--workdir={tmp}/x", "--config.corpus.path={tmp}/no"], "corpus.path="),
         ("train", ["--config=configs/files.py", "--workdir={tmp}/x"], "corpus.path="),
+        (
+            "train",
+            [TINY, "--workdir={tmp}/x", "--config.minutes=1", "--config.passes=2"],
+            "passes must not be given where",
+        ),
         ("train", [TINY, "--workdir={told}", *SMALL, "--config.model.num_layers=3"], "num_layers=3 must be 2"),
         ("train", [TINY, "--workdir={told}", *SMALL, "--config.model.seq_len=128"], "model.seq_len=128"),
         ("train", [TINY, "--workdir={tmp}/file/x"], "file/x"),

@@ -123,6 +123,41 @@ def test_a_run_with_average_and_short_windows_goes_on_as_if_never_stopped(tmp_pa
     )
 
 
+def test_a_run_that_begins_with_small_batches_goes_on_as_if_never_stopped(tmp_path, cpu, monkeypatch):
+    """Stopped in either phase: the same losses and weights to the bit, from the windows of a run without the phase."""
+    from tale_jax.training.step import Trainer
+
+    settings = SMALL | {"total_steps": 8, "evaluate.every_steps": 0, "checkpoint.every_steps": 0}
+    settings |= {"sample.every_steps": 8, "schedule.short_fraction": 0.25, "optimizer.momentum_warmup_steps": 5}
+    small = settings | {"schedule.small_fraction": 0.5, "schedule.small_divisor": 4}
+    placed, place = [], Trainer.place
+    monkeypatch.setattr(Trainer, "place", lambda self, windows: [placed.append(windows), place(self, windows)][1])
+
+    def run(name, settings):
+        begin = len(placed)
+        step = train(build_config(**settings), tmp_path / name, cpu).step
+        return step, [windows for windows in placed[begin:] if windows.shape[1] in (33, 65)]
+
+    _, plain = run("plain", settings)
+    step, parts = run("straight", small)
+    assert step == 8 and [len(windows) for windows in parts[:20]] == [2] * 8 + [1] * 8 + [4] * 4
+    scored = plain[8:]  # validation, with windows of its own
+    assert parts[20:] and all(map(np.array_equal, parts[20:], scored))
+    np.testing.assert_array_equal(np.concatenate(parts[:8]), np.concatenate(plain[:2]))
+    np.testing.assert_array_equal(np.concatenate(parts[8:20]), np.concatenate(plain[2:8]))
+    seen = []
+    for at in (3, 6):
+        with monkeypatch.context() as patch:
+            stop_after(at - (seen[-1] if seen else 0), patch)
+            seen.append(run("stopped", small)[0])
+    assert seen == [3, 6] and run("stopped", small)[0] == 8
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight") and len(losses(tmp_path / "stopped")) == 8
+    one, other = (open_experiment(tmp_path / name).params for name in ("straight", "stopped"))
+    jax.tree_util.tree_map(np.testing.assert_array_equal, one, other)
+    with pytest.raises(ValueError, match=r"total_steps=9 must be 8 to go on"):
+        run("stopped", small | {"total_steps": 9})
+
+
 def stop_after(steps, monkeypatch):
     """A SIGTERM with the batch of this number."""
     from tale_jax import data
@@ -209,6 +244,7 @@ def test_every_setting_is_read(tmp_path, cpu, monkeypatch):
         ("MetricsConfig", "wandb_project"),
         ("ScheduleConfig", "decay_fraction"),
         ("ScheduleConfig", "short_cut"),
+        ("ScheduleConfig", "small_divisor"),
         ("BackendConfig", "platform"),
         ("Config", "backend"),
     }

@@ -240,3 +240,19 @@ def test_plan_script_tells_what_would_fit_and_how_right_it_is():
     result = json.loads(done.stdout.splitlines()[-1])
     assert not result["fits"] and 1 <= len(result["advice"]) <= 3
     assert all(change["peak_bytes"] <= budget for change in result["advice"])
+
+
+def test_the_time_of_a_step_is_the_mean_over_the_phases(cpu, monkeypatch):
+    config, trainer, _ = planned(cpu, **{"schedule.small_fraction": 0.25, "schedule.small_divisor": 4})
+    clock = [0.0]
+
+    def taking(seconds):
+        def update(state, windows):
+            clock[0] += seconds
+            return state, {"loss": 0.0}
+
+        return update
+
+    trainer.step, trainer.early_step = taking(8.0), taking(3.0)
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: clock[0])
+    assert plan.time_steps(config, trainer) == 0.25 * 4 * 3.0 + 0.75 * 8.0

@@ -12,9 +12,10 @@ from conftest import build_config
 from tale_jax import data, sharding
 from tale_jax.config import MeshConfig
 from tale_jax.model.transformer import Transformer
+from tale_jax.training import step
 from tale_jax.training.loss import document_segments
 from tale_jax.training.optimizer import groups, make_optimizer, orthogonal
-from tale_jax.training.schedule import learning_rate, window_cut
+from tale_jax.training.schedule import batch_parts, learning_rate, phases, window_cut
 from tale_jax.training.state import init_state
 from tale_jax.training.step import Trainer
 
@@ -193,18 +194,60 @@ def test_short_windows_come_first_for_their_share_of_the_run():
     assert {window_cut(build_config().schedule, 8, step) for step in range(8)} == {1}
 
 
+def test_small_batches_come_first_and_the_rate_follows_the_text():
+    changes = {"schedule.small_fraction": 0.25, "schedule.small_divisor": 4, "schedule.warmup_steps": 2}
+    config = build_config(**changes)
+    assert [batch_parts(config.schedule, 8, at) for at in range(8)] == [4, 4, 1, 1, 1, 1, 1, 1]
+    assert {batch_parts(build_config().schedule, 8, at) for at in range(8)} == {1}
+    by_update = learning_rate(config.schedule, config.optimizer, 8)
+    plain = dataclasses.replace(config.schedule, small_fraction=0.0)
+    by_step = learning_rate(plain, config.optimizer, 8)
+    rates, wanted = [float(by_update(jnp.int32(u))) for u in range(14)], [float(by_step(s)) for s in range(8)]
+    np.testing.assert_allclose(rates[0:8:4] + rates[8:], wanted, rtol=1e-6)
+    assert rates[:8] == sorted(rates[:8]) and len(set(rates[:5])) == 5
+
+
+def test_phases_are_what_the_steps_are():
+    assert phases(build_config().schedule) == [(1.0, 1, 1)]
+    changes = {"schedule.short_fraction": 0.5, "schedule.small_fraction": 0.125, "schedule.small_divisor": 4}
+    schedule = build_config(**changes).schedule
+    assert phases(schedule) == [(0.125, 2, 4), (0.375, 2, 1), (0.5, 1, 1)]
+    kinds = [(window_cut(schedule, 16, at), batch_parts(schedule, 16, at)) for at in range(16)]
+    assert kinds == [kind for share, *rest in phases(schedule) for kind in [tuple(rest)] * round(16 * share)]
+
+
+def test_a_part_of_a_batch_is_a_batch_of_its_own():
+    """With micro-batches larger than the part, as large, and smaller."""
+    windows = batches(1)[0]
+    direct = make_trainer(batch_size=4)
+    _, wanted = direct.step(direct.init(), direct.place(windows[:4]))
+    for micro in (8, 4, 2):
+        trainer = make_trainer(micro_batch_size=micro, **{"schedule.small_fraction": 0.5})
+        state, metrics = trainer.early_step(trainer.init(), trainer.place(windows[:4]))
+        np.testing.assert_allclose(metrics["loss"], wanted["loss"], rtol=1e-5)
+        np.testing.assert_allclose(metrics["grad_norm"], wanted["grad_norm"], rtol=1e-4)
+        assert int(state.step) == 1
+
+
+def test_parts_that_devices_cannot_share_are_refused(cpu):
+    here = dataclasses.replace(cpu, devices=tuple(jax.devices()[:4]))
+    config = build_config(batch_size=8, **{"schedule.small_fraction": 0.5, "schedule.small_divisor": 4}).planned(100)
+    with pytest.raises(ValueError, match=r"schedule.small_divisor=4 must leave parts of batch_size=8 that the 4 dev"):
+        step.make_trainer(config, here, jnp.float32, BOS)
+
+
 def test_shorter_windows_are_other_windows_of_the_same_tokens():
     """Both lengths take the same step function; within one document each piece knows only itself."""
     trainer = make_trainer(donate=True, **{"schedule.short_fraction": 0.5})
     windows = batches(1)[0]
     pieces = data.cut(windows, 2)
     assert pieces.shape == (16, 9)
-    state, short = trainer.short_step(trainer.init(), trainer.place(pieces))
+    state, short = trainer.early_step(trainer.init(), trainer.place(pieces))
     direct = make_trainer(batch_size=16, **{"model.seq_len": 8})
     _, wanted = direct.step(direct.init(), direct.place(pieces))
     np.testing.assert_allclose(short["loss"], wanted["loss"], rtol=1e-6)
     compiled = trainer.compile()
-    assert trainer.step is compiled and trainer.short_step is not compiled
+    assert trainer.step is compiled and trainer.early_step is not compiled
     state, whole = trainer.step(state, trainer.place(windows))
     assert int(state.step) == 2 and np.isfinite(whole["loss"])
 

@@ -7,11 +7,13 @@ settings are refused, never overwritten.
     python launch/prepare.py --config=configs/tales.py --workdir=experiments/tales
 """
 
+import collections
 import dataclasses
 import errno
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +27,10 @@ from tale_jax.text.corpus import SPLITS, Corpus, open_corpus, settings
 from tale_jax.text.tales import ratio
 from tale_jax.text.tokenizer import Tokenizer, check_tokenizer, train_tokenizer
 from tale_jax.text.windows import Manifest, document_starts, iter_documents, load_manifest, load_tokens
+
+LEAST_PIECES, MOST_PIECES = 512, 8192  # of a vocabulary that is chosen here
+CHARACTERS_FROM = 1 << 21  # bytes of text whose characters are counted
+COVERAGE = 0.9995  # share of them that SentencePiece gives pieces of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +76,42 @@ def prepare(config: Config, workdir: Path, log: Path | None = None) -> Prepared:
         if corpus and split not in manifests:
             manifests[split] = _write_split(corpus, split, tokenizer, config, workdir, log)
     return Prepared(workdir, tokenizer, manifests)
+
+
+def with_vocabulary(config: Config) -> tuple[Config, str]:
+    """The config with as many pieces as suit its training text, and why so many; `tokenizer.path` is left alone."""
+    if config.tokenizer.path:
+        return config, f"vocabulary {config.tokenizer.vocab_size:,}: that of {config.tokenizer.path}"
+    size, characters = 0, collections.Counter[str]()
+    for text in open_corpus(config.corpus, config.seed).documents("train"):
+        if size < CHARACTERS_FROM:
+            characters.update(text)
+        size += len(text.encode())
+        if size >= MOST_PIECES**2:  # more text would change nothing
+            break
+    pieces = count_pieces(size, characters)
+    tokenizer = dataclasses.replace(config.tokenizer, vocab_size=pieces)
+    more = " or more" if size >= MOST_PIECES**2 else ""
+    return dataclasses.replace(config, tokenizer=tokenizer), f"vocabulary {pieces:,}: {size / 1e6:.1f} MB{more} of text"
+
+
+def count_pieces(num_bytes: int, characters: Mapping[str, int]) -> int:
+    """A vocabulary for so much text: about the square root of its bytes, a power of two.
+
+    Each piece is then met a few hundred times, whatever the amount. `characters` are counts: besides the bytes and a
+    piece for each usual character there is room for as many that are longer.
+    """
+    pieces = 2 ** round(math.log2(max(1, num_bytes)) / 2)
+    pieces = min(max(pieces, LEAST_PIECES), MOST_PIECES)
+    rest, distinct = (1 - COVERAGE) * sum(characters.values()), len(characters)
+    for count in sorted(characters.values()):
+        rest -= count
+        if rest < 0:
+            break
+        distinct -= 1
+    while pieces < 256 + 2 * distinct:
+        pieces *= 2
+    return pieces
 
 
 def load_tokenizer(workdir: Path) -> Tokenizer:

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from tale_jax import data
 from tale_jax.backend import Backend, matmul_peak
+from tale_jax.budget import spend
 from tale_jax.checkpoint import Checkpoints, bytes_at_once
 from tale_jax.config import Config
 from tale_jax.evaluate import Evaluation, Scorer
@@ -30,7 +31,7 @@ from tale_jax.probe import choose_precision
 from tale_jax.progress import Progress
 from tale_jax.sample import Sampler, SampleSettings
 from tale_jax.text.prepare import prepare
-from tale_jax.training.schedule import window_cut
+from tale_jax.training.schedule import batch_parts, window_cut
 from tale_jax.training.state import TrainState
 from tale_jax.training.step import Trainer, make_trainer
 
@@ -63,10 +64,14 @@ def open_workdir(workdir: Path, config: Config) -> None:
         )
 
 
-def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
+def train(config: Config, workdir: Path, backend: Backend, given: Collection[str] = (), began: float = 0.0) -> Outcome:
     """Prepares what is missing, trains to `total_steps`, and leaves the model, its metrics and samples in `workdir`.
 
     SIGINT and SIGTERM end it after the step under way with a checkpoint; the same call goes on from there.
+
+    Args:
+      given: dotted names of settings that `config.minutes` may not decide.
+      began: `time.monotonic()` when these minutes began; 0: now.
 
     Raises:
       ValueError: a setting that cannot work, a run that cannot fit into memory, another experiment in the workdir, or a
@@ -74,6 +79,8 @@ def train(config: Config, workdir: Path, backend: Backend) -> Outcome:
       MemoryError: memory ran out all the same; the checkpoints before are intact.
       OSError: the disk is full or refuses; the checkpoints before are intact.
     """
+    if config.minutes:
+        config = spend(config, workdir, backend, began or time.monotonic(), given)
     open_workdir(workdir, config)
     log = workdir / "log.txt"
     prepared = prepare(config, workdir, log)
@@ -181,7 +188,8 @@ def _steps(
         nonlocal pending
         if pending is None:
             return
-        at, values = pending["step"], {name: float(value) for name, value in pending["metrics"].items()}
+        at, updates = pending["step"], pending["updates"]
+        values = {name: float(np.mean([float(update[name]) for update in updates])) for name in updates[0]}
         pending = None
         if not np.isfinite(values["loss"]):
             checkpoints.wait()
@@ -198,11 +206,15 @@ def _steps(
     while step < config.total_steps and not stop:
         with meter.waiting():
             pieces = window_cut(config.schedule, config.total_steps, step)
-            windows = trainer.place(data.cut(next(batches), pieces))
-        state, metrics = (trainer.step if pieces == 1 else trainer.short_step)(state, windows)
+            parts = batch_parts(config.schedule, config.total_steps, step)
+            batch = [trainer.place(part) for part in np.split(data.cut(next(batches), pieces), parts)]
+        update, updates = trainer.step if pieces == parts == 1 else trainer.early_step, []
+        for windows in batch:
+            state, metrics = update(state, windows)
+            updates.append(metrics)
         settle()
         step += 1
-        pending = {"step": step, "metrics": metrics}
+        pending = {"step": step, "updates": updates}
 
         last = step == config.total_steps
         due = {

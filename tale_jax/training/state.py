@@ -15,7 +15,7 @@ from tale_jax.training.scaling import first_scale, needed
 class TrainState(flax.struct.PyTreeNode):
     """A pytree of arrays, or of their shapes: what is saved in a checkpoint, besides the data position."""
 
-    step: Any  # optimizer steps done
+    step: Any  # updates done
     params: Any
     opt_state: Any
     key: Any  # raw PRNG key data, from which dropout at each step is derived

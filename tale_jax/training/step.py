@@ -53,12 +53,12 @@ def make_train_step(
 ) -> TrainStep:
     """A pure function (state, windows [batch_size, seq_len + 1]) → (state, metrics).
 
-    More, shorter windows of as many tokens (see `data.cut`) are taken as well. The batch is cut into micro-batches
-    whose gradients are summed, so that accumulation changes nothing but memory. Metrics are scalars: `loss` in nats per
-    token (BOS not counted, as in evaluation), `grad_norm` before clipping, `learning_rate`, and in float16
-    `loss_scale`, by which both are divided already.
+    More, shorter windows of as many tokens (see `data.cut`) are taken as well, and a part of a batch. What is given is
+    cut into micro-batches whose gradients are summed, so that accumulation changes nothing but memory. Metrics are
+    scalars: `loss` in nats per token (BOS not counted, as in evaluation), `grad_norm` before clipping, `learning_rate`,
+    and in float16 `loss_scale`, by which both are divided already.
     """
-    num_micro = config.num_micro_batches
+    micro_tokens = config.micro_batch_size * config.model.seq_len
     dropout = config.model.dropout > 0 or config.model.word_dropout > 0
     decay = config.average.decay
 
@@ -70,6 +70,7 @@ def make_train_step(
             weights = (windows[:, 1:] != bos_id) * (scale / num_counted)
             return token_losses(model, params, windows, bos_id, weights, key if dropout else None)
 
+        num_micro = max(1, windows[:, 1:].size // micro_tokens)
         if num_micro == 1:
             return jax.value_and_grad(loss_fn)(params, windows, key)
         # Every device keeps its own sequences: micro-batch i takes each device's i-th share.
@@ -111,7 +112,8 @@ def global_norm(tree: Any) -> Float[Array, ""]:
 class Trainer:
     """The compiled functions of a run on a mesh: `init`, `step`, and the shardings that tie them to devices.
 
-    `short_step` is `step` for the shorter windows that a run may begin with; it compiles when it is first called.
+    `early_step` is `step` for the shorter windows or smaller batches that a run may begin with; it compiles when it is
+    first called.
     """
 
     def __init__(
@@ -140,7 +142,7 @@ class Trainer:
             out_shardings=(self.state_shardings, replicated),
             donate_argnums=(0,) if donate else (),
         )
-        self.short_step = self.step
+        self.early_step = self.step
 
     def compile(self) -> Any:
         """Compiles the step ahead of its first use, which then runs what was compiled; returns that, to be analysed."""
@@ -161,4 +163,10 @@ def make_trainer(config: Config, backend: Backend, dtype: Any, bos_id: int) -> T
     rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
     optimizer = make_optimizer(config.optimizer, rate, backend.natural, dtype)
     mesh = make_mesh(config.mesh, backend.devices, config.micro_batch_size)
+    parts, count = config.schedule.small_divisor, len(backend.devices)
+    if config.schedule.small_fraction and config.batch_size // parts % count:
+        raise ValueError(
+            f"schedule.small_divisor={parts} must leave parts of batch_size={config.batch_size} that the {count} "
+            f"devices divide; try schedule.small_fraction=0.0, or a larger batch_size"
+        )
     return Trainer(config, model, optimizer, rate, bos_id, mesh, backend.donate)
