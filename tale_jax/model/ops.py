@@ -196,6 +196,7 @@ def causal_mask(
     return mask
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attention(
     query: Float[Array, "B N T H"],
     key: Float[Array, "B K S H"],
@@ -207,17 +208,62 @@ def attention(
     """Scaled dot-product attention with grouped queries (Ainslie et al. 2023), softmax in float32.
 
     With `causal`, which says that no query may look at a key after its own index, blocks of queries meet only the keys
-    up to their end, and no more scores than those of one block are in memory, forward or backward (Dao et al. 2022).
+    up to their end, one block after another, so that no more scores than those of one are in memory, forward or
+    backward (Dao et al. 2022).
     """
-    length = query.shape[2]
-    size = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS)) if causal else length
-    parts = []
-    for start in range(0, length, size):
-        end = min(start + size, length)
-        seen = end if causal else key.shape[2]
-        block = query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], mask[:, start:end, :seen]
-        parts.append(_attend(*block, natural)[0])
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
+    return _attention_forward(query, key, value, mask, natural, causal)[0]
+
+
+def _blocks(length: int, key_length: int, causal: bool) -> list[tuple[slice, slice]]:
+    """Which queries meet which keys: blocks of both."""
+    if not causal:
+        return [(slice(0, length), slice(0, key_length))]
+    size = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))
+    ends = [(start, min(start + size, length)) for start in range(0, length, size)]
+    return [(slice(start, end), slice(0, end)) for start, end in ends]
+
+
+def _attention_forward(
+    query: Array, key: Array, value: Array, mask: Array, natural: bool, causal: bool
+) -> tuple[Array, tuple[Any, ...]]:
+    parts, sums = [], []
+    for queries, keys in _blocks(query.shape[2], key.shape[2], causal):
+        block = query[:, :, queries]
+        if parts:  # not before the last block is done
+            block, parts[-1] = jax.lax.optimization_barrier((block, parts[-1]))
+        mixed, log_sum = _attend(block, key[:, :, keys], value[:, :, keys], mask[:, queries, keys], natural)
+        parts.append(mixed)
+        sums.append(log_sum)
+    mixed = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
+    return mixed, (query, key, value, mask, mixed, sums)
+
+
+def _attention_backward(
+    natural: bool, causal: bool, saved: tuple[Any, ...], dy: Array
+) -> tuple[Array, Array, Array, None]:
+    """From the last block, which meets all keys, to the first."""
+    (query, key, value, mask, mixed, sums), dy = after(saved, dy)
+    dquery, dkeys = [], None
+    for (queries, keys), log_sum in reversed(
+        list(zip(_blocks(query.shape[2], key.shape[2], causal), sums, strict=True))
+    ):
+        block, end = dy[:, :, queries], keys.stop
+        if dkeys is not None:
+            block, dkeys = jax.lax.optimization_barrier((block, dkeys))
+        seen = key[:, :, keys], value[:, :, keys], mask[:, queries, keys], log_sum, mixed[:, :, queries]
+        part, *here = _attend_backward(natural, (query[:, :, queries], *seen), block)
+        if dkeys is not None:
+            here = [
+                jnp.concatenate([d[:, :, :end] + h, d[:, :, end:]], axis=2) for d, h in zip(dkeys, here, strict=True)
+            ]
+        dquery.append(part)
+        dkeys = here
+    assert dkeys is not None
+    dquery = dquery[0] if len(dquery) == 1 else jnp.concatenate(dquery[::-1], axis=2)
+    return dquery, *(d.astype(x.dtype) for d, x in zip(dkeys, (key, value), strict=True)), None
+
+
+attention.defvjp(_attention_forward, _attention_backward)
 
 
 def fused_attention(
@@ -244,7 +290,6 @@ def _scores(query: Array, key: Array, mask: Array, natural: bool) -> Array:
     return jnp.where(mask[:, None, None], scores, MASKED).reshape(batch, kv_heads, -1, key_length)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(query: Array, key: Array, value: Array, mask: Array, natural: bool) -> tuple[Array, Array]:
     """Attention of all these queries to all these keys, and the log-sum-exp of each row of scores."""
     scores = _scores(query, key, mask, natural)
@@ -255,15 +300,13 @@ def _attend(query: Array, key: Array, value: Array, mask: Array, natural: bool) 
     return mixed.reshape(query.shape), peak + jnp.log(total)
 
 
-def _attend_forward(query: Array, key: Array, value: Array, mask: Array, natural: bool) -> tuple[Any, Any]:
-    mixed, log_sum = _attend(query, key, value, mask, natural)
-    return (mixed, log_sum), (query, key, value, mask, log_sum, mixed)
+def _attend_backward(natural: bool, saved: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
+    """Recomputes the weights from the log-sum-exp of each row, which is all that the forward pass keeps of them.
 
-
-def _attend_backward(natural: bool, saved: Any, gradient: tuple[Array, Array]) -> tuple[Array, Array, Array, None]:
-    """Recomputes the weights from the log-sum-exp of each row, which is all that the forward pass keeps of them."""
-    (query, key, value, mask, log_sum, mixed), gradient = after(saved, gradient)
-    dy, dtype, width = gradient[0], value.dtype, query.shape[-1]
+    The gradients of keys and values are in float32, to be summed over blocks.
+    """
+    query, key, value, mask, log_sum, mixed = saved
+    dtype, width = value.dtype, query.shape[-1]
     dy, mixed = (x.reshape(*key.shape[:2], -1, width) for x in (dy, mixed))
     weights = jnp.exp(_scores(query, key, mask, natural) - log_sum).astype(dtype)
     dvalue = product(transpose(weights, natural), dy)
@@ -273,10 +316,7 @@ def _attend_backward(natural: bool, saved: Any, gradient: tuple[Array, Array]) -
     dquery = product(dscores, key).reshape(query.shape) * width**-0.5
     grouped = (query * width**-0.5).reshape(dy.shape)
     dkey = product(transpose(dscores, natural), grouped)
-    return dquery, dkey, dvalue, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+    return dquery, dkey.astype(jnp.float32), dvalue.astype(jnp.float32)
 
 
 def attend_one(
