@@ -243,24 +243,25 @@ def _attention_backward(
 ) -> tuple[Array, Array, Array, None]:
     """From the last block, which meets all keys, to the first."""
     (query, key, value, mask, mixed, sums), dy = after(saved, dy)
-    dquery, dkeys = [], None
-    for (queries, keys), log_sum in reversed(
-        list(zip(_blocks(query.shape[2], key.shape[2], causal), sums, strict=True))
-    ):
-        block, end = dy[:, :, queries], keys.stop
-        if dkeys is not None:
+    dquery, dkeys = [], []  # of blocks; of key and value so far
+    blocks = _blocks(query.shape[2], key.shape[2], causal)
+    for (queries, keys), log_sum in zip(reversed(blocks), reversed(sums), strict=True):
+        block = dy[:, :, queries]
+        if dkeys:
             block, dkeys = jax.lax.optimization_barrier((block, dkeys))
         seen = key[:, :, keys], value[:, :, keys], mask[:, queries, keys], log_sum, mixed[:, :, queries]
         part, *here = _attend_backward(natural, (query[:, :, queries], *seen), block)
-        if dkeys is not None:
-            here = [
-                jnp.concatenate([d[:, :, :end] + h, d[:, :, end:]], axis=2) for d, h in zip(dkeys, here, strict=True)
-            ]
-        dquery.append(part)
-        dkeys = here
-    assert dkeys is not None
-    dquery = dquery[0] if len(dquery) == 1 else jnp.concatenate(dquery[::-1], axis=2)
-    return dquery, *(d.astype(x.dtype) for d, x in zip(dkeys, (key, value), strict=True)), None
+        dquery.insert(0, part)
+        dkeys = [_add_to_first(d, h) for d, h in zip(dkeys, here, strict=True)] if dkeys else here
+    dkey, dvalue = dkeys
+    dquery = dquery[0] if len(dquery) == 1 else jnp.concatenate(dquery, axis=2)
+    return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype), None
+
+
+def _add_to_first(x: Array, first: Array) -> Array:
+    """`x` with `first` added to as many of its leading positions."""
+    end = first.shape[2]
+    return jnp.concatenate([x[:, :, :end] + first, x[:, :, end:]], axis=2)
 
 
 attention.defvjp(_attention_forward, _attention_backward)
