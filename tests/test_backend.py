@@ -146,9 +146,9 @@ def test_the_probe_finds_a_wrong_product(cpu, monkeypatch):
     numbers = probe._numbers
     calls = []
 
-    def wrong(device, dtype, natural):
+    def wrong(device, dtype, *layout):
         calls.append(dtype)
-        found = numbers(device, dtype, natural)
+        found = numbers(device, dtype, *layout)
         return found if len(calls) == 1 else found | {"gradient": 1.2 * found["gradient"]}
 
     monkeypatch.setattr(probe, "_numbers", wrong)

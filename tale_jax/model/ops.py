@@ -196,7 +196,6 @@ def causal_mask(
     return mask
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attention(
     query: Float[Array, "B N T H"],
     key: Float[Array, "B K S H"],
@@ -211,7 +210,7 @@ def attention(
     up to their end, one block after another, so that no more scores than those of one are in memory, forward or
     backward (Dao et al. 2022).
     """
-    return _attention_forward(query, key, value, mask, natural, causal)[0]
+    return _attend_in_blocks(query, key, value, mask, natural, causal)[0]
 
 
 def _blocks(length: int, key_length: int, causal: bool) -> list[tuple[slice, slice]]:
@@ -223,9 +222,11 @@ def _blocks(length: int, key_length: int, causal: bool) -> list[tuple[slice, sli
     return [(slice(start, end), slice(0, end)) for start, end in ends]
 
 
-def _attention_forward(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend_in_blocks(
     query: Array, key: Array, value: Array, mask: Array, natural: bool, causal: bool
-) -> tuple[Array, tuple[Any, ...]]:
+) -> tuple[Array, tuple[Array, ...]]:
+    """Attention, and the log-sum-exp of each row of scores, block by block."""
     parts, sums = [], []
     for queries, keys in _blocks(query.shape[2], key.shape[2], causal):
         block = query[:, :, queries]
@@ -234,15 +235,21 @@ def _attention_forward(
         mixed, log_sum = _attend(block, key[:, :, keys], value[:, :, keys], mask[:, queries, keys], natural)
         parts.append(mixed)
         sums.append(log_sum)
-    mixed = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
-    return mixed, (query, key, value, mask, mixed, sums)
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2), tuple(sums)
 
 
-def _attention_backward(
-    natural: bool, causal: bool, saved: tuple[Any, ...], dy: Array
+def _attend_in_blocks_forward(
+    query: Array, key: Array, value: Array, mask: Array, natural: bool, causal: bool
+) -> tuple[Any, tuple[Any, ...]]:
+    mixed, sums = _attend_in_blocks(query, key, value, mask, natural, causal)
+    return (mixed, sums), (query, key, value, mask, mixed, sums)
+
+
+def _attend_in_blocks_backward(
+    natural: bool, causal: bool, saved: tuple[Any, ...], gradient: tuple[Array, Any]
 ) -> tuple[Array, Array, Array, None]:
     """From the last block, which meets all keys, to the first."""
-    (query, key, value, mask, mixed, sums), dy = after(saved, dy)
+    (query, key, value, mask, mixed, sums), dy = after(saved, gradient[0])
     dquery, dkeys = [], []  # of blocks; of key and value so far
     blocks = _blocks(query.shape[2], key.shape[2], causal)
     for (queries, keys), log_sum in zip(reversed(blocks), reversed(sums), strict=True):
@@ -258,13 +265,13 @@ def _attention_backward(
     return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype), None
 
 
+_attend_in_blocks.defvjp(_attend_in_blocks_forward, _attend_in_blocks_backward)
+
+
 def _add_to_first(x: Array, first: Array) -> Array:
     """`x` with `first` added to as many of its leading positions."""
     end = first.shape[2]
     return jnp.concatenate([x[:, :, :end] + first, x[:, :, end:]], axis=2)
-
-
-attention.defvjp(_attention_forward, _attention_backward)
 
 
 def fused_attention(
