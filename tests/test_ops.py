@@ -136,6 +136,8 @@ def test_what_a_norm_and_a_gate_keep_for_the_backward_pass():
 
 def test_a_step_does_not_work_ahead_of_its_gradients(cpu):
     """The compiled step keeps between its passes what was saved, not what the backward pass makes of it."""
+    if not cpu.natural:
+        pytest.skip("XLA before jaxlib 0.11 plans memory otherwise")
     config = build_config(**{"model.num_layers": 4, "model.embed_dim": 128, "model.seq_len": 128, "batch_size": 8})
     trainer = make_trainer(config.planned(100), cpu, jnp.bfloat16, bos_id=1)
     rows, layers, width, inner = 8 * 128, 4, 128, 384

@@ -117,6 +117,7 @@ def transpose(x: Float[Array, "*B M N"], natural: bool) -> Float[Array, "*B N M"
     return jax.lax.optimization_barrier(jnp.moveaxis(split, -1, -3)).reshape(*x.shape[:-2], x.shape[-1], rows)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def split_heads(x: Float[Array, "B T C"], count: int, natural: bool) -> Float[Array, "B {count} T H"]:
     """The heads of each position; with `natural`, in memory too (see `transpose`)."""
     batch, length, width = x.shape
@@ -124,6 +125,18 @@ def split_heads(x: Float[Array, "B T C"], count: int, natural: bool) -> Float[Ar
         return x.reshape(batch, length, count, width // count).swapaxes(1, 2)
     split = x.reshape(batch, length // 8, 8, count, width // count)
     return jax.lax.optimization_barrier(jnp.moveaxis(split, 3, 1)).reshape(batch, count, length, width // count)
+
+
+def _split_heads_forward(x: Array, count: int, natural: bool) -> tuple[Array, None]:
+    return split_heads(x, count, natural), None
+
+
+def _split_heads_backward(count: int, natural: bool, saved: None, dy: Array) -> tuple[Array]:
+    batch, _, length, width = dy.shape
+    return (dy.swapaxes(1, 2).reshape(batch, length, count * width),)
+
+
+split_heads.defvjp(_split_heads_forward, _split_heads_backward)
 
 
 def _transposed_times(x: Array, y: Array, natural: bool) -> Array:
