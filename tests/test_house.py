@@ -35,7 +35,7 @@ LAYERS = (
     ("tale_jax.model.head",),
     ("tale_jax.model.*",),
     ("tale_jax.text.prepare",),
-    ("tale_jax.text.corpus", "tale_jax.text.windows"),
+    ("tale_jax.text.corpus", "tale_jax.text.windows", "tale_jax.text.encode"),
     ("tale_jax.text.tokenizer", "tale_jax.text.tales", "tale_jax.text.readers", "tale_jax.text.ngram"),
     ("tale_jax.text.tales_words",),
     ("tale_jax.backend",),

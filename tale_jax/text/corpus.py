@@ -52,7 +52,7 @@ class Corpus:
       identity: what the documents depend on, as JSON: the settings that matter, and names and sizes of the files.
       parts: where each split is read.
       max_train_bytes: reading ends where the training split is full; 0: never.
-      words_end_lines: WikiText's convention, in which the end of each line counts as one more word.
+      words_end_lines: WikiText's convention, in which the end of each line counts as a word (`count_words`).
       nats: -log probability of each document of a split, in order, where the corpus knows it (tales); else None.
     """
 
@@ -91,10 +91,6 @@ class Corpus:
             return None
         size = int(part.source.num_bytes * (part.high - part.low))
         return min(size, self.max_train_bytes or size) if split == "train" else size
-
-    def count_words(self, text: str) -> int:
-        """Whitespace-separated words, the unit of word perplexity (WikiText: plus one for the end of each line)."""
-        return len(text.split()) + (text.count("\n") if self.words_end_lines else 0)
 
 
 def open_corpus(config: CorpusConfig, seed: int) -> Corpus:

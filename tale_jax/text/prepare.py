@@ -24,6 +24,7 @@ from jaxtyping import Integer
 from tale_jax.config import Config
 from tale_jax.progress import Progress
 from tale_jax.text.corpus import SPLITS, Corpus, open_corpus, settings
+from tale_jax.text.encode import encode
 from tale_jax.text.tales import ratio
 from tale_jax.text.tokenizer import Tokenizer, check_tokenizer, train_tokenizer
 from tale_jax.text.windows import Manifest, document_starts, iter_documents, load_manifest, load_tokens
@@ -180,21 +181,18 @@ def _write_split(
     corpus: Corpus, split: str, tokenizer: Tokenizer, config: Config, workdir: Path, log: Path | None
 ) -> Manifest:
     path = workdir / "windows" / f"{split}.bin"
-    bos, eos = (np.array([mark], tokenizer.dtype).tobytes() for mark in (tokenizer.bos_id, tokenizer.eos_id))
-    documents = words = num_bytes = tokens = 0
+    documents = words = num_bytes = size = 0
     with _clear_errors(workdir):
         with (
             Progress(f"prepare {split}", total=corpus.num_bytes(split) or 0, unit="bytes", log=log) as progress,
             _renamed(path) as file,
         ):
-            for text in corpus.documents(split):
-                encoded, size = tokenizer.encode(text), len(text.encode())
-                file.write(bos + encoded.tobytes() + eos)
-                documents += 1
-                words += corpus.count_words(text)
-                num_bytes += size
-                tokens += len(encoded) + 2
-                progress.advance(size)
+            for run in encode(corpus.documents(split), tokenizer, corpus.num_bytes(split), corpus.words_end_lines):
+                size += file.write(run.tokens)
+                documents += run.documents
+                words += run.words
+                num_bytes += run.num_bytes
+                progress.advance(run.num_bytes)
         manifest = Manifest(
             split=split,
             corpus=corpus.identity,
@@ -206,7 +204,7 @@ def _write_split(
             documents=documents,
             words=words,
             bytes=num_bytes,
-            tokens=tokens,
+            tokens=size // tokenizer.dtype.itemsize,
             entropy=_entropy(corpus, split, np.memmap(path, tokenizer.dtype, mode="r"), tokenizer),
         )
         with _renamed(path.with_suffix(".json")) as file:
