@@ -49,7 +49,7 @@ OTHER_PROGRAMS, SCORING, SAVING, START = 1.2, 0.45, 5e-8, 3.0
 MARGIN = 0.03  # of the time for steps
 SHARE, COMPILING = 0.7, 5.0  # of the peak of matrix products that a step reaches, and seconds, before any was measured
 NARROW = 400.0  # width at which products take as long as all else that is done for a token
-MUON = 26.0  # FLOPs of an update for each weight of the blocks and unit of width: five rounds of Newton-Schulz
+MUON = 17.0  # FLOPs of an update for each weight of the blocks and unit of width: five rounds of Newton-Schulz
 LEAST_STEPS = 50
 TRIALS = 3  # sizes measured, at most
 

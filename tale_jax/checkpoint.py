@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from tale_jax.config import Config
 from tale_jax.model.transformer import Transformer
-from tale_jax.text.tokenizer import Tokenizer
+from tale_jax.text.tokenizer import Tokenizer, tokenizer_file
 from tale_jax.training.average import mean
 from tale_jax.training.scaling import LossScale, first_scale
 from tale_jax.training.state import TrainState
@@ -169,7 +169,7 @@ def open_experiment(
         item = "average" if weights == "ema" else "params"
         wanted = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
         params = mean(_restore(manager, each, wanted)[item] for each in chosen)
-    tokenizer = Tokenizer.load(workdir / "tokenizer" / "tokenizer.model")
+    tokenizer = Tokenizer.load(tokenizer_file(workdir))
     return Experiment(workdir, config, step, weights, tokenizer, model, params)
 
 

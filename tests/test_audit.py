@@ -11,7 +11,7 @@ from tale_jax.audit import audit, inspect, known_operations
 from tale_jax.config import Config
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "base")
-VARIANTS = {"m2_air": ["", "tuned"], "tales": ["", "tiny"], "wikitext2": ["", "best"]}
+VARIANTS = {"m2_air": ["", "tuned"], "tales": ["", "hour", "tiny"], "wikitext2": ["", "best"]}
 DTYPES = {"METAL": "float32", "mps": "bfloat16"}  # what each plugin is expected to run best
 
 

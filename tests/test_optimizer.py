@@ -72,7 +72,7 @@ def settings(**changes):
 
 def run(config, steps: int = 3, rate=None):
     """Weights before each step, gradients, and weights at the end."""
-    optimizer, params = make_optimizer(config, rate or (lambda step: RATE)), weights(0)
+    optimizer, params = make_optimizer(config, rate or (lambda step: RATE), head_dim=4), weights(0)
     state, before, gradients = optimizer.init(params), [], [weights(1 + step) for step in range(steps)]
     for gradient in gradients:
         before.append(params)
@@ -118,7 +118,7 @@ def test_lion_moves_every_element_of_a_matrix_by_the_size_of_an_adam_update():
 
 @pytest.mark.parametrize("warmup", [0, 2])
 def test_muon_and_the_warmup_of_its_momentum(warmup):
-    transform = scale_by_muon(momentum=0.95, warmup_steps=warmup)
+    transform = scale_by_muon(4, momentum=0.95, warmup_steps=warmup)
     gradients = [{"kernel": kernel(weights(seed)).astype(np.float32)} for seed in range(4)]
     state, trace = transform.init(gradients[0]), 0.0
     assert len(jax.tree_util.tree_leaves(state)) == (2 if warmup else 1)  # a count only where it is needed
@@ -129,6 +129,24 @@ def test_muon_and_the_warmup_of_its_momentum(warmup):
         wanted = SIZE * 8**0.5 * orthogonal(jnp.asarray(momentum * trace + gradient["kernel"]))
         np.testing.assert_allclose(updates["kernel"], wanted, atol=0.02)
         np.testing.assert_allclose(state.momentum["kernel"], trace, rtol=1e-5)
+
+
+def test_muon_takes_the_matrices_of_attention_head_by_head():
+    draw = np.random.default_rng(0).standard_normal
+    gradients = {
+        name: {"kernel": jnp.asarray(draw((2, 12, 8) if name == "output" else (2, 8, 12)), jnp.float32)}
+        for name in (*ATTENTION, "up")
+    }
+    muon = scale_by_muon(4, momentum=0.0)
+    updates, _ = muon.update(gradients, muon.init(gradients))
+    for name, gradient in gradients.items():
+        x, y = gradient["kernel"], updates[name]["kernel"]
+        for head in [slice(None)] if name == "up" else [slice(0, 4), slice(4, 8), slice(8, 12)]:
+            of_head = (slice(None), head) if name == "output" else (slice(None), slice(None), head)
+            wanted = x[of_head].swapaxes(1, 2) if name in ("query", "key", "value") else x[of_head]
+            wanted = SIZE * wanted.shape[2] ** 0.5 * orthogonal(wanted)
+            wanted = wanted.swapaxes(1, 2) if name in ("query", "key", "value") else wanted
+            np.testing.assert_allclose(y[of_head], wanted, atol=0.02)
 
 
 @pytest.mark.parametrize("tall", [False, True])
@@ -153,7 +171,7 @@ def test_neurons_are_evened_out_and_matrices_keep_their_size(tall):
 def test_muon_with_even_neurons():
     gradients, common = {"kernel": jnp.asarray(kernel(weights(1)), jnp.float32)}, {"name": "muon", "momentum": 0.9}
     path = run(settings(**common, neuron_beta=0.95), steps=1)[0]
-    muon = scale_by_muon(momentum=0.9)
+    muon = scale_by_muon(4, momentum=0.9)
     even = even_neurons(0.95)
     updates, _ = muon.update(gradients, muon.init(gradients))
     updates, _ = even.update(updates, even.init(gradients))
@@ -163,7 +181,7 @@ def test_muon_with_even_neurons():
 @pytest.mark.parametrize(("weight_decay", "embedding_decay"), [(0.5, 0.0), (0.0, 0.2), (0.5, 0.2)])
 def test_each_group_has_its_decay_and_scales_none(weight_decay, embedding_decay):
     config = settings(weight_decay=weight_decay, embedding_decay=embedding_decay)
-    optimizer, params = make_optimizer(config, lambda step: RATE), weights(0)
+    optimizer, params = make_optimizer(config, lambda step: RATE, head_dim=4), weights(0)
     zero = jax.tree_util.tree_map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
     np.testing.assert_allclose(kernel(updates), -RATE * weight_decay * kernel(params), rtol=1e-5)

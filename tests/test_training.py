@@ -35,7 +35,7 @@ def make_trainer(devices=1, share=0, fsdp=1, dtype=jnp.float32, donate=False, **
     config = build_config(**(small | {"total_steps": 20, "tokenizer.vocab_size": 512} | changes)).planned(100)
     model = Transformer(config.model, V, dtype, natural=True, remat=config.remat)
     rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
-    optimizer = make_optimizer(config.optimizer, rate)
+    optimizer = make_optimizer(config.optimizer, rate, config.model.head_dim)
     mesh = sharding.make_mesh(MeshConfig(share, fsdp), jax.devices()[:devices], config.micro_batch_size)
     return Trainer(config, model, optimizer, rate, BOS, mesh, donate)
 
@@ -85,7 +85,7 @@ def test_weight_decay_only_on_matrices():
     """With zero gradients, only the matrices shrink, by learning rate times decay."""
     config = build_config(**{"optimizer.weight_decay": 0.5}).optimizer
     params = make_trainer().init().params
-    optimizer = make_optimizer(config, optax.constant_schedule(0.1))
+    optimizer = make_optimizer(config, optax.constant_schedule(0.1), head_dim=8)
     zero = jax.tree_util.tree_map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
     for update, param, group in zip(*map(jax.tree_util.tree_leaves, (updates, params, groups(params))), strict=True):

@@ -26,7 +26,7 @@ from tale_jax.progress import Progress
 from tale_jax.text.corpus import SPLITS, Corpus, open_corpus, settings
 from tale_jax.text.encode import encode
 from tale_jax.text.tales import ratio
-from tale_jax.text.tokenizer import Tokenizer, check_tokenizer, train_tokenizer
+from tale_jax.text.tokenizer import Tokenizer, check_tokenizer, tokenizer_file, train_tokenizer
 from tale_jax.text.windows import Manifest, document_starts, iter_documents, load_manifest, load_tokens
 
 LEAST_PIECES, MOST_PIECES = 512, 8192  # of a vocabulary that is chosen here
@@ -70,7 +70,7 @@ def prepare(config: Config, workdir: Path, log: Path | None = None) -> Prepared:
     if corpus and not manifests:
         tokenizer = _write_tokenizer(corpus, config, workdir, log)
     else:
-        tokenizer = load_tokenizer(workdir)
+        tokenizer = Tokenizer.load(tokenizer_file(workdir))
     for manifest in manifests.values():
         _check_same(manifest, config, corpus, tokenizer, workdir)
     for split in SPLITS:
@@ -113,11 +113,6 @@ def count_pieces(num_bytes: int, characters: Mapping[str, int]) -> int:
     while pieces < 256 + 2 * distinct:
         pieces *= 2
     return pieces
-
-
-def load_tokenizer(workdir: Path) -> Tokenizer:
-    """The tokenizer of an experiment. Raises ValueError, in one line, when it has none."""
-    return Tokenizer.load(workdir / "tokenizer" / "tokenizer.model")
 
 
 def _open_corpus(config: Config, manifests: dict[str, Manifest]) -> Corpus | None:
@@ -172,7 +167,7 @@ def _write_tokenizer(corpus: Corpus, config: Config, workdir: Path, log: Path | 
                     progress.advance(len(text.encode()))
 
             tokenizer = train_tokenizer(documents(), config.tokenizer)
-    with _clear_errors(workdir), _renamed(workdir / "tokenizer" / "tokenizer.model") as file:
+    with _clear_errors(workdir), _renamed(tokenizer_file(workdir)) as file:
         file.write(tokenizer.model)
     return tokenizer
 

@@ -9,7 +9,7 @@ Two things are ours. SentencePiece writes a space as U+2581, and so would read a
 spelled in bytes, which any SentencePiece decoder understands. And since no piece reaches over a space, each word's
 tokens are looked up in a table of the words met so far: several times faster than the library, and equal to it.
 
-    tokenizer = Tokenizer.load(workdir / "tokenizer" / "tokenizer.model")
+    tokenizer = Tokenizer.load(tokenizer_file(workdir))
     tokenizer.decode(tokenizer.encode("Once upon a time"))
 """
 
@@ -109,6 +109,11 @@ class Tokenizer:
 
     def _pieces(self, text: str) -> list[int]:
         return self._sp.encode("\n" + text)[len(self._guard) :] if self._guard else self._sp.encode(text)
+
+
+def tokenizer_file(workdir: Path) -> Path:
+    """Where an experiment keeps its tokenizer."""
+    return workdir / "tokenizer" / "tokenizer.model"
 
 
 def _words(text: str) -> list[str]:

@@ -161,7 +161,7 @@ def make_trainer(config: Config, backend: Backend, dtype: Any, bos_id: int) -> T
     vocab_size = config.tokenizer.vocab_size
     model = Transformer(config.model, vocab_size, dtype, backend.natural, config.remat, backend.fused)
     rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
-    optimizer = make_optimizer(config.optimizer, rate, backend.natural, dtype)
+    optimizer = make_optimizer(config.optimizer, rate, config.model.head_dim, backend.natural, dtype)
     mesh = make_mesh(config.mesh, backend.devices, config.micro_batch_size)
     parts, count = config.schedule.small_divisor, len(backend.devices)
     if config.schedule.small_fraction and config.batch_size // parts % count:
