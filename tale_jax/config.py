@@ -245,10 +245,7 @@ class Config:
             values = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} must be JSON ({error}); restore it, or train in a new workdir") from None
-        for name, setting in YOUNGER.items():
-            if isinstance(values, dict) and isinstance(values.setdefault(name, setting), dict):
-                values[name] = setting | values[name]
-        return cls.build(values)
+        return cls.build(with_younger(values))
 
     def save(self, workdir: Path) -> None:
         """Writes every value to `workdir/config.json`, whole or not at all."""
@@ -287,6 +284,15 @@ class Config:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.model.seq_len
+
+
+def with_younger(values: Any) -> Any:
+    """What a `config.json` says, and of settings younger than it what its run was trained with."""
+    if not isinstance(values, dict):
+        return values
+    filled = YOUNGER | values
+    both = (name for name, setting in YOUNGER.items() if isinstance(setting, dict) and isinstance(filled[name], dict))
+    return filled | {name: YOUNGER[name] | filled[name] for name in both}
 
 
 def _warmup(total_steps: int) -> int:

@@ -86,7 +86,7 @@ def _facts(run: Run) -> dict[str, str]:
     facts: dict[str, tuple[str, Any]] = {
         "Validation loss": ("{:.3f} nats/token", run.last("valid", "nats_per_token")),
         "Bits per byte": ("{:.3f}", run.last("valid", "bits_per_byte")),
-        "Excess": ("{:.3f} nats/token", run.last("valid", "excess_nats_per_token")),
+        "Excess": ("{:.4f} nats/token", run.last("valid", "excess_nats_per_token")),
         "Entropy floor": ("{:.3f}" + (f" ± {error:.3f}" if error else ""), floor),
         "Training loss": ("{:.3f} nats/token", run.last("train", "loss")),
         "Steps": ("{:,}" + (f" of {about['total_steps']:,}" if about.get("total_steps") else ""), run.step),

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tale_jax.config import with_younger
 from tale_jax.metrics import read_jsonl, read_metrics
 
 
@@ -54,7 +55,7 @@ def read_run(workdir: Path, name: str = "") -> Run:
         raise ValueError(f"workdir={workdir} holds no records in metrics.jsonl: train first, then report")
     config_file = workdir / "config.json"
     try:
-        config = json.loads(config_file.read_text()) if config_file.exists() else {}
+        config = with_younger(json.loads(config_file.read_text())) if config_file.exists() else {}
     except json.JSONDecodeError as error:
         raise ValueError(f"{config_file} is not JSON ({error}): restore it from a copy, or remove it") from error
     samples = _without_superseded(read_jsonl(workdir / "samples.jsonl"))

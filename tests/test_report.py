@@ -124,6 +124,16 @@ def test_runs_are_compared(tmp_path):
     assert "a, b, c" in text
 
 
+def test_a_setting_younger_than_a_run_does_not_differ_from_what_it_was_trained_with(tmp_path):
+    runs = [make_run(tmp_path / name, rate=rate) for name, rate in (("old", 1e-3), ("new", 5e-4))]
+    settings = {"seed": 0, "minutes": 0.0, "optimizer": {"learning_rate": 5e-4, "neuron_beta": 0.0, "momentum": 0.9}}
+    (runs[1] / "config.json").write_text(json.dumps(settings))
+    text = " ".join(check(write_report(runs)).texts)
+    summary = text[text.index("Settings that differ") : text.index("Loss", text.index("Settings that differ"))]
+    assert "optimizer.learning_rate" in summary and "optimizer.momentum" in summary
+    assert "neuron_beta" not in summary and "minutes" not in summary
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path):
     out = tmp_path / "new" / "o.html"
     path = write_report([make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")], out)
