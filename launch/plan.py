@@ -27,13 +27,13 @@ def main(_: list[str]) -> None:
     from tale_jax.config import Config
 
     config = Config.build(CONFIG.value)
-    from tale_jax import backend, plan
+    from tale_jax import backend, machine, plan, rehearse
 
     here = backend.start(config.backend.platform)
     if TABLE.value:
-        plan.show_rehearsals({k: plan.rehearse(c, here.platform) for k, c in plan.variants(config).items()})
+        rehearse.show({k: rehearse.rehearse(c, here.platform) for k, c in rehearse.variants(config).items()})
         return
-    memory = plan.parse_bytes(MEMORY.value)
+    memory = machine.parse_bytes(MEMORY.value)
     if MAC.value:
         made = plan.make_for_a_mac(config, here, WORKDIR.value, memory)
     else:
@@ -42,8 +42,8 @@ def main(_: list[str]) -> None:
     if not JSON.value:
         plan.show(made)
     if MEASURE.value:
-        result["rehearsal"] = plan.rehearse(config, here.platform)
-        plan.show_rehearsals({"this run": result["rehearsal"]})
+        result["rehearsal"] = rehearse.rehearse(config, here.platform)
+        rehearse.show({"this run": result["rehearsal"]})
     if JSON.value:
         print(json.dumps(result))
 

@@ -19,9 +19,10 @@ import jax
 
 from tale_jax.audit import Untrained
 from tale_jax.backend import Backend, matmul_peak
-from tale_jax.config import Config, leaves
+from tale_jax.config import Config, change, leaves
+from tale_jax.memory import measure_memory, memory_budget
 from tale_jax.model.transformer import flops_per_token
-from tale_jax.plan import change, format_duration, measure_memory, memory_budget, time_steps, without_data
+from tale_jax.plan import format_duration, time_steps, without_data
 from tale_jax.probe import choose_precision
 from tale_jax.progress import Progress
 from tale_jax.text.prepare import Prepared, prepare, with_vocabulary

@@ -286,6 +286,20 @@ class Config:
         return self.batch_size * self.model.seq_len
 
 
+def change(config: Config, settings: dict[str, Any]) -> Config:
+    """The config with some settings, by dotted name, changed."""
+    values: Any = dataclasses.asdict(config)
+    for name, value in settings.items():
+        *groups, last = name.split(".")
+        place = values
+        for group in groups:
+            place = place[group]
+        place[last] = value
+    if "micro_batch_size" in settings:
+        values["evaluate"]["batch_size"] = settings["micro_batch_size"]
+    return Config.build(values)
+
+
 def with_younger(values: Any) -> Any:
     """What a `config.json` says, and of settings younger than it what its run was trained with."""
     if not isinstance(values, dict):

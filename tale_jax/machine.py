@@ -181,6 +181,18 @@ def format_bytes(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
+def parse_bytes(text: str) -> int:
+    """8GB, 512MB or 1.5GiB as bytes; "" is 0. Raises ValueError in one line."""
+    if not text:
+        return 0
+    found = re.fullmatch(r"([\d.]+)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    try:
+        assert found
+        return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
+    except (AssertionError, ValueError):
+        raise ValueError(f"memory={text} must be a number of bytes; try --memory=8GB") from None
+
+
 def keep_freed_memory() -> None:
     """Lets glibc's malloc keep what is freed, up to 32 MB a piece and in one heap, until `release_memory` is called.
 

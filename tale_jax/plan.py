@@ -1,22 +1,14 @@
 """Does a run fit, how long will it take, and what would make it fit? Answered before any data or step.
 
-Memory comes from the compiler: the very step that the Trainer jits is compiled, and its own analysis says what it holds
-for its arguments and for everything in between. On a CPU the peak is that of the process: what it holds by now (Python,
-the libraries, compiled programs), plus the program, or what is on its way into a checkpoint while steps wait. Time
-comes from a few real steps on random tokens.
+Memory comes from the compiler (`memory.py`), time from a few real steps on random tokens.
 
     python launch/plan.py --config=configs/m2_air.py --memory=8GB
 """
 
 import dataclasses
-import json
 import math
-import re
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +20,17 @@ import rich.console
 import rich.table
 
 from tale_jax import backend as backends
-from tale_jax import machine
 from tale_jax.audit import Untrained, programs
-from tale_jax.checkpoint import Checkpoints, bytes_at_once
-from tale_jax.config import Config
+from tale_jax.config import Config, change
 from tale_jax.data import cut, window_starts
 from tale_jax.machine import format_bytes
-from tale_jax.model.transformer import Cache, count_parameters, flops_per_token
+from tale_jax.memory import Memory, measure_memory, memory_budget, tree_bytes
+from tale_jax.model.transformer import count_parameters, flops_per_token
 from tale_jax.probe import choose_precision
 from tale_jax.text.windows import load_tokens
 from tale_jax.training.schedule import phases
 from tale_jax.training.step import Trainer, make_trainer
 
-# On a CPU, measured (plan.py --table). Programs that come later stay in memory: for initial weights, scoring and
-# decoding, and layers that were unrolled; freed arrays leave gaps. XLA's bfloat16 kernels keep float32 buffers that the
-# compiler does not count, where they sum more than 256 terms. Arrays on their way to a checkpoint are also compressed.
-PROGRAMS = 110 << 20  # bytes
-UNROLLED = 6 << 20  # bytes a layer
-GAPS = 0.25  # of the state
-KERNELS, TERMS = 0.45, 256  # of the results of such products, in float32
-CHECKPOINT = 1.5  # of the bytes written at once
 STEPS = 4  # of the short run; the first is not counted
 
 CHANGES: tuple[dict[str, Any], ...] = (
@@ -62,35 +45,6 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"micro_batch_size": 8, "remat": "block", "model.scan_layers": True},
     {"micro_batch_size": 1 << 30, "remat": "block", "model.scan_layers": True},
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on one device (on a CPU: of the process) while training, by part.
-
-    Attributes:
-      weights, optimizer, average, batch: what a step is given, as the compiler has it.
-      gradients, logits, activations: of what it holds in between; gradients are as large as the weights, logits the
-        largest array along the vocabulary, activations the rest.
-      results: what a step returns besides its arguments' memory: as much as they, where nothing is donated.
-      decode_cache: keys and values of the samples along training; not held during a step.
-      process: Python, libraries, compiled programs; checkpoint: what is on its way to the disk while steps wait. Both
-        0 on a GPU.
-      peak: the most at any time.
-    """
-
-    weights: int
-    optimizer: int
-    average: int
-    batch: int
-    gradients: int
-    logits: int
-    activations: int
-    results: int
-    decode_cache: int
-    process: int
-    checkpoint: int
-    peak: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +89,7 @@ def plan_run(
 ) -> Plan:
     """Plans a planned config; compiles its step, which `trainer` then runs. `num_windows` of text: 0 if unknown."""
     memory = measure_memory(config, trainer, here)
-    sizes = {name: _bytes(part) for name, part in vars(trainer.abstract_state).items()}
+    sizes = {name: tree_bytes(part) for name, part in vars(trainer.abstract_state).items()}
     state, params = sum(sizes.values()), trainer.abstract_state.params
     count, embedding = count_parameters(params), params["embedding"].size
     known = bool(num_windows) or config.total_steps < _UNKNOWN
@@ -205,11 +159,6 @@ def make(
     return plan
 
 
-def memory_budget(config: Config, here: backends.Backend) -> int:
-    """Bytes that a run may use: as the config says, or what there is; 0 if unknown."""
-    return int(config.backend.memory_gb * 1e9) or here.memory
-
-
 def _count_windows(config: Config, workdir: Path) -> int:
     tokens, _ = load_tokens(workdir, "train")
     return len(window_starts(tokens, config.model.seq_len, Untrained.bos_id if config.windows == "document" else None))
@@ -223,47 +172,6 @@ def without_data(config: Config) -> Config:
     return (config if config.total_steps else dataclasses.replace(config, total_steps=_UNKNOWN)).planned(1)
 
 
-def measure_memory(config: Config, trainer: Trainer, here: backends.Backend, process: int = 0) -> Memory:
-    """What the compiled step of `trainer` holds, by its compiler's own analysis.
-
-    `process`: bytes that the process holds besides, on a CPU; 0: what this one holds now.
-    """
-    compiled = trainer.compile()
-    text, analysis = compiled.as_text(), compiled.memory_analysis()
-    machine.release_memory()
-    state = trainer.abstract_state
-    weights, optimizer, average = _bytes(state.params), _bytes(state.opt_state), _bytes(state.average)
-    batch = config.batch_size * (config.model.seq_len + 1) * 4
-    between, given = analysis.temp_size_in_bytes, analysis.argument_size_in_bytes
-    results = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
-    logits = min(between, _largest_along(text, config.tokenizer.vocab_size, config.model.embed_dim))
-    gradients = min(weights, between - logits)
-    cache = jax.eval_shape(lambda: vars(Cache.empty(config.model, config.sample.num_samples, jnp.float32)))
-    checkpoint, floor = 0, 0
-    peak = given + results + between
-    if here.platform == "cpu":
-        floor = 0 if process else machine.peak_resident_memory()
-        layers = 0 if config.model.scan_layers else config.model.num_layers
-        process = process or machine.resident_memory() + PROGRAMS + UNROLLED * layers
-        checkpoint = int(CHECKPOINT * bytes_at_once(state))
-        program = results + between + int(GAPS * (weights + optimizer + average) + KERNELS * _bfloat16_products(text))
-        peak = max(floor, process + len(here.devices) * given + max(len(here.devices) * program, checkpoint))
-    return Memory(
-        weights=weights,
-        optimizer=optimizer,
-        average=average,
-        batch=batch,
-        gradients=gradients,
-        logits=logits,
-        activations=between - logits - gradients,
-        results=results,
-        decode_cache=_bytes(cache),
-        process=process,
-        checkpoint=checkpoint,
-        peak=peak,
-    )
-
-
 def time_steps(config: Config, trainer: Trainer, steps: int = STEPS) -> float:
     """Seconds of a training step on random tokens: the median of `steps`, after one that is not counted.
 
@@ -271,7 +179,7 @@ def time_steps(config: Config, trainer: Trainer, steps: int = STEPS) -> float:
     """
     state, mean = trainer.init(), 0.0
     for share, pieces, parts in phases(config.schedule):
-        batch = [trainer.place(part) for part in np.split(cut(_random_windows(config), pieces), parts)]
+        batch = [trainer.place(part) for part in np.split(cut(random_windows(config), pieces), parts)]
         update = trainer.step if pieces == parts == 1 else trainer.early_step
         seconds = []
         for _ in range(steps + 1):
@@ -290,7 +198,7 @@ def complete(plan: Plan, config: Config, trainer: Trainer) -> Plan:
     seconds = None
     if plan.total_steps:
         scorer, (params, windows, counted), _ = programs(config, trainer)["score"]
-        arguments = _zeros(params), jnp.zeros(windows.shape, windows.dtype), jnp.zeros(counted.shape, counted.dtype)
+        arguments = zeros(params), jnp.zeros(windows.shape, windows.dtype), jnp.zeros(counted.shape, counted.dtype)
         float(scorer(*arguments)[0])
         begin = time.perf_counter()
         float(scorer(*arguments)[0])
@@ -324,20 +232,6 @@ def advise(config: Config, here: backends.Backend, plan: Plan, timed: bool = Tru
     return tuple(Change(settings, peak, speed, speed / fastest if fastest else 0.0) for speed, peak, settings in found)
 
 
-def change(config: Config, settings: dict[str, Any]) -> Config:
-    """The config with some settings, by dotted name, changed."""
-    values: Any = dataclasses.asdict(config)
-    for name, value in settings.items():
-        *groups, last = name.split(".")
-        place = values
-        for group in groups:
-            place = place[group]
-        place[last] = value
-    if "micro_batch_size" in settings:
-        values["evaluate"]["batch_size"] = settings["micro_batch_size"]
-    return Config.build(values)
-
-
 def _changes(config: Config) -> Iterator[dict[str, Any]]:
     """What differs from the config, of CHANGES; micro-batches are divided by what stands there, as far as they go."""
     now = {"precision": config.precision, "remat": config.remat, "model.scan_layers": config.model.scan_layers}
@@ -356,121 +250,18 @@ def _changes(config: Config) -> Iterator[dict[str, Any]]:
             yield new
 
 
-# ------------------------------------------------------------------------------------------- prediction and measurement
-
-
-def rehearse(config: Config, platform: str) -> dict[str, Any]:
-    """Runs every program of a run in a process of its own; returns what was predicted and what it took.
-
-    Steps, scoring, decoding and two checkpoints. `predicted_bytes` and `predicted_step` come from the plan,
-    `measured_bytes` and `measured_step` (the median of twelve) from the run.
-    """
-    command = [sys.executable, "-m", "tale_jax.plan", platform]
-    values = json.dumps(dataclasses.asdict(config))
-    done = subprocess.run(command, input=values, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = " ".join((done.stderr.strip().splitlines() or ["nothing"])[-1].split())[:300]
-        return {"error": f"ended with exit code {done.returncode}: {said}"}
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def _rehearse_here(config: Config, platform: str) -> dict[str, Any]:
-    here = backends.start(platform)
-    dtype, why = choose_precision(here, config.precision)
-    backends.matmul_peak(dtype)
-    trainer = make_trainer(config, here, dtype, Untrained.bos_id)
-    plan = plan_run(config, trainer, here, 0, why)
-    predicted = time_steps(config, trainer)
-    state, windows = trainer.init(), trainer.place(_random_windows(config))
-    functions = programs(config, trainer)
-    seconds = []
-    with tempfile.TemporaryDirectory() as folder:
-        at_once = 0 if here.host_is_free else bytes_at_once(trainer.abstract_state)
-        checkpoints = Checkpoints(Path(folder), config.checkpoint.keep, at_once)
-        machine.release_memory()
-        for step in range(1, 13):
-            begin = time.perf_counter()
-            state, metrics = trainer.step(state, windows)
-            float(metrics["loss"])
-            seconds.append(time.perf_counter() - begin)
-            if step in (6, 9):
-                for name in ("score", "prefill", "decode"):
-                    function, args, kwargs = functions[name]
-                    jax.block_until_ready(function(*_zeros(args), **kwargs))
-                checkpoints.save(step, state, {"examples": step}, None)
-                machine.release_memory()
-        checkpoints.close()
-    return {
-        "predicted_bytes": plan.peak_bytes,
-        "measured_bytes": machine.peak_resident_memory(),
-        "memory": dataclasses.asdict(plan.memory),
-        "predicted_step": predicted,
-        "measured_step": float(np.median(seconds)),
-    }
-
-
-def variants(config: Config) -> dict[str, Config]:
-    """Twelve runs around a config, by name: remat × precision × batch, and a smaller model."""
-    small = {"model.embed_dim": config.model.embed_dim // 2, "model.num_heads": config.model.num_heads // 2 or 1}
-    small |= {"model.num_kv_heads": 0, "model.mlp_dim": 0}
-    found = {}
-    for size, shape in (("whole", {}), ("half", small)):
-        for remat in ("none", "block"):
-            for precision in ("float32", "bfloat16"):
-                for batch in (8, 16) if size == "whole" else (16,):
-                    settings = {"remat": remat, "precision": precision, "batch_size": batch, "micro_batch_size": batch}
-                    settings |= {"model.scan_layers": remat == "block"}
-                    found[f"{size}, remat {remat}, {precision}, batch {batch}"] = change(config, shape | settings)
-    return found
-
-
-def _random_windows(config: Config) -> np.ndarray:
+def random_windows(config: Config) -> np.ndarray:
+    """A batch of windows [B, T+1] of random tokens."""
     shape = (config.batch_size, config.model.seq_len + 1)
     return np.random.default_rng(0).integers(4, config.tokenizer.vocab_size, shape, dtype=np.int32)
 
 
-def _zeros(tree: Any) -> Any:
+def zeros(tree: Any) -> Any:
+    """Arrays of zeros of the shapes in a tree, such as the arguments of `audit.programs`."""
     return jax.tree_util.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
 
 
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree_util.tree_leaves(tree))
-
-
-def _largest_along(text: str, vocab_size: int, embed_dim: int) -> int:
-    """Bytes of the largest array of a compiled program that has an axis of the vocabulary, weights left out."""
-    sizes, width = [0], {"f32": 4, "bf16": 2, "f16": 2}
-    for kind, dims in set(re.findall(r"\b(f32|bf16|f16)\[([\d,]+)\]", text)):
-        shape = [int(size) for size in dims.split(",")]
-        if vocab_size in shape and sorted(shape)[-2:] != sorted((vocab_size, embed_dim)):
-            sizes.append(math.prod(shape) * width[kind])
-    return max(sizes)
-
-
-def _bfloat16_products(text: str) -> int:
-    """Bytes, in float32, of the results of bfloat16 products of more than TERMS terms in a compiled program."""
-    shapes = {name: dims.split(",") for name, dims in re.findall(r"([\w.\-]+) = \w+\[([\d,]+)\]", text)}
-    dot = r"= bf16\[([\d,]+)\]\S* dot\((?:\w+\[[\d,]*\]\S* )?%?([\w.\-]+),.*?lhs_contracting_dims=\{(\d)\}"
-    return sum(
-        4 * math.prod(map(int, result.split(",")))
-        for result, left, axis in re.findall(dot, text)
-        if left in shapes and int(shapes[left][int(axis)]) > TERMS
-    )
-
-
 # ----------------------------------------------------------------------------------------------------------- for people
-
-
-def parse_bytes(text: str) -> int:
-    """8GB, 512MB or 1.5GiB as bytes; "" is 0. Raises ValueError in one line."""
-    if not text:
-        return 0
-    found = re.fullmatch(r"([\d.]+)\s*([kmgt]?)(i?)b?", text.strip().lower())
-    try:
-        assert found
-        return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
-    except (AssertionError, ValueError):
-        raise ValueError(f"memory={text} must be a number of bytes; try --memory=8GB") from None
 
 
 def format_duration(seconds: float) -> str:
@@ -514,29 +305,6 @@ def remedies(config: Config) -> str:
 
 def _divisors(config: Config) -> list[int]:
     return [d for d in range(1, config.batch_size + 1) if config.batch_size % d == 0]
-
-
-def show_rehearsals(rehearsals: Mapping[str, Mapping[str, Any]]) -> None:
-    """Prints what was planned against what it took, a row for each rehearsal."""
-    table = rich.table.Table(box=rich.box.SIMPLE, title="Plan against rehearsal", title_justify="left")
-    table.add_column("run")
-    for title in ("peak, planned", "measured", "off by", "step, planned", "measured", "off by"):
-        table.add_column(title, justify="right")
-    for name, r in rehearsals.items():
-        if "error" in r:
-            table.add_row(name, r["error"])
-            continue
-        off = [r[f"predicted_{what}"] / r[f"measured_{what}"] - 1 for what in ("bytes", "step")]
-        table.add_row(
-            name,
-            format_bytes(r["predicted_bytes"]),
-            format_bytes(r["measured_bytes"]),
-            f"{off[0]:+.1%}",
-            f"{r['predicted_step']:.3f} s",
-            f"{r['measured_step']:.3f} s",
-            f"{off[1]:+.1%}",
-        )
-    rich.console.Console(highlight=False).print(table)
 
 
 def show(plan: Plan) -> None:
@@ -583,13 +351,9 @@ def show(plan: Plan) -> None:
     if plan.budget_bytes:
         verdict = "It fits" if plan.fits else "It does not fit"
         console.print(f"{verdict}: {format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)}.")
-    for change in plan.advice:
-        flags = " ".join(f"--config.{name}={value}" for name, value in change.settings.items())
-        price = f", {change.tokens_per_second:,.0f} tokens/s ({change.speed:.0%} of the speed)" if change.speed else ""
-        console.print(f"  {flags}: {format_bytes(change.peak_bytes)}{price}", soft_wrap=True)
+    for advice in plan.advice:
+        flags = " ".join(f"--config.{name}={value}" for name, value in advice.settings.items())
+        price = f", {advice.tokens_per_second:,.0f} tokens/s ({advice.speed:.0%} of the speed)" if advice.speed else ""
+        console.print(f"  {flags}: {format_bytes(advice.peak_bytes)}{price}", soft_wrap=True)
     if not plan.fits and not plan.advice:
         console.print("  no change of remat, micro-batch, precision or scan_layers is enough: make the model smaller")
-
-
-if __name__ == "__main__":
-    print(json.dumps(_rehearse_here(without_data(Config.build(json.load(sys.stdin))), sys.argv[1])))

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT, build_config, run_script
 
-from tale_jax import plan
+from tale_jax import machine, memory, plan
 from tale_jax.checkpoint import Checkpoints
+from tale_jax.config import change
 from tale_jax.model.transformer import flops_per_token
 from tale_jax.training.loop import train
 from tale_jax.training.step import make_trainer
@@ -54,7 +55,7 @@ def test_the_compiler_agrees_on_what_a_step_is_given_and_runs_it(cpu):
     state = trainer.init()
     held = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(state))
     assert made.checkpoint_bytes == held
-    windows = plan._random_windows(config)
+    windows = plan.random_windows(config)
     state, metrics = trainer.step(state, trainer.place(windows))
     assert int(state.step) == 1 and jnp.isfinite(metrics["loss"])
 
@@ -93,7 +94,7 @@ def test_only_bfloat16_products_of_many_terms_keep_more_than_the_compiler_says()
       %short = bf16[16,32]{1,0} dot(bf16[16,64]{1,0} %q0, bf16[64,32]{1,0} %q1), lhs_contracting_dims={1}
       %wide = f32[16,32]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
     """
-    assert plan._bfloat16_products(text) == 4 * 16 * 32
+    assert memory._bfloat16_products(text) == 4 * 16 * 32
 
 
 def test_logits_are_found_in_the_program(cpu):
@@ -117,8 +118,8 @@ def test_advice_fits_is_sorted_by_speed_and_is_three_at_most(cpu, monkeypatch):
     peaks = iter([200, 90, 80, 70, 60, 50])
     monkeypatch.setattr(plan, "time_steps", lambda *a: 1 / next(speeds))
     made = dataclasses.replace(planned(cpu)[2], budget_bytes=100)
-    memory = made.memory
-    monkeypatch.setattr(plan, "measure_memory", lambda *a: dataclasses.replace(memory, peak=next(peaks)))
+    held = made.memory
+    monkeypatch.setattr(plan, "measure_memory", lambda *a: dataclasses.replace(held, peak=next(peaks)))
     advice = plan.advise(build_config(**TINY), cpu, made)
     assert len(advice) == 3 and all(change.peak_bytes <= 100 for change in advice)
     assert [change.speed for change in advice] == sorted((c.speed for c in advice), reverse=True)
@@ -130,7 +131,7 @@ def test_changes_are_settings_that_differ():
     changes = list(plan._changes(config))
     assert {"micro_batch_size": 6} in changes and {"micro_batch_size": 1} in changes
     for settings in changes:
-        changed = plan.change(config, settings)
+        changed = change(config, settings)
         assert config.difference(changed) is None or "precision" in settings
         assert changed != config
 
@@ -139,13 +140,13 @@ def test_changes_are_settings_that_differ():
     ("text", "count"), [("8GB", 8 * 10**9), ("512mb", 512 * 10**6), ("1.5GiB", 3 << 29), ("7", 7), ("", 0)]
 )
 def test_sizes_are_read(text, count):
-    assert plan.parse_bytes(text) == count
+    assert machine.parse_bytes(text) == count
 
 
 @pytest.mark.parametrize("text", ["eight", "8XB", "1.2.3GB"])
 def test_a_size_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match=f"memory={text} must be a number of bytes; try --memory=8GB"):
-        plan.parse_bytes(text)
+        machine.parse_bytes(text)
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts_unless_told_to(cpu, tmp_path):

@@ -24,9 +24,10 @@ from tale_jax.checkpoint import Checkpoints, bytes_at_once
 from tale_jax.config import Config
 from tale_jax.evaluate import Evaluation, Scorer
 from tale_jax.machine import format_bytes, release_memory
+from tale_jax.memory import memory_budget
 from tale_jax.metrics import Meter, open_sinks
 from tale_jax.model.transformer import count_parameters, flops_per_token
-from tale_jax.plan import Plan, headline, memory_budget, plan_run, refusal, remedies
+from tale_jax.plan import Plan, headline, plan_run, refusal, remedies
 from tale_jax.probe import choose_precision
 from tale_jax.progress import Progress
 from tale_jax.sample import Sampler, SampleSettings
