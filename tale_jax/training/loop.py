@@ -260,7 +260,7 @@ class _Observer:
         self._sinks.write(
             {"kind": "valid", "step": step, "time": time.time()} | {k: result[k] for k in keep if k in result}
         )
-        excess = f", {result['excess_nats_per_token']:.3f} over the floor" if "excess_nats_per_token" in result else ""
+        excess = f", {result['excess_nats_per_token']:.4f} over the floor" if "excess_nats_per_token" in result else ""
         self.progress.print(
             f"step {step}: validation {result['nats_per_token']:.4f} nats/token, "
             f"{result['bits_per_byte']:.3f} bits/byte{excess}"
