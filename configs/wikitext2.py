@@ -5,8 +5,8 @@
 
 `:best` is for quality: 14 passes, by their speed nearly three hours on two CPU cores, and a context of 512 that
 `evaluate.py --stride=64` slides over the text. Its learning rate stays up until the last quarter, so that a run may be
-made shorter or longer until then: stop it, and go on with another `--config.total_steps`. DIR holds train.txt, valid.txt and test.txt, or wiki.train.tokens and so
-on; without it the hub is asked.
+made shorter or longer until then: stop it, and go on with another `--config.total_steps`. DIR holds train.txt,
+valid.txt and test.txt, or wiki.train.tokens and so on; without it the hub is asked.
 """
 
 from configs import base
