@@ -43,6 +43,7 @@ def get_config(variant: str = ""):
         config.schedule.name = "wsd"
         config.schedule.decay_fraction = 0.25
         config.schedule.short_fraction = 0.6  # more than half of the run on windows of 256 tokens, which take less time
+        config.average.decay = 0.998
         config.evaluate.every_steps = 680  # a pass
         config.checkpoint.every_steps = 340
     elif variant:
