@@ -197,8 +197,13 @@ def _best(losses: Mapping[int, float | None]) -> int | None:
     return min(known)[1] if known else None
 
 
-def bytes_at_once(state: Any) -> int:
-    """For `Checkpoints`: enough to keep a disk busy, and more than the largest array of `state`, as orbax demands."""
+def bytes_at_once(state: Any, host_is_free: bool) -> int:
+    """For `Checkpoints`: enough to keep a disk busy, and more than the largest array of `state`, as orbax demands.
+
+    0, no limit, where the host has nothing else to do.
+    """
+    if host_is_free:
+        return 0
     return max(32 << 20, 2 * max(x.size * x.dtype.itemsize for x in jax.tree_util.tree_leaves(state)))
 
 

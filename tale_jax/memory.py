@@ -86,7 +86,7 @@ def measure_memory(config: Config, trainer: Trainer, here: Backend, process: int
         floor = 0 if process else machine.peak_resident_memory()
         layers = 0 if config.model.scan_layers else config.model.num_layers
         process = process or machine.resident_memory() + PROGRAMS + UNROLLED * layers
-        checkpoint = int(CHECKPOINT * bytes_at_once(state))
+        checkpoint = int(CHECKPOINT * bytes_at_once(state, here.host_is_free))
         program = results + between + int(GAPS * (weights + optimizer + average) + KERNELS * _bfloat16_products(text))
         peak = max(floor, process + len(here.devices) * given + max(len(here.devices) * program, checkpoint))
     return Memory(

@@ -56,7 +56,7 @@ def _rehearse_here(config: Config, platform: str) -> dict[str, Any]:
     functions = programs(config, trainer)
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
-        at_once = 0 if here.host_is_free else bytes_at_once(trainer.abstract_state)
+        at_once = bytes_at_once(trainer.abstract_state, here.host_is_free)
         checkpoints = Checkpoints(Path(folder), config.checkpoint.keep, at_once)
         machine.release_memory()
         for step in range(1, 13):

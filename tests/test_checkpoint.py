@@ -40,7 +40,7 @@ def test_state_and_data_position_come_back_exactly(tmp_path):
 def test_saved_in_the_foreground_with_little_memory_it_is_the_same_checkpoint(tmp_path):
     trainer = make_trainer()
     state = trainer.init()
-    checkpoints = Checkpoints(tmp_path, 2, bytes_at_once(trainer.abstract_state))
+    checkpoints = Checkpoints(tmp_path, 2, bytes_at_once(trainer.abstract_state, host_is_free=False))
     checkpoints.save(1, state, {"examples": 8}, 3.0)
     assert kept(tmp_path) == [1]  # before anything waits for it
     checkpoints.close()

@@ -103,7 +103,7 @@ def train(config: Config, workdir: Path, backend: Backend, given: Collection[str
             process_count=jax.process_count(),
             num_threads=2 if backend.host_is_free else 0,
         )
-        at_once = 0 if backend.host_is_free else bytes_at_once(trainer.abstract_state)
+        at_once = bytes_at_once(trainer.abstract_state, backend.host_is_free)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, at_once)
         if (step := checkpoints.latest or 0) >= config.total_steps:
             checkpoints.close()
