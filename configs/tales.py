@@ -39,7 +39,7 @@ def get_config(variant: str = ""):
     if variant == "hour":
         config.corpus.num_train_tales = 150_000
         config.model.embed_dim = 256
-        config.model.num_heads = 4
+        config.model.num_heads = 2
         config.total_steps = 18_000
         config.evaluate.every_steps = 1500
         config.checkpoint.every_steps = 1500
