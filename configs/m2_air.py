@@ -38,6 +38,7 @@ def get_config(variant: str = ""):
         config.optimizer.learning_rate = 5e-3
         config.optimizer.embedding_rate = 2.0  # each row of the embedding sees few steps
         config.optimizer.neuron_beta = 0.95
+        config.optimizer.momentum = 0.9
         config.model.induction_init = True
         config.model.induction_match = True  # text repeats itself word for word; tales do not
         config.schedule.warmup_steps = 0

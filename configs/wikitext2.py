@@ -28,6 +28,7 @@ def get_config(variant: str = ""):
     config.optimizer.learning_rate = 5e-3
     config.optimizer.embedding_rate = 2.0
     config.optimizer.neuron_beta = 0.95
+    config.optimizer.momentum = 0.9  # the shorter the run, the more it matters
     config.evaluate.every_steps = 200
     config.checkpoint.every_steps = 100
     config.sample.prompt = " = "  # how an article begins
@@ -40,6 +41,7 @@ def get_config(variant: str = ""):
         config.model.word_dropout = 0.1
         config.optimizer.weight_decay = 0.4
         config.optimizer.learning_rate = 3.5e-3
+        config.optimizer.momentum = 0.95
         config.schedule.name = "wsd"
         config.schedule.warmup_steps = 200
         config.schedule.decay_fraction = 0.25
