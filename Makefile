@@ -39,7 +39,7 @@ test-slow: env ## the tests that take longer
 	@$(PYTEST) -m 'slow and not hub'
 
 test-core: env ## the quick tests without the launch scripts, for another set of versions (VENV, PYTHON, CONSTRAINTS)
-	@$(PYTEST) --ignore-glob='tests/test_launch*' --ignore=tests/test_house.py
+	@$(PYTEST) --ignore=tests/launch --ignore=tests/test_house.py
 
 lint: env ## ruff and pyright
 	@$(PY) -m ruff check .

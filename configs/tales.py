@@ -10,47 +10,42 @@ from configs import base
 
 def get_config(variant: str = ""):
     config = base.get_config()
-    config.corpus.name = "tales"
-    config.corpus.num_train_tales = 20_000
-    config.tokenizer.vocab_size = 3072  # nearly every word is one piece
-    config.windows = "document"  # every tale is told for itself, from its beginning
+    config.tokenizer.vocab_size = 3072  # nearly every word is one token
+    config.windows = "document"  # every window is one tale, from its beginning
 
-    config.model.num_layers = 4
+    config.model.num_layers = 4  # as large as a few minutes can train
     config.model.embed_dim = 192
-    config.model.num_heads = 2  # few and wide: they find names by what they are, from far away
+    config.model.num_heads = 2  # few and wide: a head finds a name by its embedding, from far away
     config.model.seq_len = 208  # the longest tale
-    config.model.mask_documents = True
+    config.model.mask_documents = True  # a tale says nothing about the next
 
     # Names, places and things are copied from earlier in the tale. A model learns that after so many steps rather than
     # so many tokens, sooner with Muon, and soonest from weights that have begun to: small batches, many steps.
     config.model.induction_init = True
-    config.batch_size = 8
     config.total_steps = 2000
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.embedding_rate = 10.0
+    config.optimizer.embedding_lr_multiplier = 10.0  # each row of the embedding sees few steps
 
-    config.evaluate.every_steps = 250
+    config.evaluate.every_steps = 250  # eight times in the run
     config.evaluate.max_windows = 64
     config.checkpoint.every_steps = 250
     config.sample.num_samples = 1
-    config.sample.max_tokens = 207
+    config.sample.max_tokens = 207  # a whole tale
 
     if variant == "hour":
-        config.corpus.num_train_tales = 150_000
+        config.corpus.num_train_tales = 150_000  # about one pass
         config.model.embed_dim = 256
-        config.model.num_heads = 2
         config.total_steps = 18_000
         config.evaluate.every_steps = 1500
         config.checkpoint.every_steps = 1500
-    elif variant == "tiny":
+    elif variant == "tiny":  # everything as small as still shows that it works
         config.corpus.num_train_tales = 400
         config.corpus.num_valid_tales = 40
         config.corpus.num_test_tales = 40
         config.tokenizer.vocab_size = 512
         config.model.num_layers = 2
         config.model.embed_dim = 64
-        config.model.num_heads = 2
         config.batch_size = 4
         config.total_steps = 20
         config.evaluate.every_steps = 10

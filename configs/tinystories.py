@@ -11,15 +11,10 @@ from configs import base
 def get_config():
     config = base.get_config()
     config.corpus.name = "tinystories"
-    config.tokenizer.vocab_size = 4096
-    config.total_steps = 20_000
+    config.total_steps = 20_000  # of some hundred thousand that one pass takes
     config.batch_size = 16
-    config.model.num_layers = 6
-    config.model.embed_dim = 384
-    config.model.num_heads = 6
-    config.model.seq_len = 256
-    config.evaluate.every_steps = 1000
+    config.evaluate.every_steps = 1000  # twenty times in the run
     config.evaluate.max_windows = 512
     config.checkpoint.every_steps = 500
-    config.sample.prompt = "Once upon a time"
+    config.sample.prompt = "Once upon a time"  # how most of the stories begin
     return config

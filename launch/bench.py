@@ -16,7 +16,7 @@ from cli import run
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
-CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/tales.py:small")
+CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/tales.py:tiny")
 flags.mark_flag_as_required("config")
 flags.DEFINE_list("only", "train,score,decode,decode_16", "what to measure: train, score, decode, decode_N (N streams)")
 flags.DEFINE_float("seconds", 10.0, "for each measurement, about", lower_bound=0.0)
@@ -30,10 +30,10 @@ flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 
 
 def main(_: list[str]) -> None:
-    from tale_jax.bench.show import Wanted, bench
+    from tale_jax.bench.run import BenchRequest, bench
     from tale_jax.config import Config
 
-    wanted = Wanted(
+    request = BenchRequest(
         kinds=tuple(FLAGS.only),
         seconds=FLAGS.seconds,
         sweeps=tuple(FLAGS.sweep),
@@ -43,7 +43,7 @@ def main(_: list[str]) -> None:
         startup=FLAGS.startup,
         flags=tuple(arg for arg in sys.argv[1:] if arg.startswith(("--config", "--only", "--seconds"))),
     )
-    record = bench(Config.build(CONFIG.value), wanted, Path(FLAGS.plot) if FLAGS.plot else None, quiet=FLAGS.json)
+    record = bench(Config.build(CONFIG.value), request, Path(FLAGS.plot) if FLAGS.plot else None, quiet=FLAGS.json)
     if FLAGS.json:
         print(json.dumps(record))
 

@@ -26,7 +26,7 @@ from ml_collections.config_flags import config_flags
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # recipes import each other, as `from configs import base`
 
 FLAGS = flags.FLAGS
-BEGAN = time.monotonic()
+START_TIME = time.monotonic()
 
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
@@ -51,7 +51,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     sys.exit(0)
 
 
-def given(name: str) -> set[str]:
+def overrides(name: str) -> set[str]:
     """The dotted names of the fields of a config flag that were set by flags of their own."""
     return set(config_flags.get_override_values(FLAGS[name]))
 
@@ -107,7 +107,7 @@ def _parse(args: list[str]) -> list[str]:
     return rest
 
 
-def _given(name: str, args: list[str]) -> str:
+def _value_of(name: str, args: list[str]) -> str:
     """The value of `--name=value` or `--name value` in `args`, "" where it is not given."""
     for arg, following in zip(args, [*args[1:], ""], strict=True):
         if re.fullmatch(f"--?{re.escape(name)}", arg):
@@ -118,7 +118,7 @@ def _given(name: str, args: list[str]) -> str:
 
 
 def _check_config_file(name: str, args: list[str]) -> None:
-    path = Path(_given(name, args).partition(":")[0])
+    path = Path(_value_of(name, args).partition(":")[0])
     if path == Path() or path.is_file():
         return
     folder = path.parent if path.parent.is_dir() else Path("configs")
@@ -175,7 +175,7 @@ def _parse_fails(flag: flags.Flag, value: str) -> bool:
 def _explain_config(config_names: list[str], args: list[str], error: Exception) -> str:
     """Why a config file could not be loaded, or which of its overrides names no field."""
     for name in config_names:
-        file, colon, variant = _given(name, args).partition(":")
+        file, colon, variant = _value_of(name, args).partition(":")
         if not file:
             continue
         try:

@@ -15,13 +15,13 @@ JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line"
 
 
 def main(_: list[str]) -> None:
-    from tale_jax import doctor
+    from tale_jax.planning import doctor
 
     found = doctor.examine(Path(FOLDER.value))
     if JSON.value:
         print(json.dumps(found))
     else:
-        doctor.show(found)
+        doctor.print_findings(found)
 
 
 if __name__ == "__main__":

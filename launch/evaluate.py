@@ -25,14 +25,15 @@ flags.mark_flag_as_required("workdir")
 
 
 def main(_: list[str]) -> None:
-    from tale_jax import backend, probe
-    from tale_jax.checkpoint import open_experiment
-    from tale_jax.evaluate import describe, evaluate
+    from tale_jax.hardware.backend import start_backend
+    from tale_jax.planning.numerics import choose_precision
+    from tale_jax.runs.evaluate import describe, evaluate
+    from tale_jax.runs.experiment import open_experiment
 
-    here = backend.start("auto")
-    dtype = probe.choose_precision(here, PRECISION.value)[0]
+    backend = start_backend("auto")
+    dtype = choose_precision(backend, PRECISION.value)[0]
     result = evaluate(
-        open_experiment(WORKDIR.value, STEP.value, dtype, here.natural, WEIGHTS.value),
+        open_experiment(WORKDIR.value, backend, STEP.value, dtype, WEIGHTS.value),
         split=SPLIT.value,
         stride=STRIDE.value,
         num_samples=NUM_SAMPLES.value,

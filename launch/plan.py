@@ -17,8 +17,8 @@ WORKDIR = flags.DEFINE_string("workdir", "", "folder with prepared text, which t
 MEMORY = flags.DEFINE_string("memory", "", "budget, as 8GB; empty: what this machine has")
 MAC = flags.DEFINE_bool("mac", False, "plan for the GPU of a Mac with --memory (8GB), on whatever machine this is")
 TIME = flags.DEFINE_bool("time", True, "take a few steps, to tell the time")
-MEASURE = flags.DEFINE_bool("measure", False, "rehearse the run, and compare what it took with the plan")
-TABLE = flags.DEFINE_bool("table", False, "rehearse twelve runs around this one, and compare each with its plan")
+MEASURE = flags.DEFINE_bool("measure", False, "calibrate the run, and compare what it took with the plan")
+TABLE = flags.DEFINE_bool("table", False, "calibrate twelve runs around this one, and compare each with its plan")
 JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 flags.mark_flag_as_required("config")
 
@@ -27,23 +27,26 @@ def main(_: list[str]) -> None:
     from tale_jax.config import Config
 
     config = Config.build(CONFIG.value)
-    from tale_jax import backend, machine, plan, rehearse
+    from tale_jax.hardware.backend import start_backend
+    from tale_jax.planning import calibrate, plan
+    from tale_jax.utils.format import parse_bytes
 
-    here = backend.start(config.backend.platform)
+    backend = start_backend(config.backend.platform)
     if TABLE.value:
-        rehearse.show({k: rehearse.rehearse(c, here.platform) for k, c in rehearse.variants(config).items()})
+        runs = calibrate.variants(config).items()
+        calibrate.print_calibrations({name: calibrate.calibrate(run, backend.platform) for name, run in runs})
         return
-    memory = machine.parse_bytes(MEMORY.value)
+    memory = parse_bytes(MEMORY.value)
     if MAC.value:
-        made = plan.make_for_a_mac(config, here, WORKDIR.value, memory)
+        made = plan.make_mac_plan(config, backend, WORKDIR.value, memory)
     else:
-        made = plan.make(config, here, WORKDIR.value, memory, TIME.value)
+        made = plan.make_plan(config, backend, WORKDIR.value, memory, TIME.value)
     result = dataclasses.asdict(made)
     if not JSON.value:
-        plan.show(made)
+        plan.print_plan(made)
     if MEASURE.value:
-        result["rehearsal"] = rehearse.rehearse(config, here.platform)
-        rehearse.show({"this run": result["rehearsal"]})
+        result["calibration"] = calibrate.calibrate(config, backend.platform)
+        calibrate.print_calibrations({"this run": result["calibration"]})
     if JSON.value:
         print(json.dumps(result))
 

@@ -6,7 +6,7 @@ python launch/prepare.py --config=configs/tales.py --workdir=experiments/tales
 from pathlib import Path
 
 from absl import flags
-from cli import given, run
+from cli import overrides, run
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/tales.py:tiny")
@@ -16,11 +16,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(_: list[str]) -> None:
     from tale_jax.config import Config
-    from tale_jax.text.prepare import prepare, with_vocabulary
+    from tale_jax.data.prepare import prepare, with_vocab_size
 
     config, workdir = Config.build(CONFIG.value), Path(str(WORKDIR.value))
-    if config.minutes and "tokenizer.vocab_size" not in given("config"):
-        config, reason = with_vocabulary(config)
+    if config.minutes and "tokenizer.vocab_size" not in overrides("config"):
+        config, reason = with_vocab_size(config)
         print(reason)
     prepared = prepare(config, workdir, workdir / "log.txt")
     for split, m in prepared.manifests.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 from cli import run
 
-from tale_jax.report import write_report
+from tale_jax.runs.report import write_report
 
 WORKDIR = flags.DEFINE_multi_string("workdir", None, "an experiment's folder; several are compared", required=True)
 OUT = flags.DEFINE_string("out", "", "the file to write; report.html in the workdir (comparison.html beside) if empty")

@@ -34,21 +34,20 @@ flags.DEFINE_bool("json", False, "print one JSON object for a prompt, as the las
 
 
 def main(_: list[str]) -> None:
-    from tale_jax import backend, probe
-    from tale_jax.checkpoint import open_experiment
-    from tale_jax.sample import Sampler, SampleSettings, converse, show
+    from tale_jax.hardware.backend import start_backend
+    from tale_jax.inference.chat import converse, print_samples
+    from tale_jax.inference.sampler import Sampler, SampleSettings
+    from tale_jax.planning.numerics import choose_precision
+    from tale_jax.runs.experiment import open_experiment
 
     settings = SampleSettings(**{field.name: FLAGS[field.name].value for field in dataclasses.fields(SampleSettings)})
-    here = backend.start("auto")
-    dtype = probe.choose_precision(here, FLAGS.precision)[0]
-    experiment = open_experiment(FLAGS.workdir, FLAGS.step, dtype, here.natural, FLAGS.weights)
-    sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, donate=here.donate)
+    backend = start_backend("auto")
+    dtype = choose_precision(backend, FLAGS.precision)[0]
+    experiment = open_experiment(FLAGS.workdir, backend, FLAGS.step, dtype, FLAGS.weights)
+    sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, donate=backend.donate)
     stream = functools.partial(sampler.stream, settings=settings, num_samples=FLAGS.num_samples, seed=FLAGS.seed)
-    write = functools.partial(show, as_json=FLAGS.json, step=experiment.step, weights=experiment.weights)
-    if FLAGS.interactive:
-        converse(stream, write)
-    else:
-        write(stream(FLAGS.prompt))
+    write = functools.partial(print_samples, as_json=FLAGS.json, step=experiment.step, weights=experiment.weights)
+    converse(stream, write) if FLAGS.interactive else write(stream(FLAGS.prompt))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from cli import BEGAN, given, run
+from cli import START_TIME, overrides, run
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/tales.py:small")
+CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/tales.py:tiny")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the experiment; it is made, or resumed")
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -20,10 +20,10 @@ def main(_: list[str]) -> None:
     from tale_jax.config import Config
 
     config, workdir = Config.build(CONFIG.value), Path(WORKDIR.value)
-    from tale_jax import backend  # imports of JAX come after the config is known to be right
-    from tale_jax.training.loop import train
+    from tale_jax.hardware.backend import start_backend  # JAX is imported when the config is known to be right
+    from tale_jax.runs.train import train
 
-    outcome = train(config, workdir, backend.start(config.backend.platform), given("config"), BEGAN)
+    outcome = train(config, workdir, start_backend(config.backend.platform), overrides("config"), START_TIME)
     if outcome.signal:
         sys.exit(128 + outcome.signal)
     print(f"{workdir} has finished its {outcome.total_steps} steps; the model: {workdir}/checkpoints/{outcome.step}")

@@ -1,17 +1,25 @@
-"""What a run is: frozen dataclasses, built once from an `ml_collections` config, and every rule they must satisfy.
+# ruff: noqa: RUF009 (`setting` and `group` make dataclass fields, so each class gets its own)
+"""What a run is: every setting once, with its type, default, unit, off value, choices and rule.
 
-The keys, their units and their off values stand in `configs/base.py`; here are their types. `Config.build` is called
-before anything else happens, so that a mistake costs a second and not an hour. Nothing downstream reads a setting with
-a default of its own: what is derived from other settings is derived here.
+A setting is one field of one frozen dataclass below. `configs/base.py` makes an `ml_collections` config of the
+defaults, and recipes assign what differs. `Config.build` checks the whole before anything else happens, so that a
+mistake costs a second and not an hour. Nothing downstream reads a setting with a default of its own: what is derived
+from other settings is derived here.
+
+    config = Config.build(recipe.get_config())
+    config.save(workdir)  # workdir/config.json, read again by Config.load
+    settings()["schedule.warmup_steps"].help  # what it is, for people
 """
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -19,263 +27,352 @@ CORPORA = ("tales", "wikitext2", "wikitext103", "tinystories", "files", "hub")
 PLATFORMS = ("auto", "cpu", "metal", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "wsd")
-REMAT = (
-    "none",
-    "block",
-    "nothing_saveable",
-    "everything_saveable",
-    "dots_saveable",
-    "dots_with_no_batch_dims_saveable",
-)
+REMAT_POLICIES = ("nothing_saveable", "everything_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
+REMAT = ("none", "block", *REMAT_POLICIES)  # those are names in jax.checkpoint_policies
 WANDB_MODES = ("off", "offline", "online")
 WINDOWS = ("stream", "document")
-OPTIMIZERS = ("adamw", "muon", "lion")
-DECAY_SCHEDULES = ("rate", "constant")
-# Settings younger than the first workdirs, and what those were trained with.
-YOUNGER = {
-    "minutes": 0.0,
-    "model": {"induction_init": False, "induction_match": False, "word_dropout": 0.0},
-    "optimizer": {
-        "momentum": 0.95,
-        "momentum_warmup_steps": 0,
-        "neuron_beta": 0.0,
-        "embedding_decay": 0.0,
-        "decay_schedule": "rate",
-        "cautious": False,
-    },
-    "schedule": {"short_fraction": 0.0, "short_cut": 2, "small_fraction": 0.0, "small_divisor": 2},
-    "average": {"decay": 0.0},
-    "backend": {"memory_gb": 0.0, "ignore_memory": False},
+OPTIMIZERS = ("adamw", "muon")
+
+UNKNOWN_TOTAL_STEPS = 1 << 30  # of a run whose length is not known before its text is there; also the longest run
+WARMUP_SHARE = 0.02  # of the run, where schedule.warmup_steps is 0
+
+FORMAT = 1  # of config.json
+# From here on every format loads: an entry n makes values of format n into those of format n + 1.
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+# Names from before format 1, for whoever still writes them.
+RENAMED = {
+    "model.word_dropout": "model.embedding_dropout",
+    "optimizer.embedding_rate": "optimizer.embedding_lr_multiplier",
+    "optimizer.neuron_beta": "optimizer.normuon_beta",
+    "schedule.short_fraction": "schedule.short_seq_fraction",
+    "schedule.short_cut": "schedule.seq_len_divisor",
+    "average": "ema",
+    "average.decay": "ema.decay",
+}
+REMOVED = {
+    "model.logit_softcap",
+    "optimizer.momentum_warmup_steps",
+    "optimizer.embedding_decay",
+    "optimizer.decay_schedule",
+    "optimizer.cautious",
+    "schedule.small_fraction",
+    "schedule.small_divisor",
 }
 
-# Settings that may change when a run goes on: none of them changes what is learned (total_steps only how long).
-FREE_TO_CHANGE = (
-    "total_steps",
-    "passes",
-    "micro_batch_size",
-    "remat",
-    "model.scan_layers",
-    "evaluate.",
-    "sample.",
-    "checkpoint.",
-    "metrics.",
-    "mesh.",
-    "backend.",
-)
+
+# How a setting is declared.
+
+
+class Rule(NamedTuple):
+    """What one value must satisfy: `field=value must {text}`. NaN satisfies none, as it compares to nothing."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def at_most(bound: int) -> Rule:
+    return Rule(f"be at most {bound}", lambda value: value <= bound)
+
+
+positive = Rule("be positive", lambda value: value > 0)
+not_negative = Rule("not be negative", lambda value: value >= 0)
+below_one = Rule("be at least 0 and below 1", lambda value: 0 <= value < 1)
+share = Rule("be at least 0 and at most 1", lambda value: 0 <= value <= 1)
+above_zero_share = Rule("be above 0 and at most 1", lambda value: 0 < value <= 1)
+below_half = Rule("lie between 0 and 0.5", lambda value: 0 < value < 0.5)
+SANE = {  # rules of a type, for every setting of it
+    int: (Rule("fit into 64 bits", lambda value: -(1 << 63) <= value < 1 << 63),),
+    float: (Rule("be finite", math.isfinite),),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class CorpusConfig:
-    name: str
-    path: str
-    field: str
-    hub_name: str
-    hub_config: str
-    train_split: str
-    valid_split: str
-    test_split: str
-    held_out: float
-    max_train_bytes: int
-    num_train_tales: int
-    num_valid_tales: int
-    num_test_tales: int
+class Setting:
+    """What is known of a setting."""
+
+    default: Any  # its type is that of the setting
+    doc: str  # what it is, with its unit
+    rules: tuple[Rule, ...] = ()  # for the value alone, whatever the other settings are
+    choices: tuple[str, ...] = ()
+    off: str = ""  # what the value 0, or "", stands for; "": nothing special
+    usual: Any = None  # a value that a remedy may suggest; None: the default
+    free: bool = False  # a run may go on with another value, because what is learned does not depend on it
+
+    @property
+    def help(self) -> str:
+        """One line: what it is, the choices, and what the off value stands for."""
+        choices = f": {', '.join(self.choices)}" if self.choices else ""
+        return self.doc + choices + (f"; {show(type(self.default)())}: {self.off}" if self.off else "")
+
+    def read(self, name: str, value: Any) -> Any:
+        """The value in the type of the setting, which is called `name`. Raises ValueError where it breaks a rule."""
+        kind, usual = type(self.default), self.default if self.usual is None else self.usual
+        remedy = f"try {show(usual)}"
+        if self.off:
+            remedy += f", or {show(kind())} ({self.off})" if usual else f" ({self.off})"
+        if kind is float and type(value) is int and abs(value) < 1e300:
+            value = float(value)
+        if type(value) is not kind:
+            raise mistake(name, value, f"be of type {kind.__name__}", remedy)
+        if self.choices and value not in self.choices:
+            near = difflib.get_close_matches(str(value), self.choices, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"try {self.choices[0]}"
+            raise mistake(name, value, f"be one of {', '.join(self.choices)}", remedy)
+        for rule in (*self.rules, *SANE.get(kind, ())):
+            if not rule.holds(value):
+                raise mistake(name, value, rule.text, remedy)
+        return value
+
+
+def setting(default: Any, doc: str, *rules: Rule, **more: Any) -> Any:
+    """A field that is a `Setting`; `more` are choices, off, usual or free."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(default, doc, rules, **more)})
+
+
+def group(kind: type["Group"], free: bool = False) -> Any:
+    """A field that is a group of settings: all of them `free`, or each as it says."""
+    return dataclasses.field(default_factory=kind, metadata={"free": free})
+
+
+Broken = Iterator[tuple[str, str, str]]  # of each rule that does not hold: field=value must RULE; REMEDY
+
+
+class Group:
+    """Settings that belong together."""
+
+    def broken(self) -> Broken:
+        """The rules between its settings that do not hold; each setting by itself is known to be right."""
+        return iter(())
+
+
+# The settings.
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    vocab_size: int
-    path: str
-    sample_bytes: int
+class CorpusConfig(Group):
+    """Text to learn from."""
+
+    name: str = setting("tales", "which text", choices=CORPORA)
+    path: str = setting("", "file, folder or glob to read", off="the Hugging Face hub, or nothing for tales")
+    field: str = setting("text", "name of the text in rows of .jsonl, .parquet and the hub")
+    hub_name: str = setting("", "dataset on the Hugging Face hub, for corpus.name=hub", off="none")
+    hub_config: str = setting("", "configuration of that dataset", off="its default one")
+    train_split: str = setting("train", "name of the training split on the hub")
+    valid_split: str = setting("validation", "name of the valid split there", off="cut from the training split by hash")
+    test_split: str = setting("test", "name of the test split there", off="cut from the training split by hash")
+    held_out: float = setting(0.05, "share of documents cut by hash for valid, and again for test", below_half)
+    max_train_bytes: int = setting(0, "length of the training split, in bytes of text", not_negative, off="all of it")
+    num_train_tales: int = setting(20_000, "tales generated for the training split", positive, at_most(1 << 30))
+    num_valid_tales: int = setting(500, "tales generated for the valid split", positive, at_most(1 << 30))
+    num_test_tales: int = setting(500, "tales generated for the test split", positive, at_most(1 << 30))
+
+    def broken(self) -> Broken:
+        if self.name == "hub" and not self.hub_name:
+            yield "hub_name", "name a dataset when corpus.name=hub", "try ag_news"
+        if self.name == "hub" and not self.train_split:
+            yield "train_split", "name a split of the dataset", "try train"
+        if self.name == "files" and not self.path:
+            yield "path", "name a file, folder or glob", "try corpus.path=my-texts/"
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    num_layers: int
-    embed_dim: int
-    num_heads: int
-    num_kv_heads: int
-    mlp_dim: int
-    seq_len: int
-    rope_base: float
-    norm_eps: float
-    qk_norm: bool
-    tie_embeddings: bool
-    scale_embeddings: bool
-    zero_init_outputs: bool
-    induction_init: bool
-    induction_match: bool
-    dropout: float
-    word_dropout: float
-    logit_softcap: float
-    mask_documents: bool
-    scan_layers: bool
+class TokenizerConfig(Group):
+    """How text becomes tokens."""
+
+    vocab_size: int = setting(4096, "tokens, with bytes and special tokens", positive, at_most((1 << 31) - 1))
+    path: str = setting("", "an existing SentencePiece .model to use", off="train one on the training split")
+    sample_bytes: int = setting(50_000_000, "text the tokenizer is trained on, in bytes at most", positive)
+
+    def broken(self) -> Broken:
+        if self.vocab_size < 300 and not self.path:
+            yield "vocab_size", "be at least 300 (256 bytes, special tokens, and some more)", "try 4096"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Group):
+    """A decoder-only transformer, as LLaMA is."""
+
+    num_layers: int = setting(6, "transformer blocks", positive, at_most(1024))
+    embed_dim: int = setting(384, "width of the model", positive, at_most(1 << 16))
+    num_heads: int = setting(6, "query heads of a block", positive, at_most(1024))
+    num_kv_heads: int = setting(0, "key/value heads, shared by the query heads", not_negative, off="num_heads")
+    mlp_dim: int = setting(
+        0, "width of the gated MLP", not_negative, at_most(1 << 18), off="8/3 of embed_dim, up to a multiple of 64"
+    )
+    seq_len: int = setting(256, "context, in tokens", positive, at_most(1 << 20))
+    rope_base: float = setting(10_000.0, "base of the rotary frequencies", positive)
+    norm_eps: float = setting(1e-5, "added to the mean square in a norm", positive)
+    qk_norm: bool = setting(True, "RMS-normalise queries and keys")
+    tie_embeddings: bool = setting(True, "one table for embedding and head")
+    scale_embeddings: bool = setting(True, "multiply by sqrt(embed_dim), so that blocks do not outweigh them")
+    zero_init_outputs: bool = setting(True, "the two output projections of each block start at zero")
+    induction_init: bool = setting(False, "one head of each layer starts as what copying from earlier text needs")
+    induction_match: bool = setting(False, "with it: heads above the first layer start by looking for the same token")
+    dropout: float = setting(0.0, "share of activations dropped, to the nearest 1/256", below_one, off="off")
+    embedding_dropout: float = setting(0.0, "share of token embeddings that a pass drops", below_one, off="off")
+    mask_documents: bool = setting(False, "attention stays inside one document")
+    scan_layers: bool = setting(False, "one compiled layer in a loop: compiles faster, runs a bit slower", free=True)
 
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
 
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    name: str
-    learning_rate: float
-    embedding_rate: float
-    beta1: float
-    beta2: float
-    eps: float
-    momentum: float
-    momentum_warmup_steps: int
-    neuron_beta: float
-    weight_decay: float
-    embedding_decay: float
-    decay_schedule: str
-    cautious: bool
-    clip_norm: float
+    def broken(self) -> Broken:
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        nearest = heads * 2 * min(max(1, round(self.embed_dim / heads / 2)), (1 << 15) // heads)
+        if self.embed_dim % heads:
+            yield "embed_dim", f"be divisible by model.num_heads={heads}", f"try {nearest}"
+        if self.head_dim % 2:
+            rule = f"give heads of an even width (it is {self.head_dim}) for rotary positions"
+            yield "embed_dim", rule, f"try {nearest}"
+        if kv_heads and heads % kv_heads:
+            yield "num_kv_heads", f"divide model.num_heads={heads}", f"try {nearest_divisor(heads, kv_heads)}"
+        if self.induction_match and not self.induction_init:
+            yield "induction_match", "be False without model.induction_init", "set model.induction_init=True"
+        if self.induction_init and (kv_heads or heads) == 1:
+            rule = "be False unless another key/value head is left for the rest"
+            yield "induction_init", rule, "set model.num_kv_heads=0" if heads > 1 else "set model.num_heads=2"
 
 
 @dataclasses.dataclass(frozen=True)
-class ScheduleConfig:
-    name: str
-    warmup_steps: int
-    final_fraction: float
-    decay_fraction: float
-    short_fraction: float
-    short_cut: int
-    small_fraction: float
-    small_divisor: int
+class OptimizerConfig(Group):
+    """The update of the weights: by `name` for the matrices in the blocks, by Adam for embedding, head and norms."""
+
+    name: str = setting("adamw", "update of the matrices in the blocks", choices=OPTIMIZERS)
+    learning_rate: float = setting(2e-3, "peak learning rate of the matrices in the blocks", positive)
+    embedding_lr_multiplier: float = setting(3.0, "times learning_rate: that of embedding, head and norms", positive)
+    beta1: float = setting(0.9, "decay of Adam's mean of gradients", below_one)
+    beta2: float = setting(0.95, "decay of Adam's mean of squared gradients", below_one)
+    eps: float = setting(1e-8, "added to Adam's root mean square", positive)
+    momentum: float = setting(0.95, "momentum of muon", below_one)
+    normuon_beta: float = setting(0.0, "of muon: decay of NorMuon's mean square per neuron", below_one, off="off")
+    weight_decay: float = setting(0.1, "decay of the matrices, times the learning rate", not_negative, off="off")
+    clip_norm: float = setting(1.0, "largest global norm of a gradient", not_negative, off="off")
+
+    def broken(self) -> Broken:
+        if self.normuon_beta and self.name != "muon":
+            yield "normuon_beta", f"be 0 where optimizer.name={self.name}", "set optimizer.name=muon"
 
 
 @dataclasses.dataclass(frozen=True)
-class AverageConfig:
-    decay: float
+class ScheduleConfig(Group):
+    """What changes over a run."""
+
+    name: str = setting("linear", "learning rate after warmup (wsd: stable, then decay)", choices=SCHEDULES)
+    warmup_steps: int = setting(0, "steps until the learning rate is at its peak", not_negative, off="2 % of the run")
+    final_fraction: float = setting(0.0, "learning rate at the end, as a fraction of the peak", share)
+    decay_fraction: float = setting(0.2, "share of the run that wsd decays over", above_zero_share)
+    short_seq_fraction: float = setting(0.0, "share of the run, its first, with short windows", share, off="off")
+    seq_len_divisor: int = setting(2, "short windows that each window is then cut into", positive, at_most(1 << 20))
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-    every_steps: int
-    max_windows: int
-    batch_size: int
+class EmaConfig(Group):
+    """An exponential moving average of the weights, which validation and samples use."""
+
+    decay: float = setting(0.0, "share of the average that a step keeps", below_one, off="off", usual=0.999)
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleConfig:
-    every_steps: int
-    prompt: str
-    num_samples: int
-    max_tokens: int
-    temperature: float
+class EvaluateConfig(Group):
+    """Scores on the valid split while training."""
+
+    every_steps: int = setting(200, "steps between evaluations", not_negative, off="only at the end")
+    max_windows: int = setting(128, "windows of the valid split to score", not_negative, off="all")
+    batch_size: int = setting(0, "windows scored at once", not_negative, at_most(1 << 20), off="micro_batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    every_steps: int
-    keep: int
+class SampleConfig(Group):
+    """Text that the model writes while training."""
+
+    every_steps: int = setting(0, "steps between samples", not_negative, off="as often as evaluation")
+    prompt: str = setting("", "how each sample begins", off="start of a document")
+    num_samples: int = setting(2, "samples each time", positive, at_most(1 << 20))
+    max_tokens: int = setting(120, "length of a sample, in tokens at most", positive, at_most(1 << 20))
+    temperature: float = setting(0.7, "what logits are divided by", not_negative, off="always the likeliest token")
 
 
 @dataclasses.dataclass(frozen=True)
-class MetricsConfig:
-    every_steps: int
-    tensorboard: bool
-    wandb: str
-    wandb_project: str
+class CheckpointConfig(Group):
+    """What is saved, so that a run can go on."""
+
+    every_steps: int = setting(200, "steps between checkpoints", not_negative, off="only at the end")
+    keep: int = setting(2, "newest checkpoints kept, besides the best by validation loss", positive)
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    data: int
-    fsdp: int
+class MetricsConfig(Group):
+    """What is recorded."""
+
+    every_steps: int = setting(10, "steps between records in metrics.jsonl, each a mean over them", positive)
+    tensorboard: bool = setting(False, "write workdir/tensorboard as well")
+    wandb: str = setting("off", "record with Weights & Biases", choices=WANDB_MODES)
+    wandb_project: str = setting("tale_jax", "name of the project there")
 
 
 @dataclasses.dataclass(frozen=True)
-class BackendConfig:
-    platform: str
-    memory_gb: float
-    ignore_memory: bool
+class MeshConfig(Group):
+    """How devices share the work."""
+
+    data: int = setting(0, "devices that share the batch", not_negative, at_most(1 << 20), off="all that fsdp leaves")
+    fsdp: int = setting(1, "devices that share the batch and the weights", positive, at_most(1 << 20))
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """A run. Field names are the keys of `configs/base.py`, where units and off values stand."""
+class BackendConfig(Group):
+    """The machine to run on."""
 
-    seed: int
-    total_steps: int
-    passes: float
-    minutes: float
-    batch_size: int
-    micro_batch_size: int
-    precision: str
-    windows: str
-    remat: str
-    corpus: CorpusConfig
-    tokenizer: TokenizerConfig
-    model: ModelConfig
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig
-    average: AverageConfig
-    evaluate: EvaluateConfig
-    sample: SampleConfig
-    checkpoint: CheckpointConfig
-    metrics: MetricsConfig
-    mesh: MeshConfig
-    backend: BackendConfig
+    platform: str = setting("auto", "kind of device", choices=PLATFORMS)
+    memory_gb: float = setting(0.0, "memory to plan for, in 10^9 bytes", not_negative, off="what the device has")
+    ignore_memory: bool = setting(False, "start even what the plan says cannot fit")
 
-    @classmethod
-    def build(cls, values: ml_collections.ConfigDict | Mapping[str, Any]) -> "Config":
-        """Builds the run from an ml_collections config or a plain mapping, derives what is 0, and checks every rule.
 
-        Raises:
-          ValueError: one line with the field, its value, the rule and a remedy.
-        """
-        if isinstance(values, ml_collections.ConfigDict):
-            values = values.to_dict()
-        config = _build(cls, values, "")
-        check(config)
-        return _derive(config)
+@dataclasses.dataclass(frozen=True)
+class Config(Group):
+    """A run."""
 
-    @classmethod
-    def load(cls, workdir: Path) -> "Config":
-        """Reads `workdir/config.json`. Raises ValueError when the folder holds no experiment."""
-        path = Path(workdir) / "config.json"
-        if not path.is_file():
-            raise ValueError(
-                f"workdir={workdir} must hold an experiment (no config.json there); "
-                "give the folder that launch/train.py wrote"
-            )
-        try:
-            values = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} must be JSON ({error}); restore it, or train in a new workdir") from None
-        return cls.build(with_younger(values))
+    seed: int = setting(0, "random seed of weights, data order and dropout", not_negative, at_most((1 << 31) - 1))
+    total_steps: int = setting(
+        0,
+        "length in optimizer steps",
+        not_negative,
+        at_most(UNKNOWN_TOTAL_STEPS),
+        off="as many as `passes` take",
+        free=True,
+    )
+    passes: float = setting(1.0, "passes over the training windows, where total_steps is 0", free=True)
+    minutes: float = setting(0.0, "time for all of a run: decides its size and length", not_negative, off="off")
+    batch_size: int = setting(8, "windows in one optimizer step", positive, at_most(1 << 20))
+    micro_batch_size: int = setting(
+        0, "windows in one forward and backward pass", not_negative, off="batch_size, no accumulation", free=True
+    )
+    precision: str = setting("auto", "dtype of the computation; weights stay float32", choices=PRECISIONS)
+    windows: str = setting("stream", "end wherever they are full, or begin with a document", choices=WINDOWS)
+    remat: str = setting("none", "what the backward pass recomputes, by jax.checkpoint", choices=REMAT, free=True)
+    corpus: CorpusConfig = group(CorpusConfig)
+    tokenizer: TokenizerConfig = group(TokenizerConfig)
+    model: ModelConfig = group(ModelConfig)
+    optimizer: OptimizerConfig = group(OptimizerConfig)
+    schedule: ScheduleConfig = group(ScheduleConfig)
+    ema: EmaConfig = group(EmaConfig)
+    evaluate: EvaluateConfig = group(EvaluateConfig, free=True)
+    sample: SampleConfig = group(SampleConfig, free=True)
+    checkpoint: CheckpointConfig = group(CheckpointConfig, free=True)
+    metrics: MetricsConfig = group(MetricsConfig, free=True)
+    mesh: MeshConfig = group(MeshConfig, free=True)
+    backend: BackendConfig = group(BackendConfig, free=True)
 
-    def save(self, workdir: Path) -> None:
-        """Writes every value to `workdir/config.json`, whole or not at all."""
-        partial = Path(workdir) / "config.json.partial"
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-        partial.replace(Path(workdir) / "config.json")
-
-    def planned(self, num_windows: int) -> "Config":
-        """Fills in what depends on the number of training windows: `total_steps` and `schedule.warmup_steps`."""
-        total = self.total_steps or max(1, int(self.passes * num_windows / self.batch_size))
-        warmup = self.schedule.warmup_steps or _warmup(total)
-        if self.schedule.warmup_steps > total:
-            raise ValueError(
-                f"schedule.warmup_steps={warmup} must not exceed total_steps={total}; "
-                f"try schedule.warmup_steps=0 (2 % of the run)"
-            )
-        return dataclasses.replace(
-            self, total_steps=total, schedule=dataclasses.replace(self.schedule, warmup_steps=warmup)
-        )
-
-    def difference(self, other: "Config") -> tuple[str, Any, Any] | None:
-        """What makes this another experiment than `other`, a planned run: the first field and both values, or None."""
-        derived = not self.schedule.warmup_steps and other.schedule.warmup_steps == _warmup(other.total_steps)
-        free = {*FREE_TO_CHANGE, "schedule.warmup_steps"} if derived else set(FREE_TO_CHANGE)
-        if self.schedule.small_fraction:  # which updates were small follows from the length of the run
-            free -= {"passes", "total_steps"} if self.total_steps else {"passes"}
-        for (name, mine), (_, theirs) in zip(leaves(self), leaves(other), strict=True):
-            if mine != theirs and not any(name == f or (f.endswith(".") and name.startswith(f)) for f in free):
-                return name, mine, theirs
-        return None
+    def broken(self) -> Broken:
+        batch, micro, length = self.batch_size, self.micro_batch_size, self.model.seq_len
+        if not self.total_steps and self.passes <= 0:
+            yield "passes", "be positive when total_steps=0", "try passes=1.0, or set total_steps"
+        if micro and batch % micro:
+            yield "micro_batch_size", f"divide batch_size={batch}", f"try {nearest_divisor(batch, micro)}"
+        if self.schedule.short_seq_fraction and length % self.schedule.seq_len_divisor:
+            nearest = nearest_divisor(length, self.schedule.seq_len_divisor, least=min(2, length))
+            yield "schedule.seq_len_divisor", f"divide model.seq_len={length}", f"try {nearest}"
 
     @property
     def num_micro_batches(self) -> int:
@@ -285,222 +382,193 @@ class Config:
     def tokens_per_step(self) -> int:
         return self.batch_size * self.model.seq_len
 
+    @property
+    def length_known(self) -> bool:
+        """Whether `total_steps` is the length of the run."""
+        return 0 < self.total_steps < UNKNOWN_TOTAL_STEPS
 
-def change(config: Config, settings: dict[str, Any]) -> Config:
+    @classmethod
+    def build(cls, values: ml_collections.ConfigDict | Mapping[str, Any]) -> "Config":
+        """Builds the run from an ml_collections config or a plain mapping, checks every rule, and derives what is 0.
+
+        Raises:
+          ValueError: one line with the field, its value, the rule and a remedy.
+        """
+        config = _read(cls, values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values)
+        parts = {f"{field.name}.": getattr(config, field.name) for field in dataclasses.fields(cls)}
+        for prefix, part in {"": config, **parts}.items():
+            for field, rule, remedy in part.broken() if isinstance(part, Group) else ():
+                raise mistake(prefix + field, operator.attrgetter(field)(part), rule, remedy)
+        return config._derived()
+
+    def _derived(self) -> "Config":
+        model = self.model
+        mlp_dim = model.mlp_dim or 64 * math.ceil(model.embed_dim * 8 / 3 / 64)
+        model = dataclasses.replace(model, num_kv_heads=model.num_kv_heads or model.num_heads, mlp_dim=mlp_dim)
+        micro = self.micro_batch_size or self.batch_size
+        evaluate = dataclasses.replace(self.evaluate, batch_size=self.evaluate.batch_size or micro)
+        sample = dataclasses.replace(self.sample, every_steps=self.sample.every_steps or self.evaluate.every_steps)
+        return dataclasses.replace(self, model=model, micro_batch_size=micro, evaluate=evaluate, sample=sample)
+
+    def with_total_steps(self, num_windows: int = 0) -> "Config":
+        """Fills in `total_steps` and `schedule.warmup_steps` from the number of training windows.
+
+        0 windows: the text is not there yet, and a run that it decides the length of is compiled as an endless one.
+        Raises ValueError, in one line, when warmup is longer than the run.
+        """
+        by_passes = self.passes * num_windows / self.batch_size if num_windows else UNKNOWN_TOTAL_STEPS
+        total = self.total_steps or max(1, int(min(by_passes, UNKNOWN_TOTAL_STEPS)))
+        warmup = self.schedule.warmup_steps or _default_warmup(total)
+        if warmup > total:
+            remedy = "try schedule.warmup_steps=0 (2 % of the run)"
+            raise mistake("schedule.warmup_steps", warmup, f"not exceed total_steps={total}", remedy)
+        schedule = dataclasses.replace(self.schedule, warmup_steps=warmup)
+        return dataclasses.replace(self, total_steps=total, schedule=schedule)
+
+    def difference(self, other: "Config") -> tuple[str, Any, Any] | None:
+        """What makes this another experiment than `other`, a run of known length: the first field and both values."""
+        derived = not self.schedule.warmup_steps and other.schedule.warmup_steps == _default_warmup(other.total_steps)
+        for (name, mine, known), (_, theirs, _) in zip(_leaves(self), _leaves(other), strict=True):
+            if mine != theirs and not known.free and not (derived and name == "schedule.warmup_steps"):
+                return name, mine, theirs
+        return None
+
+    def to_config_dict(self) -> ml_collections.ConfigDict:
+        """The settings as recipes and flags change them."""
+        return ml_collections.ConfigDict(dataclasses.asdict(self))
+
+    def save(self, workdir: Path) -> None:
+        """Writes every value to `workdir/config.json`, whole or not at all."""
+        partial = Path(workdir) / "config.json.partial"
+        values = {"format": FORMAT} | dataclasses.asdict(self)
+        partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(Path(workdir) / "config.json")
+
+    @classmethod
+    def load(cls, workdir: Path) -> "Config":
+        """Reads `workdir/config.json`. Raises ValueError, in one line, where there is none or it is not sound."""
+        values = read_config_json(workdir)
+        try:
+            return cls.build(values)
+        except ValueError as error:
+            raise ValueError(f"{Path(workdir) / 'config.json'}: {error}") from None
+
+
+# Reading, changing and explaining.
+
+
+def read_config_json(workdir: Path) -> dict[str, Any]:
+    """The values in `workdir/config.json`, as a file of today's format has them; nothing about them is checked.
+
+    Raises ValueError, in one line, where there is none, it is not JSON, or its format cannot be read.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        remedy = "give the folder that launch/train.py wrote"
+        raise ValueError(f"workdir={workdir} must hold an experiment (no config.json there); {remedy}")
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON ({error}); restore it, or train in a new workdir") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must be a JSON object; restore it, or train in a new workdir")
+    if "format" not in values:
+        remedy = "train again in a new workdir, or use the version that wrote it"
+        raise ValueError(f"{path} was written by an older tale_jax (before format 1); {remedy}")
+    number = values.pop("format")
+    if type(number) is not int or not 1 <= number <= FORMAT:
+        remedy = "update tale_jax if a newer one wrote the file, otherwise restore it"
+        raise ValueError(f"{path}: format={show(number)} must be a number from 1 to {FORMAT}; {remedy}")
+    for older in range(number, FORMAT):
+        values = UPGRADES[older](values)
+    return values
+
+
+def change(config: Config, settings: Mapping[str, Any]) -> Config:
     """The config with some settings, by dotted name, changed."""
     values: Any = dataclasses.asdict(config)
     for name, value in settings.items():
         *groups, last = name.split(".")
-        place = values
-        for group in groups:
-            place = place[group]
-        place[last] = value
+        functools.reduce(operator.getitem, groups, values)[last] = value
     if "micro_batch_size" in settings:
         values["evaluate"]["batch_size"] = settings["micro_batch_size"]
     return Config.build(values)
 
 
-def with_younger(values: Any) -> Any:
-    """What a `config.json` says, and of settings younger than it what its run was trained with."""
-    if not isinstance(values, dict):
-        return values
-    filled = YOUNGER | values
-    both = (name for name, setting in YOUNGER.items() if isinstance(setting, dict) and isinstance(filled[name], dict))
-    return filled | {name: YOUNGER[name] | filled[name] for name in both}
-
-
-def _warmup(total_steps: int) -> int:
-    return math.ceil(0.02 * total_steps)
-
-
-def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Group) -> Iterator[tuple[str, Any]]:
     """Every setting as (dotted name, value), in the order of declaration."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{field.name}.")
+    return ((name, value) for name, value, _ in _leaves(config))
+
+
+def settings() -> dict[str, Setting]:
+    """What is known of every setting, by dotted name, in the order of declaration."""
+    return {name: known for name, _, known in _leaves(Config())}
+
+
+def advice(name: str, prefix: str = "") -> str:
+    """What to write in place of a dotted name that is no setting; `prefix` (of a flag) goes before a name it gives."""
+    if name in RENAMED:
+        return f"it is now {prefix}{RENAMED[name]}"
+    if name in REMOVED:
+        return "it was removed; leave it out"
+    first, _, last = name.rpartition(".")
+    names = list(settings())
+    same = [known for known in names if known.rpartition(".")[2] == last]
+    if near := difflib.get_close_matches(name, same or names, n=1, cutoff=0.0 if same else 0.7):
+        return f"did you mean {prefix}{near[0]}?"
+    inside = [known.removeprefix(f"{first}.") for known in names if known.startswith(f"{first}.")]
+    return f"{first} has {', '.join(inside)}" if inside else "see `settings` in tale_jax/config.py"
+
+
+def nearest_divisor(number: int, wanted: int, least: int = 1) -> int:
+    """The divisor of `number`, at least `least`, that is nearest to `wanted`; the smaller of two."""
+    wanted = min(max(wanted, least), number)
+    outwards = (d for distance in range(number) for d in (wanted - distance, wanted + distance))
+    return next(d for d in outwards if d >= least and number % d == 0)
+
+
+def show(value: Any) -> str:
+    """A value for an error message: one line, and not a long one."""
+    if isinstance(value, str):
+        text = f'"{value}"' if value.isprintable() else ascii(value)
+    else:
+        text = repr(value) if value is None or isinstance(value, bool | int | float) else f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def mistake(name: str, value: Any, rule: str, remedy: str) -> ValueError:
+    """The error of a setting that breaks a rule."""
+    return ValueError(f"{name}={show(value)} must {rule}; {remedy}")
+
+
+def _leaves(part: Any, prefix: str = "", free: bool = False) -> Iterator[tuple[str, Any, Setting]]:
+    for field in dataclasses.fields(part):
+        name, value = prefix + field.name, getattr(part, field.name)
+        if isinstance(value, Group):
+            yield from _leaves(value, f"{name}.", field.metadata["free"])
         else:
-            yield prefix + field.name, value
+            known = field.metadata["setting"]
+            yield name, value, dataclasses.replace(known, free=free or known.free)
 
 
-def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    fields: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(cls)}
+def _read(kind: Any, values: Any, prefix: str = "") -> Any:
+    """A group made of `values`, each of them right by itself."""
+    if not isinstance(values, Mapping):
+        raise mistake(prefix.rstrip(".") or "config", values, "be a group of settings", "set one of those in it")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"choose from {', '.join(fields)}"
-            raise ValueError(f"{prefix}{key} is not a setting of tale_jax; {hint}")
+            name = show(f"{prefix}{key}").strip("'\"")
+            raise ValueError(f"{name} is not a setting of tale_jax; {advice(name)}")
     built = {}
-    for name, kind in fields.items():
-        if name not in values:
-            raise ValueError(f"{prefix}{name} is missing from the config; add it (configs/base.py declares every key)")
-        value = values[name]
-        if dataclasses.is_dataclass(kind):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{prefix}{name}={value!r} must be a group of settings; see configs/base.py")
-            built[name] = _build(kind, value, f"{prefix}{name}.")
-        else:
-            if kind is float and type(value) is int:
-                value = float(value)
-            if type(value) is not kind:
-                raise ValueError(f"{prefix}{name}={value!r} must be of type {kind.__name__}; see configs/base.py")
-            built[name] = value
-    return cls(**built)
+    for key, field in fields.items():
+        name = prefix + key
+        if key not in values:
+            raise ValueError(f"{name} is missing from the config; add it (configs/base.py has every setting)")
+        known = field.metadata.get("setting")
+        built[key] = known.read(name, values[key]) if known else _read(field.type, values[key], f"{name}.")
+    return kind(**built)
 
 
-def _derive(config: Config) -> Config:
-    model = config.model
-    mlp_dim = model.mlp_dim or 64 * math.ceil(model.embed_dim * 8 / 3 / 64)
-    model = dataclasses.replace(model, num_kv_heads=model.num_kv_heads or model.num_heads, mlp_dim=mlp_dim)
-    micro = config.micro_batch_size or config.batch_size
-    evaluate = dataclasses.replace(config.evaluate, batch_size=config.evaluate.batch_size or micro)
-    sample = dataclasses.replace(config.sample, every_steps=config.sample.every_steps or config.evaluate.every_steps)
-    return dataclasses.replace(config, model=model, micro_batch_size=micro, evaluate=evaluate, sample=sample)
-
-
-def check(config: Config) -> None:
-    """Holds every rule. Raises ValueError with one line: the field, its value, the rule and a remedy."""
-    settings = dict(leaves(config))
-
-    def need(holds: bool, field: str, rule: str, remedy: str) -> None:
-        if not holds:
-            value = settings[field]
-            shown = f'"{value}"' if isinstance(value, str) else value
-            raise ValueError(f"{field}={shown} must {rule}; {remedy}")
-
-    for field, choices in {
-        "precision": PRECISIONS,
-        "remat": REMAT,
-        "corpus.name": CORPORA,
-        "schedule.name": SCHEDULES,
-        "windows": WINDOWS,
-        "optimizer.name": OPTIMIZERS,
-        "optimizer.decay_schedule": DECAY_SCHEDULES,
-        "metrics.wandb": WANDB_MODES,
-        "backend.platform": PLATFORMS,
-    }.items():
-        near = difflib.get_close_matches(settings[field], choices, n=1)
-        need(
-            settings[field] in choices,
-            field,
-            f"be one of {', '.join(choices)}",
-            f"did you mean {near[0]}?" if near else f"try {choices[0]}",
-        )
-
-    positive = (
-        "batch_size model.num_layers model.embed_dim model.num_heads model.seq_len model.rope_base model.norm_eps "
-        "optimizer.learning_rate optimizer.embedding_rate optimizer.eps corpus.num_train_tales corpus.num_valid_tales "
-        "corpus.num_test_tales tokenizer.sample_bytes sample.num_samples sample.max_tokens metrics.every_steps "
-        "checkpoint.keep mesh.fsdp schedule.short_cut schedule.small_divisor"
-    )
-    for field in positive.split():
-        need(settings[field] > 0 and math.isfinite(settings[field]), field, "be positive", "see configs/base.py")
-    not_negative = (
-        "seed total_steps minutes micro_batch_size model.num_kv_heads model.mlp_dim model.logit_softcap "
-        "corpus.max_train_bytes optimizer.momentum_warmup_steps optimizer.weight_decay optimizer.embedding_decay "
-        "optimizer.clip_norm "
-        "schedule.warmup_steps schedule.final_fraction schedule.short_fraction schedule.small_fraction "
-        "evaluate.every_steps evaluate.max_windows evaluate.batch_size sample.every_steps sample.temperature "
-        "checkpoint.every_steps mesh.data backend.memory_gb"
-    )
-    for field in not_negative.split():
-        need(settings[field] >= 0 and math.isfinite(settings[field]), field, "not be negative", "0 is off or derived")
-    need(config.seed < 2**31, "seed", "be below 2147483648", "try 0")
-    need(
-        config.total_steps > 0 or 0 < config.passes < math.inf,
-        "passes",
-        "be positive when total_steps=0",
-        "try passes=1.0, or set total_steps",
-    )
-    shares = {"model.dropout": 0.0, "model.word_dropout": 0.0, "average.decay": 0.999}
-    shares |= {
-        "optimizer.beta1": 0.9,
-        "optimizer.beta2": 0.9,
-        "optimizer.momentum": 0.95,
-        "optimizer.neuron_beta": 0.95,
-    }
-    for field, usual in shares.items():
-        need(0 <= settings[field] < 1, field, "be at least 0 and below 1", f"try {usual}")
-    need(0 < config.corpus.held_out < 0.5, "corpus.held_out", "lie between 0 and 0.5", "try 0.05")
-    need(0 < config.schedule.decay_fraction <= 1, "schedule.decay_fraction", "be above 0 and at most 1", "try 0.2")
-    for field in ("schedule.final_fraction", "schedule.short_fraction", "schedule.small_fraction"):
-        need(settings[field] <= 1, field, "be at most 1", "try 0.0")
-    for field, whose in {"momentum_warmup_steps": "momentum", "neuron_beta": "update"}.items():
-        need(
-            not settings[f"optimizer.{field}"] or config.optimizer.name == "muon",
-            f"optimizer.{field}",
-            f"be 0 where optimizer.name={config.optimizer.name}",
-            f"set optimizer.name=muon, whose {whose} it is",
-        )
-    need(
-        300 <= config.tokenizer.vocab_size <= 2**31 - 1 or bool(config.tokenizer.path),
-        "tokenizer.vocab_size",
-        "be at least 300 (256 bytes, the marks, and some pieces)",
-        "try 4096",
-    )
-
-    model, micro = config.model, config.micro_batch_size
-    cut, length = config.schedule.short_cut, model.seq_len
-    need(
-        not config.schedule.short_fraction or length % cut == 0,
-        "schedule.short_cut",
-        f"divide model.seq_len={length}",
-        f"try {min((d for d in range(2, length + 1) if length % d == 0), key=lambda d: abs(d - cut))}",
-    )
-    nearest = model.num_heads * max(2, round(model.embed_dim / model.num_heads / 2) * 2)
-    need(
-        model.embed_dim % model.num_heads == 0,
-        "model.embed_dim",
-        f"be divisible by model.num_heads={model.num_heads}",
-        f"try {nearest}",
-    )
-    need(
-        model.embed_dim // model.num_heads % 2 == 0,
-        "model.embed_dim",
-        f"give heads of an even width (it is {model.embed_dim // model.num_heads}) for rotary positions",
-        f"try {nearest}",
-    )
-    need(
-        not model.induction_init or (model.num_kv_heads or model.num_heads) > 1,
-        "model.induction_init",
-        "be False unless another key/value head is left for the rest",
-        "set model.num_kv_heads to 2 or more",
-    )
-    need(
-        not model.induction_match or model.induction_init,
-        "model.induction_match",
-        "be False without model.induction_init",
-        "set model.induction_init=True",
-    )
-    if model.num_kv_heads:
-        divisors = [d for d in range(1, model.num_heads + 1) if model.num_heads % d == 0]
-        need(
-            model.num_kv_heads in divisors,
-            "model.num_kv_heads",
-            f"divide model.num_heads={model.num_heads}",
-            f"try {min(divisors, key=lambda d: abs(d - model.num_kv_heads))}",
-        )
-    if micro:
-        divisors = [d for d in range(1, config.batch_size + 1) if config.batch_size % d == 0]
-        need(
-            micro in divisors,
-            "micro_batch_size",
-            f"divide batch_size={config.batch_size}",
-            f"try {min(divisors, key=lambda d: abs(d - micro))}",
-        )
-    if config.schedule.small_fraction:
-        batch, micro = config.batch_size, micro or config.batch_size
-        divisors = [
-            d for d in range(1, batch + 1) if batch % d == 0 and (batch // d < micro or batch // d % micro == 0)
-        ]
-        need(
-            config.schedule.small_divisor in divisors,
-            "schedule.small_divisor",
-            f"divide batch_size={batch} into parts of whole micro-batches (of {micro}) or of less than one",
-            f"try {min(divisors[1:] or divisors, key=lambda d: abs(d - config.schedule.small_divisor))}",
-        )
-    if config.corpus.name == "hub":
-        need(bool(config.corpus.hub_name), "corpus.hub_name", "name a dataset when corpus.name=hub", "try ag_news")
-        need(bool(config.corpus.train_split), "corpus.train_split", "name a split of the dataset", "try train")
-    if config.corpus.name == "files":
-        need(bool(config.corpus.path), "corpus.path", "name a file, folder or glob", "try corpus.path=my-texts/")
+def _default_warmup(total_steps: int) -> int:
+    return math.ceil(WARMUP_SHARE * total_steps)

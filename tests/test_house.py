@@ -1,4 +1,4 @@
-"""Holds what the layout promises: imports point one way, a library stays in its room, launch scripts stay short."""
+"""Holds what the layout promises: folders import one way, a library stays in its room, launch scripts stay short."""
 
 import ast
 import fnmatch
@@ -6,142 +6,125 @@ import io
 import re
 import subprocess
 import tokenize
+from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-
-# A module may import only from the rows below its own. The first pattern that fits decides.
-LAYERS = (
-    ("launch.*",),
-    ("configs.*",),
-    ("tale_jax.bench.show",),
-    ("tale_jax.training.loop", "tale_jax.bench.processes", "tale_jax.bench.profile"),
-    ("tale_jax.bench.measure", "tale_jax.budget"),
-    ("tale_jax.doctor", "tale_jax.rehearse"),
-    ("tale_jax.plan",),
-    ("tale_jax.audit", "tale_jax.probe", "tale_jax.memory"),
-    ("tale_jax.evaluate", "tale_jax.report", "tale_jax.convert.*"),
-    ("tale_jax.writing",),
-    ("tale_jax.sample", "tale_jax.plots", "tale_jax.quality"),
-    ("tale_jax.runs",),
-    ("tale_jax.training.step", "tale_jax.data", "tale_jax.checkpoint", "tale_jax.metrics"),
-    ("tale_jax.training.state", "tale_jax.training.loss", "tale_jax.training.optimizer"),
-    ("tale_jax.model.lora", "tale_jax.sharding"),
-    ("tale_jax.training.schedule", "tale_jax.training.average", "tale_jax.training.scaling"),
-    ("tale_jax.model.transformer",),
-    ("tale_jax.model.head",),
-    ("tale_jax.model.*",),
-    ("tale_jax.text.prepare",),
-    ("tale_jax.text.corpus", "tale_jax.text.windows", "tale_jax.text.encode"),
-    ("tale_jax.text.tokenizer", "tale_jax.text.tales", "tale_jax.text.readers", "tale_jax.text.ngram"),
-    ("tale_jax.text.tales_words",),
-    ("tale_jax.backend",),
-    ("tale_jax.config", "tale_jax.machine", "tale_jax.progress"),
-    ("tale_jax", "tale_jax.*.__init__"),
+# From the ground up: a folder imports only from those before it.
+ORDER = (
+    "tale_jax.utils",
+    "tale_jax.config",
+    "tale_jax.data",
+    "tale_jax.model",
+    "tale_jax.hardware",
+    "tale_jax.inference",
+    "tale_jax.evaluation",
+    "tale_jax.training",
+    "tale_jax.planning",
+    "tale_jax.runs",
+    "tale_jax.bench",
+    "configs",
+    "launch",
 )
-# Inside these folders modules may import one another; the configs call their base, the scripts their common frame.
-ONE_ROOM = ("launch.", "configs.", "tale_jax.convert.")
-# Devices and meshes are decided at the top; dtypes and specs travel down as arguments.
-USED_ONLY_BY = {
-    "tale_jax.backend": (
-        "launch.*",
-        "tale_jax.training.loop",
-        "tale_jax.training.step",
-        "tale_jax.audit",
-        "tale_jax.bench.*",
-        "tale_jax.budget",
-        "tale_jax.doctor",
-        "tale_jax.memory",
-        "tale_jax.plan",
-        "tale_jax.probe",
-        "tale_jax.rehearse",
-    ),
-    "tale_jax.sharding": ("launch.*", "tale_jax.training.loop", "tale_jax.training.step"),
-}
 # Libraries, and the files of the package, the configs and the scripts that may import them.
 ROOMS = {
     "absl": ("launch/*",),
     "ml_collections": ("configs/*", "launch/*", "tale_jax/config.py"),
-    "orbax": ("tale_jax/checkpoint.py",),
-    "grain": ("tale_jax/data.py", "tale_jax/checkpoint.py"),
-    "matplotlib": ("tale_jax/plots.py", "tale_jax/report.py"),
-    "datasets": ("tale_jax/text/*",),
-    "pyarrow": ("tale_jax/text/*",),
-    "wandb": ("tale_jax/metrics.py",),
-    "tensorboardX": ("tale_jax/metrics.py",),
+    "orbax": ("tale_jax/training/checkpoint.py",),
+    "grain": ("tale_jax/data/loader.py", "tale_jax/training/checkpoint.py"),
+    "matplotlib": ("tale_jax/runs/plots.py", "tale_jax/runs/report.py"),
+    "datasets": ("tale_jax/data/readers.py",),
+    "pyarrow": ("tale_jax/data/readers.py",),
+    "wandb": ("tale_jax/training/metrics.py",),
+    "tensorboardX": ("tale_jax/training/metrics.py",),
+    "subprocess": ("tale_jax/utils/subprocesses.py", "tale_jax/bench/compare.py"),
     "torch": (),
     "tensorflow": (),
 }
 MAX_LAUNCH_LINES = 40
+MAX_LOOSE_MODULES = 4
+MAX_TRAINING_LINES = 1800
 
 SOURCES = sorted(path for folder in ("tale_jax", "configs", "launch") for path in (ROOT / folder).rglob("*.py"))
 
 
-def module_name(path: Path) -> str:
+def module_name(path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 MODULES = {module_name(path): path for path in SOURCES}
 
 
-def imports(path: Path) -> Iterator[str]:
+def folder_of(module: str) -> str:
+    """The room of a module: its folder, or itself where it stands loose in the package."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "tale_jax" else parts[0]
+
+
+def imports(path) -> Iterator[str]:
     """Full names of what a file imports anywhere in it, `from a import b` as `a.b` where that is a module of ours."""
-    package = list(path.relative_to(ROOT).parent.parts)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
+            assert not node.level, f"{path}: imports are written in full"
+            base = node.module or ""
             for alias in node.names:
                 yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base
 
 
-def own_imports(name: str) -> Iterator[str]:
-    for imported in dict.fromkeys(imports(MODULES[name])):
-        if name.startswith("launch.") and f"launch.{imported}" in MODULES:  # a script's own folder is on its path
-            yield f"launch.{imported}"
-        elif imported in MODULES:
-            yield imported
+def folder_graph() -> dict[str, dict[str, list[str]]]:
+    """Folder → folders that its files import from → those imports, in words."""
+    graph: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, path in MODULES.items():
+        for imported in dict.fromkeys(imports(path)):
+            ours = imported if imported in MODULES else f"launch.{imported}" if name.startswith("launch.") else ""
+            if ours in MODULES and folder_of(ours) != folder_of(name):
+                graph[folder_of(name)][folder_of(ours)].append(f"{name} imports {ours}")
+    return graph
 
 
-def fits(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def layer(name: str) -> int:
-    """The row of a module, 0 at the top."""
-    if MODULES[name].name == "__init__.py" and name != "tale_jax":
-        name += ".__init__"
-    return next((row for row, patterns in enumerate(LAYERS) if fits(name, patterns)), -1)
-
-
-def test_every_module_has_a_layer():
-    homeless = [name for name in MODULES if layer(name) < 0]
-    assert not homeless, f"say in LAYERS where these stand: {homeless}"
-
-
-def test_imports_point_one_way():
-    wrong = [
-        f"{name} imports {imported}"
-        for name in MODULES
-        for imported in own_imports(name)
-        if layer(imported) <= layer(name) and not any(name.startswith(r) and imported.startswith(r) for r in ONE_ROOM)
+def test_folders_import_one_way():
+    graph, place = folder_graph(), {folder: index for index, folder in enumerate(ORDER)}
+    homeless = {folder for folder in {*graph, *(f for edges in graph.values() for f in edges)} if folder not in place}
+    assert not homeless, f"say in ORDER where these stand: {homeless}"
+    upwards = [
+        edge for folder, edges in graph.items() for to in edges if place[to] >= place[folder] for edge in edges[to]
     ]
-    assert not wrong, "against the order of LAYERS: " + "; ".join(wrong)
+    assert not upwards, "against ORDER: " + "; ".join(upwards)
 
 
-def test_backend_and_sharding_are_used_at_the_top():
-    wrong = [
-        f"{name} imports {imported}"
-        for name in MODULES
-        for imported in own_imports(name)
-        if imported in USED_ONLY_BY and not fits(name, USED_ONLY_BY[imported])
-    ]
-    assert not wrong, "pass what they decide as an argument: " + "; ".join(wrong)
+def test_the_graph_sees_an_arrow_upwards(monkeypatch, tmp_path):
+    changed = tmp_path / "tale_jax" / "utils" / "format.py"
+    changed.parent.mkdir(parents=True)
+    changed.write_text("def late():\n    from tale_jax.runs.train import train\n")
+    monkeypatch.setitem(MODULES, "tale_jax.utils.format", changed)
+    assert "tale_jax.runs" in folder_graph()["tale_jax.utils"]
+
+
+def test_few_modules_stand_loose_in_the_package():
+    loose = [path.name for path in (ROOT / "tale_jax").glob("*.py")]
+    assert len(loose) <= MAX_LOOSE_MODULES, loose
+
+
+def test_every_module_says_what_it_is():
+    silent = [name for name, path in MODULES.items() if path.stat().st_size and not ast.get_docstring(tree_of(path))]
+    assert not silent, silent
+
+
+def tree_of(path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_training_can_be_read_in_an_hour():
+    """What someone reads to understand training: batches, model, loss, optimizer, step and loop."""
+    names = "data/loader.py model/*.py training/*.py"
+    files = [file for name in names.split() for file in (ROOT / "tale_jax").glob(name)]
+    files = [file for file in files if file.name not in ("metrics.py", "checkpoint.py")]  # what is told and saved of it
+    count = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+    assert count <= MAX_TRAINING_LINES, count
 
 
 def test_libraries_stay_in_their_rooms():
@@ -150,7 +133,7 @@ def test_libraries_stay_in_their_rooms():
         for path in SOURCES
         for imported in dict.fromkeys(imports(path))
         if (library := imported.partition(".")[0]) in ROOMS
-        and not fits(path.relative_to(ROOT).as_posix(), ROOMS[library])
+        and not any(fnmatch.fnmatchcase(path.relative_to(ROOT).as_posix(), room) for room in ROOMS[library])
     ]
     assert not wrong, "; ".join(wrong)
 

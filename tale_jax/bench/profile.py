@@ -1,8 +1,8 @@
 """What part of a training step is what: the blocks' products, attention, head and loss, optimizer, norms, the rest.
 
 A few steps run under `jax.profiler`. Each event of its trace has the name of an instruction of the compiled program,
-whose `op_name` says which module of the model it came from. A fused instruction counts for the module it ends in, and
-on a backend whose traces do not name instructions there is nothing to say.
+whose `op_name` says which module of the model it came from. A cudnn_attention instruction counts for the module it ends
+in, and on a backend whose traces do not name instructions there is nothing to say.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from tale_jax.bench.measure import Bench
+from tale_jax.bench.throughput import Bench
 
 NUM_STEPS = 3
 CONTAINERS = ("while", "call", "conditional")  # what runs inside them is counted by itself

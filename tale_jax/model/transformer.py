@@ -1,14 +1,14 @@
 """A LLaMA-style decoder in linen: one forward pass for training, scoring and cached decoding.
 
 RMS norm before each branch, rotary positions, grouped-query attention, a SwiGLU MLP (Touvron et al. 2023), optional
-normalised queries and keys (Dehghani et al. 2023), a tied head, a soft cap on logits (Gemma Team 2024). The cache is an
+normalised queries and keys (Dehghani et al. 2023), a tied head. The cache is an
 argument and a result like any other array, so every use of the model is a pure function of its inputs.
 
 The weights of all layers are stacked along a leading axis L, whether they run in a compiled loop (`scan_layers`) or one
 after another: names, shapes and initial values do not depend on `scan_layers` or `remat`.
 """
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
@@ -16,10 +16,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tale_jax.config import ModelConfig
-from tale_jax.model import ops
-from tale_jax.model.head import Head, cross_entropy, logits, weighted_cross_entropy
-from tale_jax.model.initial import EMBEDDING_STD
+from tale_jax.config import Config, ModelConfig
+from tale_jax.model.attention import (
+    attend_one,
+    attention,
+    causal_mask,
+    cudnn_causal_attention,
+    document_segments,
+    rotary_angles,
+    rotate,
+)
+from tale_jax.model.initialization import EMBEDDING_STD
+from tale_jax.model.layers import dropout, matmul, rms_norm, split_heads, swiglu
+from tale_jax.model.loss import Head, cross_entropy, logits, weighted_cross_entropy
 
 
 class Cache(flax.struct.PyTreeNode):
@@ -43,23 +52,34 @@ class Cache(flax.struct.PyTreeNode):
         )
 
 
+@runtime_checkable
+class Kernels(Protocol):
+    """What a model must know of the machine it runs on; a `Backend` says it."""
+
+    @property
+    def materialize_transposes(self) -> bool: ...
+
+    @property
+    def cudnn_attention(self) -> bool: ...
+
+
 class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return ops.rms_norm(x, self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32), self.eps)
+        return rms_norm(x, self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32), self.eps)
 
 
 class Dropout(nn.Module):
     """Drops elements, by the rng "dropout", unless `deterministic` (Srivastava et al. 2014)."""
 
-    share: float
+    rate: float
     deterministic: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return x if self.deterministic or not self.share else ops.dropout(x, self.share, self.make_rng("dropout"))
+        return x if self.deterministic or not self.rate else dropout(x, self.rate, self.make_rng("dropout"))
 
 
 class Dense(nn.Module):
@@ -67,20 +87,20 @@ class Dense(nn.Module):
 
     features: int
     dtype: Any
-    natural: bool
+    materialize_transposes: bool
     zero_init: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T {self.features}"]:
         init = nn.initializers.zeros_init() if self.zero_init else nn.initializers.lecun_normal()
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        return ops.matmul(x, kernel.astype(self.dtype), self.natural)
+        return matmul(x, kernel.astype(self.dtype), self.materialize_transposes)
 
 
 class Attention(nn.Module):
     config: ModelConfig
     dtype: Any
-    natural: bool
+    materialize_transposes: bool
 
     @nn.compact
     def __call__(
@@ -94,13 +114,13 @@ class Attention(nn.Module):
         c = self.config
 
         def heads(name: str, count: int) -> Float[Array, "B N T H"]:
-            y = Dense(count * c.head_dim, self.dtype, self.natural, name=name)(x)
-            return ops.split_heads(y, count, self.natural)
+            y = Dense(count * c.head_dim, self.dtype, self.materialize_transposes, name=name)(x)
+            return split_heads(y, count, self.materialize_transposes)
 
         query, key, value = heads("query", c.num_heads), heads("key", c.num_kv_heads), heads("value", c.num_kv_heads)
         if c.qk_norm:
             query, key = RMSNorm(c.norm_eps, name="query_norm")(query), RMSNorm(c.norm_eps, name="key_norm")(key)
-        query, key = ops.rotate(query, angles), ops.rotate(key, angles)
+        query, key = rotate(query, angles), rotate(key, angles)
         if cached is not None:
             key, value = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
@@ -109,27 +129,29 @@ class Attention(nn.Module):
             cached = key, value
         key, value = key.astype(self.dtype), value.astype(self.dtype)
         if mask is None:
-            mixed = ops.fused_attention(query, key, value)
+            mixed = cudnn_causal_attention(query, key, value)
         elif cached is not None and x.shape[1] == 1:
-            mixed = ops.attend_one(query, key, value, mask)
+            mixed = attend_one(query, key, value, mask)
         else:
-            mixed = ops.attention(query, key, value, mask, self.natural, causal=cached is None)
+            mixed = attention(query, key, value, mask, self.materialize_transposes, causal=cached is None)
         mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)
-        return Dense(c.embed_dim, self.dtype, self.natural, c.zero_init_outputs, name="output")(mixed), cached
+        return Dense(c.embed_dim, self.dtype, self.materialize_transposes, c.zero_init_outputs, name="output")(
+            mixed
+        ), cached
 
 
 class MLP(nn.Module):
     config: ModelConfig
     dtype: Any
-    natural: bool
+    materialize_transposes: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
-        gate = Dense(c.mlp_dim, self.dtype, self.natural, name="gate")(x)
-        up = Dense(c.mlp_dim, self.dtype, self.natural, name="up")(x)
-        down = Dense(c.embed_dim, self.dtype, self.natural, c.zero_init_outputs, name="down")
-        return down(ops.swiglu(gate, up))
+        gate = Dense(c.mlp_dim, self.dtype, self.materialize_transposes, name="gate")(x)
+        up = Dense(c.mlp_dim, self.dtype, self.materialize_transposes, name="up")(x)
+        down = Dense(c.embed_dim, self.dtype, self.materialize_transposes, c.zero_init_outputs, name="down")
+        return down(swiglu(gate, up))
 
 
 class Block(nn.Module):
@@ -137,18 +159,20 @@ class Block(nn.Module):
 
     config: ModelConfig
     dtype: Any
-    natural: bool
+    materialize_transposes: bool
     deterministic: bool
 
     @nn.compact
     def __call__(self, x, angles, mask, slot, cached):
         c = self.config
         drop = Dropout(c.dropout, self.deterministic, name="dropout")
-        mixed, cached = Attention(c, self.dtype, self.natural, name="attention")(
+        mixed, cached = Attention(c, self.dtype, self.materialize_transposes, name="attention")(
             RMSNorm(c.norm_eps, name="attention_norm")(x), angles, mask, slot, cached
         )
         x = x + drop(mixed)
-        x = x + drop(MLP(c, self.dtype, self.natural, name="mlp")(RMSNorm(c.norm_eps, name="mlp_norm")(x)))
+        x = x + drop(
+            MLP(c, self.dtype, self.materialize_transposes, name="mlp")(RMSNorm(c.norm_eps, name="mlp_norm")(x))
+        )
         return x, cached
 
 
@@ -159,17 +183,17 @@ class Transformer(nn.Module):
       config: its shape.
       vocab_size: number of token ids, V.
       dtype: what it computes in; weights are float32 always, and so are norms, softmax and reductions.
-      natural: products in the layout that XLA on CPU computes natively (see `ops`).
+      materialize_transposes: products in the layout that XLA on CPU computes natively (see `layers.py`).
       remat: what the backward pass recomputes: "none", "block", or a policy of `jax.checkpoint_policies`.
-      fused: in half precision, attention by cuDNN wherever nothing but what comes later is hidden.
+      cudnn_attention: in half precision, attention by cuDNN wherever nothing but what comes later is hidden.
     """
 
     config: ModelConfig
     vocab_size: int
     dtype: Any = jnp.float32
-    natural: bool = False
+    materialize_transposes: bool = False
     remat: str = "none"
-    fused: bool = False
+    cudnn_attention: bool = False
 
     @nn.compact
     def __call__(
@@ -180,11 +204,11 @@ class Transformer(nn.Module):
         segments: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
         deterministic: bool = True,
-        only: Int[Array, ""] | None = None,
+        logits_at: Int[Array, ""] | None = None,
         targets: Int[Array, "B T"] | None = None,
         weights: Float[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B _ V"] | Float[Array, "B T"] | Float[Array, ""], Cache | None]:
-        """Logits of the token that follows each position, or how well they foretell `targets`.
+        """Logits of the token that follows each position, or the nats of `targets`.
 
         Args:
           tokens: ids.
@@ -192,8 +216,8 @@ class Transformer(nn.Module):
             padding.
           segments: documents; attention stays inside one. Without a cache only.
           cache: what came before. The T tokens go to the next slots of its ring, and must not wrap around in one call.
-          deterministic: no dropout of elements or of words (otherwise the rng "dropout" is needed).
-          only: the one index along T whose logits are wanted; the result is then [B, 1, V].
+          deterministic: no dropout of elements or of rows of the embedding (otherwise the rng "dropout" is needed).
+          logits_at: the one index along T whose logits are wanted; the result is then [B, 1, V].
           targets: the result is then the nats of each target [B, T], and the logits are never all in memory.
           weights: the result is then one number, the sum of weight times nats: the quickest to differentiate.
 
@@ -207,41 +231,46 @@ class Transformer(nn.Module):
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if cache is None:
             slot, slot_positions = start, positions
-            mask = ops.causal_mask(positions, positions, segments, segments)
-            if self.fused and plain and jnp.dtype(self.dtype).itemsize == 2 and c.head_dim in range(8, 129, 8):
+            mask = causal_mask(positions, positions, segments, segments)
+            if (
+                self.cudnn_attention
+                and plain
+                and jnp.dtype(self.dtype).itemsize == 2
+                and c.head_dim in range(8, 129, 8)
+            ):
                 mask = None
-            elif self.natural:
+            elif self.materialize_transposes:
                 mask = jax.lax.optimization_barrier(mask)
         else:
             num_slots = cache.positions.shape[1]
             slot = start % num_slots
             slot_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
-            mask = ops.causal_mask(positions, slot_positions, window=num_slots)
-        angles = ops.rotary_angles(positions, c.head_dim, c.rope_base)
+            mask = causal_mask(positions, slot_positions, window=num_slots)
+        angles = rotary_angles(positions, c.head_dim, c.rope_base)
 
         embedding = self.param(
             "embedding", nn.initializers.normal(EMBEDDING_STD), (self.vocab_size, c.embed_dim), jnp.float32
         )
         x = jnp.take(embedding, tokens, axis=0)
-        if c.word_dropout and not deterministic:
+        if c.embedding_dropout and not deterministic:
             # Whole rows of the table, so that a token is gone wherever it stands (Merity et al. 2018).
-            kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - c.word_dropout, (self.vocab_size,))
-            x = x * jnp.take(kept / (1 - c.word_dropout), tokens, axis=0)[..., None]
+            kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - c.embedding_dropout, (self.vocab_size,))
+            x = x * jnp.take(kept / (1 - c.embedding_dropout), tokens, axis=0)[..., None]
         if c.scale_embeddings:
             x = x * c.embed_dim**0.5
         x = x.astype(self.dtype)
         x = Dropout(c.dropout, deterministic, name="dropout")(x)
 
         cached = None if cache is None else (cache.keys, cache.values)
-        blocks = self._stack()(c, self.dtype, self.natural, deterministic, name="blocks")
+        blocks = self._stack()(c, self.dtype, self.materialize_transposes, deterministic, name="blocks")
         x, cached = blocks(x, angles, mask, slot, cached)
         if cache is not None and cached is not None:
             cache = Cache(cached[0], cached[1], slot_positions, start + tokens.shape[1])
 
-        if only is not None:
-            x = jax.lax.dynamic_slice_in_dim(x, only, 1, axis=1)
+        if logits_at is not None:
+            x = jax.lax.dynamic_slice_in_dim(x, logits_at, 1, axis=1)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
-        head = Head(c.tie_embeddings, c.logit_softcap, self.natural)
+        head = Head(c.tie_embeddings, self.materialize_transposes)
         table = embedding
         if not c.tie_embeddings:
             table = self.param("head", nn.initializers.lecun_normal(), (c.embed_dim, self.vocab_size), jnp.float32)
@@ -267,6 +296,43 @@ class Transformer(nn.Module):
             length=self.config.num_layers,
             unroll=1 if self.config.scan_layers else self.config.num_layers,
         )
+
+
+def make_model(config: Config, kernels: Kernels, dtype: Any) -> Transformer:
+    """The decoder of a run, computing in `dtype` with the kernels that a backend is good at."""
+    return Transformer(
+        config.model,
+        config.tokenizer.vocab_size,
+        dtype,
+        kernels.materialize_transposes,
+        config.remat,
+        kernels.cudnn_attention,
+    )
+
+
+def token_losses(
+    model: Transformer,
+    params: Any,
+    windows: Int[Array, "B T1"],
+    bos_id: int,
+    weights: Float[Array, "B T"] | None = None,
+    dropout_key: Array | None = None,
+) -> Float[Array, "B T"] | Float[Array, ""]:
+    """Nats of each token of a batch of windows but the first, or with `weights` their weighted sum.
+
+    Training and scoring both call this; which tokens count is said by `loss_mask`.
+    """
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    losses, _ = model.apply(
+        {"params": params},
+        inputs,
+        segments=document_segments(inputs, bos_id) if model.config.mask_documents else None,
+        targets=targets,
+        weights=weights,
+        deterministic=dropout_key is None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    return losses
 
 
 def count_parameters(params: Any) -> int:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tale_jax.model.initial import with_induction_heads
+from tale_jax.model.initialization import with_induction_heads
 from tale_jax.model.transformer import Transformer
-from tale_jax.training.scaling import first_scale, needed
+from tale_jax.training.loss_scale import first_scale, needs_scale
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -19,19 +19,20 @@ class TrainState(flax.struct.PyTreeNode):
     params: Any
     opt_state: Any
     key: Any  # raw PRNG key data, from which dropout at each step is derived
-    average: Any = None  # moving average of params, where one is kept
-    scale: Any = None  # of the loss, computing in float16 (see `scaling.py`)
+    ema_params: Any = None  # exponential moving average of params, where one is kept
+    scale: Any = None  # of the loss, computing in float16 (see `loss_scale.py`)
 
     @property
-    def served(self) -> Any:
-        """The weights that validation and samples use: the average where there is one."""
-        return self.params if self.average is None else self.average
+    def eval_params(self) -> Any:
+        """The weights that validation and samples use: their moving average where there is one."""
+        return self.params if self.ema_params is None else self.ema_params
 
 
 def init_state(
-    model: Transformer, optimizer: optax.GradientTransformation, seed: int, average: bool = False
+    model: Transformer, optimizer: optax.GradientTransformation, seed: int, with_ema: bool = False
 ) -> TrainState:
-    """Weights before the first step: a pure function of the model's shape and the seed. `average`: one is kept."""
+    """Weights before the first step: a pure function of the model's shape and the seed. `with_ema`: a moving average
+    is kept."""
     init_key, key = jax.random.split(jax.random.PRNGKey(seed))
     params = model.init(init_key, jnp.zeros((1, 8), jnp.int32))["params"]
     if model.config.induction_init:
@@ -41,6 +42,6 @@ def init_state(
         params=params,
         opt_state=optimizer.init(params),
         key=key,
-        average=params if average else None,
-        scale=first_scale() if needed(model.dtype) else None,
+        ema_params=params if with_ema else None,
+        scale=first_scale() if needs_scale(model.dtype) else None,
     )

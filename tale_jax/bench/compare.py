@@ -1,0 +1,213 @@
+"""Benchmarks that run other programs: sweeps, comparisons in turns, and the time it takes to start.
+
+A sweep measures each variant in a process of its own, so that its peak memory is its own. A peer is any program that
+prints JSON objects, one a line, with `kind` (train, decode, ...), `mode` and `tokens_per_s`; it takes turns with us,
+since one machine is not equally fast at all times: what counts is the ratio within a round.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from tale_jax.bench.throughput import Bench
+from tale_jax.utils.subprocesses import run
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+START_LIMIT = 600.0  # seconds a start may take
+
+
+def json_lines(command: Sequence[str]) -> list[dict[str, Any]]:
+    """Runs a command and returns the JSON objects among the lines of its stdout. Raises ValueError when it fails."""
+    answer = run(command)
+    objects = []
+    for line in answer.stdout.splitlines():
+        with contextlib.suppress(ValueError):
+            objects.append(json.loads(line))
+    objects = [found for found in objects if isinstance(found, dict)]
+    if answer.reason or not objects:
+        raise ValueError(f"{shlex.join(command)} ended with {answer.reason or 'no JSON object on stdout'}")
+    return objects
+
+
+# ---------------------------------------------------------------------------------------------------------------- sweep
+
+
+def variants(sweeps: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Every combination of `name=value,value,...`. Raises ValueError for one that is not of this form."""
+    axes = []
+    for sweep in sweeps:
+        name, _, values = sweep.partition("=")
+        if not name or not all(values.split(",")):
+            raise ValueError(f"--sweep={sweep} must be NAME=VALUE,VALUE; try --sweep=model.embed_dim=192,384,768")
+        axes.append([(name.removeprefix("config."), value) for value in values.split(",")])
+    return (dict(choice) for choice in itertools.product(*axes))
+
+
+def sweep(flags: Sequence[str], sweeps: Sequence[str], told: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """The record of each variant, by its name. `flags` go to every run of `bench.py`; `told` hears which one runs."""
+    records = {}
+    for variant in variants(sweeps):
+        name = " ".join(f"{field}={value}" for field, value in variant.items())
+        told(name)
+        changed = [f"--config.{field}={value}" for field, value in variant.items()]
+        [*_, records[name]] = json_lines([sys.executable, str(LAUNCH / "bench.py"), *flags, *changed, "--json"])
+    return records
+
+
+# ----------------------------------------------------------------------------------------------------------------- peer
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One turn of each: our tokens a second, and the peer's by mode."""
+
+    kind: str
+    ours: float
+    theirs: dict[str, float]
+
+    @property
+    def ratio(self) -> float:
+        """Ours against the peer's best mode."""
+        return self.ours / max(self.theirs.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Rounds in turns with the program of `command`."""
+
+    command: str
+    rounds: tuple[Round, ...]
+
+    def ratios(self) -> dict[str, list[float]]:
+        """Of every round, by kind."""
+        kinds = dict.fromkeys(turn.kind for turn in self.rounds)
+        return {kind: [turn.ratio for turn in self.rounds if turn.kind == kind] for kind in kinds}
+
+    def record(self) -> dict[str, Any]:
+        medians = {
+            kind: {"median_ratio": statistics.median(ratios), "ratios": ratios}
+            for kind, ratios in self.ratios().items()
+        }
+        return {"peer": self.command, **medians, "rounds": [dataclasses.asdict(turn) for turn in self.rounds]}
+
+    def tables(self) -> list[Table]:
+        table = Table("round", "", "ours", "theirs, tokens/s", "ratio to their best", box=None, header_style="bold")
+        for kind, ratios in self.ratios().items():
+            for number, turn in enumerate([turn for turn in self.rounds if turn.kind == kind], start=1):
+                theirs = ", ".join(f"{mode} {rate:,.1f}" for mode, rate in turn.theirs.items())
+                table.add_row(str(number), kind, f"{turn.ours:,.1f}", theirs, f"{turn.ratio:.2f}")
+            table.add_row("median", kind, "", "", f"{statistics.median(ratios):.2f}", style="bold")
+        return [table]
+
+
+def compare(bench: Bench, command: str, rounds: int, seconds: float, kinds: Sequence[str]) -> Comparison:
+    """Ours, peer, ours, peer, ... for each of `kinds` that the peer prints. Raises ValueError when that is none."""
+    turns = []
+    for _ in range(rounds):
+        ours = {kind: bench.rate(kind, seconds).tokens_per_second for kind in kinds}
+        theirs: dict[str, dict[str, float]] = {}
+        for found in json_lines(shlex.split(os.path.expanduser(command))):
+            if {"kind", "mode", "tokens_per_s"} <= found.keys():
+                theirs.setdefault(found["kind"], {})[found["mode"]] = found["tokens_per_s"]
+        if not (common := [kind for kind in kinds if kind in theirs]):
+            raise ValueError(f"--peer={command} must print a kind of {', '.join(kinds)}; it printed {list(theirs)}")
+        turns += [Round(kind, ours[kind], theirs[kind]) for kind in common]
+    return Comparison(command, tuple(turns))
+
+
+# -------------------------------------------------------------------------------------------------------------- startup
+
+
+@dataclasses.dataclass(frozen=True)
+class Startup:
+    """Seconds from the command to the first finished step of training, and to the first sampled text.
+
+    Attributes:
+      train, sample: with an empty cache of compiled programs ("cold") and with the cache of a start before ("warm").
+    """
+
+    train: dict[str, float]
+    sample: dict[str, float]
+
+    def record(self) -> dict[str, Any]:
+        return {"startup": dataclasses.asdict(self)}
+
+    def tables(self) -> list[Table]:
+        table = Table("seconds from the command to", "cold", "warm", box=None, header_style="bold")
+        for name, times in (("the first finished step", self.train), ("the first sampled text", self.sample)):
+            table.add_row(name, f"{times['cold']:.1f}", f"{times['warm']:.1f}")
+        return [table]
+
+
+def startup(config_flags: Sequence[str]) -> Startup:
+    """Prepares the corpus of the config in a folder of its own, then starts training and sampling, each twice."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepared, trained = folder / "prepared", folder / "trained"
+        command = [sys.executable, str(LAUNCH / "prepare.py"), *config_flags, f"--workdir={prepared}"]
+        if reason := run(command).reason:
+            raise ValueError(f"--startup: launch/prepare.py ended with {reason}")
+        times: dict[str, dict[str, float]] = {"train": {}, "sample": {}}
+        for cache in ("cold", "warm"):
+            shutil.rmtree(trained, ignore_errors=True)
+            shutil.copytree(prepared, trained)
+            times["train"][cache] = first_step(config_flags, trained, folder / "xla")
+        for cache in ("cold", "warm"):
+            times["sample"][cache] = first_text(trained, folder / "xla_sample")
+    return Startup(**times)
+
+
+def first_step(config_flags: Sequence[str], workdir: Path, cache: Path) -> float:
+    """Seconds until `train.py` has recorded its first step; it is then asked to save and stop."""
+    metrics = workdir / "metrics.jsonl"
+    flags = [*config_flags, "--config.metrics.every_steps=1", f"--workdir={workdir}"]
+    with _start("train", flags, cache) as (process, begin):
+        while process.poll() is None and time.perf_counter() - begin < START_LIMIT:
+            if metrics.exists() and '"kind": "train"' in metrics.read_text():
+                seconds = time.perf_counter() - begin
+                process.send_signal(signal.SIGTERM)
+                process.wait(START_LIMIT)
+                return seconds
+            time.sleep(0.02)
+    raise ValueError(f"--startup: launch/train.py made no step in {workdir}")
+
+
+def first_text(workdir: Path, cache: Path) -> float:
+    """Seconds until `sample.py` has written something."""
+    with _start("sample", [f"--workdir={workdir}"], cache) as (process, begin):
+        assert process.stdout is not None
+        found = process.stdout.read(1)
+        seconds = time.perf_counter() - begin
+        process.stdout.read()
+    if not found:
+        raise ValueError(f"--startup: launch/sample.py wrote nothing from {workdir}")
+    return seconds
+
+
+@contextlib.contextmanager
+def _start(script: str, flags: Sequence[str], cache: Path) -> Iterator[tuple[subprocess.Popen, float]]:
+    """A launch script under way with its own cache of compiled programs, and when it began."""
+    command = [sys.executable, str(LAUNCH / f"{script}.py"), *flags]
+    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    env["XDG_CACHE_HOME"] = str(cache)  # where `backend` keeps compiled programs when nobody says otherwise
+    begin = time.perf_counter()
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield process, begin
+        finally:
+            process.kill()

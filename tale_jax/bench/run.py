@@ -1,0 +1,70 @@
+"""Runs what `launch/bench.py` was asked for, and shows it: tables, a plot, or one record for JSON."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import rich.console
+
+from tale_jax.bench.compare import compare, startup, sweep, variants
+from tale_jax.bench.profile import profile
+from tale_jax.bench.throughput import Bench, headline, measure, tables
+from tale_jax.config import Config
+from tale_jax.hardware.backend import start_backend
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchRequest:
+    """What to run: the flags of `launch/bench.py`, where they are explained; `flags` is what a sweep hands on."""
+
+    kinds: tuple[str, ...]
+    seconds: float
+    sweeps: tuple[str, ...] = ()
+    peer: str = ""
+    rounds: int = 3
+    profile: bool = False
+    startup: bool = False
+    flags: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        chosen = {name for name in ("sweeps", "peer", "profile", "startup") if getattr(self, name)}
+        if len(chosen) > 1:
+            raise ValueError(f"--{' and --'.join(sorted(chosen))} are measured apart: give one of them")
+        list(variants(self.sweeps))
+
+
+def bench(config: Config, request: BenchRequest, plot: Path | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Measures as requested, prints tables unless `quiet`, draws `plot`, and returns the record for JSON."""
+    if plot is not None and (request.peer or request.profile or request.startup):
+        raise ValueError(f"--plot={plot} shows rates of a config or of a --sweep; leave it out here")
+    out = rich.console.Console(quiet=quiet, highlight=False, width=None if sys.stdout.isatty() else 160)
+    if request.startup:
+        return _show(out, startup([flag for flag in request.flags if flag.startswith("--config")]))
+    if request.sweeps:
+        tell = rich.console.Console(stderr=True, highlight=False)
+        records = sweep(request.flags, request.sweeps, tell.print)
+        record: dict[str, Any] = {"sweep": records}
+    else:
+        subject = Bench(config, start_backend(config.backend.platform))
+        if request.peer:
+            return _show(out, compare(subject, request.peer, request.rounds, request.seconds, request.kinds))
+        if request.profile:
+            return _show(out, profile(subject))
+        record = measure(subject, request.kinds, request.seconds).record()
+        records = {"": record}
+        out.print(headline(record))
+    for table in tables(records):
+        out.print(table)
+    if plot is not None:
+        from tale_jax.runs.plots import plot_rates
+
+        plot_rates(records, plot)
+        out.print(f"The plot is {plot}")
+    return record
+
+
+def _show(out: rich.console.Console, result: Any) -> dict[str, Any]:
+    for table in result.tables():
+        out.print(table)
+    return result.record()

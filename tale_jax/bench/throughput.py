@@ -1,0 +1,260 @@
+"""Tokens a second of training, scoring and decoding on this machine, and the share of its matmul peak.
+
+Measured through the very Trainer, Scorer and Sampler that the launch scripts use, on random tokens, so neither data nor
+a workdir is needed. A rate is tokens over the median time of many repetitions, with its quartiles; the FLOPs behind
+`peak_share` are the model's (`flops_per_token`), not those the compiler happens to need, and the peak is that of large
+matrix products in the same dtype, measured in the same run.
+
+    bench = Bench(config, backend.start("auto"))
+    report = measure(bench, ["train", "score", "decode", "decode_16"], seconds=10)
+    print(report.record()["train"]["tokens_per_second"])
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from tale_jax.config import Config
+from tale_jax.data.tokenizer import Tokenizer
+from tale_jax.evaluation.scoring import Scorer
+from tale_jax.hardware.backend import Backend, matmul_peak
+from tale_jax.hardware.machine import peak_resident_memory
+from tale_jax.inference.sampler import Sampler, SampleSettings
+from tale_jax.model.transformer import count_parameters, flops_per_token
+from tale_jax.planning.numerics import choose_precision
+from tale_jax.training.state import TrainState
+from tale_jax.training.step import Trainer, make_trainer
+
+PROMPT_TOKENS, NEW_TOKENS = 16, 200  # of one generation
+MARKS = 4  # the first ids stand for no text
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds that each of several repetitions took."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Between them lies the middle half."""
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+
+def repeat(call: Callable[[], Any], seconds: float, *, least: int = 5, warmup: int = 2) -> Timing:
+    """Times `call`, which must wait for its result, again and again for so many seconds, and `least` times."""
+    for _ in range(warmup):
+        call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < end:
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return Timing(tuple(times))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """How fast something goes.
+
+    Attributes:
+      tokens: in one repetition.
+      timing: of the repetitions.
+      flops: of the model, for one token.
+      peak: FLOP/s of matrix products on the devices together.
+    """
+
+    tokens: int
+    timing: Timing
+    flops: float
+    peak: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.timing.median
+
+    @property
+    def peak_share(self) -> float:
+        return self.tokens_per_second * self.flops / self.peak
+
+    def record(self) -> dict[str, Any]:
+        """As JSON: `low` and `high` are the quartiles of tokens a second."""
+        slow, fast = reversed(self.timing.quartiles)
+        return {
+            "tokens_per_second": self.tokens_per_second,
+            "low": self.tokens / slow,
+            "high": self.tokens / fast,
+            "peak_share": self.peak_share,
+            "repetitions": len(self.timing.seconds),
+        }
+
+
+class Numbers(Tokenizer):
+    """Text that is numbers, "17 4 9": a tokenizer for models that have learned nothing. It has no end mark."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size, self.unk_id, self.bos_id, self.eos_id, self.pad_id = vocab_size, 0, 1, -1, 3
+        self.token_bytes = [f"{token} ".encode() for token in range(vocab_size)]
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(text.split(), np.int32)
+
+
+class Bench:
+    """A config made ready to be measured. Its programs compile when they are first asked for.
+
+    Args:
+      config: what runs; its corpus is not read.
+      backend: where.
+    """
+
+    def __init__(self, config: Config, backend: Backend):
+        self.config, self.backend = config.with_total_steps(), backend
+        self.dtype, self.reason = choose_precision(backend, config.precision)
+        self.vocab_size = config.tokenizer.vocab_size
+        self.tokenizer = Numbers(self.vocab_size)
+        self.flops = flops_per_token(config.model, self.vocab_size)
+        self._tokens = np.random.default_rng(0)
+
+    @functools.cached_property
+    def peaks(self) -> dict[str, float]:
+        """FLOP/s of large matrix products by dtype, on all devices together."""
+        names = {"float32", self.dtype.name} if self.backend.platform == "metal" else {"float32", "bfloat16"}
+        return {name: matmul_peak(name) * len(self.backend.devices) for name in sorted(names)}
+
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        return make_trainer(self.config, self.backend, self.dtype, self.tokenizer.bos_id)
+
+    @functools.cached_property
+    def params(self) -> Any:
+        return self.trainer.init().params
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        return Sampler(self.trainer.model, self.params, self.tokenizer, donate=self.backend.donate)
+
+    def windows(self, batch_size: int) -> np.ndarray:
+        """Random tokens [batch_size, seq_len + 1]."""
+        shape = batch_size, self.config.model.seq_len + 1
+        return self._tokens.integers(MARKS, self.vocab_size, shape, np.int32)
+
+    def step(self, state: TrainState) -> TrainState:
+        """One whole step of training, waited for."""
+        state, metrics = self.trainer.step(state, self.trainer.place(self.windows(self.config.batch_size)))
+        float(metrics["loss"])
+        return state
+
+    def rate(self, kind: str, seconds: float) -> Rate:
+        """Measures one of `train`, `score`, `decode` (one stream) or `decode_N` (N streams) for about `seconds`.
+
+        Raises ValueError, in one line, for another kind.
+        """
+        name, _, streams = kind.partition("_")
+        if name == "decode" and (not streams or (streams.isdigit() and int(streams) > 0)):
+            tokens, timing = self._decode(int(streams or 1), seconds)
+        elif kind in ("train", "score"):
+            tokens, timing = self._train(seconds) if kind == "train" else self._score(seconds)
+        else:
+            raise ValueError(f"kind={kind} must be train, score, decode or decode_N for N streams; try decode_16")
+        return Rate(tokens, timing, self.flops if kind == "train" else self.flops / 3, self.peaks[self.dtype.name])
+
+    def _train(self, seconds: float) -> tuple[int, Timing]:
+        state = self.trainer.init()
+
+        def step() -> None:
+            nonlocal state
+            state = self.step(state)
+
+        return self.config.tokens_per_step, repeat(step, seconds)
+
+    def _score(self, seconds: float) -> tuple[int, Timing]:
+        batch_size, length = self.config.evaluate.batch_size, self.config.model.seq_len
+        scorer = Scorer(self.trainer.model, self.tokenizer, batch_size, self.trainer.place)
+        tokens = self.windows(batch_size).reshape(-1)
+        spans = [(start, start + 1, start + length + 1, 0) for start in range(0, batch_size * length, length)]
+        return batch_size * length, repeat(lambda: scorer(self.params, tokens, spans), seconds)
+
+    def _decode(self, streams: int, seconds: float) -> tuple[int, Timing]:
+        """Greedy text after a short prompt, as much as the context holds, reading the prompt included."""
+        context = self.config.model.seq_len
+        prompt = " ".join(map(str, range(MARKS, MARKS + min(PROMPT_TOKENS, context // 4))))
+        settings = SampleSettings(max_tokens=min(NEW_TOKENS, context), temperature=0.0)
+        self.sampler.batch_size = max(self.sampler.batch_size, streams)
+
+        def generate() -> None:
+            self.sampler.sample(prompt, settings, num_samples=streams)
+
+        return streams * settings.max_tokens, repeat(generate, seconds, least=3, warmup=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was measured of one config. `peak_bytes` is the largest resident memory of the process so far."""
+
+    device: str
+    precision: str
+    params: int
+    flops_per_token: float
+    matmul_peak: dict[str, float]
+    rates: dict[str, Rate]
+    peak_bytes: int
+
+    def record(self) -> dict[str, Any]:
+        """As JSON: `{"train": {"tokens_per_second": ..., "peak_share": ...}, "decode": {...}, ...}`."""
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "rates"}
+        return {kind: rate.record() for kind, rate in self.rates.items()} | facts
+
+
+def measure(bench: Bench, kinds: Sequence[str], seconds: float) -> Report:
+    """Measures each of the kinds (see `Bench.rate`) for about `seconds`."""
+    rates = {kind: bench.rate(kind, seconds) for kind in kinds}
+    return Report(
+        device=bench.backend.device,
+        precision=bench.dtype.name,
+        params=count_parameters(bench.params),
+        flops_per_token=bench.flops,
+        matmul_peak=bench.peaks,
+        rates=rates,
+        peak_bytes=peak_resident_memory(),
+    )
+
+
+def tables(records: dict[str, dict[str, Any]]) -> list[Table]:
+    """For people: the rates of one or several records, by name."""
+    table = Table("", "", "tokens/s", "middle half", "of matmul peak", "peak memory", box=None, header_style="bold")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for name, record in records.items():
+        for kind, rate in record.items():
+            if isinstance(rate, dict) and "tokens_per_second" in rate:
+                table.add_row(
+                    name,
+                    kind,
+                    f"{rate['tokens_per_second']:,.0f}",
+                    f"{rate['low']:,.0f} to {rate['high']:,.0f}",
+                    f"{rate['peak_share']:.1%}",
+                    f"{record['peak_bytes'] / 1e6:,.0f} MB",
+                )
+    return [table]
+
+
+def headline(record: dict[str, Any]) -> str:
+    """What a record is about, in a line."""
+    peaks = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in record["matmul_peak"].items())
+    return (
+        f"{record['params']:,} parameters, {record['flops_per_token'] / 1e6:.1f} MFLOP a token, "
+        f"{record['precision']}; {record['device']}; matrix products, GFLOP/s: {peaks}"
+    )

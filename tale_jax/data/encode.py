@@ -1,0 +1,129 @@
+"""Documents -> runs of tokens with the marks of their ends; on all cores where there is text enough to pay for it.
+
+    for run in encode(corpus.documents("train"), tokenizer, corpus.num_bytes("train")):
+        file.write(run.tokens)
+
+The result is the same, and in the same order, however many cores there are.
+"""
+
+import collections
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+import numpy as np
+
+from tale_jax.data.tokenizer import Tokenizer
+
+BATCH_BYTES = 1 << 20  # of text encoded at once, at least
+PARALLEL_FROM = 32 << 20  # bytes of text: half of them are encoded in the second that processes take to start
+AHEAD = 2  # batches that wait for each process, so that none is ever idle
+
+
+class EncodedBatch(NamedTuple):
+    """Some documents, one after another, each between BOS and EOS; and what they hold besides these special tokens."""
+
+    tokens: bytes  # of the tokenizer's dtype
+    documents: int
+    words: int
+    num_bytes: int
+
+
+def encode(
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    num_bytes: int | None,
+    words_end_lines: bool = False,
+    cores: int = 0,
+) -> Iterator[EncodedBatch]:
+    """Encodes documents in batches of about `BATCH_BYTES`, holding a few of them at once.
+
+    Args:
+      documents: read in the caller's process, and no faster than they are encoded.
+      tokenizer: the same in every process.
+      num_bytes: about how much text there is; None: unknown, and taken to be much.
+      words_end_lines: see `count_words`.
+      cores: processes to encode on; 0: those that this process may use.
+
+    Raises:
+      OSError: one line, when a process was ended from outside, as for want of memory.
+    """
+    cores = cores or _usable_cores()
+    if cores == 1 or (num_bytes is not None and num_bytes < PARALLEL_FROM):
+        for texts in _batches(documents):
+            yield _encode_batch(tokenizer, texts, words_end_lines)
+        return
+    # Not forked: JAX may run threads by now, and a fork would copy the locks that they hold.
+    context, waiting = multiprocessing.get_context("spawn"), collections.deque[Future[EncodedBatch]]()
+    with ProcessPoolExecutor(cores, context, _start_worker, (tokenizer.model,)) as pool:
+        try:
+            for texts in _batches(documents):
+                waiting.append(pool.submit(_encode, texts, words_end_lines))
+                while len(waiting) > AHEAD * cores or (waiting and waiting[0].done()):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise OSError(
+                "a process that encodes text was ended from outside, as for want of memory; run the same command again"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def count_words(text: str, words_end_lines: bool) -> int:
+    """Words between white space, the unit of word perplexity; WikiText counts one more for the end of each line."""
+    return len(text.split()) + (text.count("\n") if words_end_lines else 0)
+
+
+def _encode_batch(tokenizer: Tokenizer, texts: list[str], words_end_lines: bool) -> EncodedBatch:
+    bos, eos = (np.array([mark], tokenizer.dtype).tobytes() for mark in (tokenizer.bos_id, tokenizer.eos_id))
+    return EncodedBatch(
+        b"".join(bos + tokenizer.encode(text).tobytes() + eos for text in texts),
+        len(texts),
+        sum(count_words(text, words_end_lines) for text in texts),
+        sum(len(text.encode()) for text in texts),
+    )
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    texts, size = [], 0
+    for text in documents:
+        texts.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_tokenizer: Tokenizer  # of a process of the pool
+
+
+def _start_worker(model: bytes) -> None:
+    """Makes a process of the pool ready, and sees that it ends with the one that began it, were that killed."""
+    global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who then ends the pool
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _tokenizer = Tokenizer(model)
+
+
+def _encode(texts: list[str], words_end_lines: bool) -> EncodedBatch:
+    return _encode_batch(_tokenizer, texts, words_end_lines)

@@ -1,0 +1,149 @@
+"""Token windows -> batches: shuffled afresh every pass, shared among processes, read ahead, resumable to the batch.
+
+The stream of prepared tokens is cut into windows that touch, or that each begin at a document; a pass takes each once,
+in an order drawn from seed and pass; the next pass follows without a gap. Which windows make up batch n does not depend
+on how many processes there are: of P processes, process p takes examples p, p + P, ... of each batch. Hence the state
+is one integer, the same on every process, and a run may go on with another number of them.
+
+    batches = Batches(tokens, window_starts(tokens, 256), seq_len=256, batch_size=8, seed=0)
+    batch = next(batches)                 # int32 [8, 257]: inputs batch[:, :-1], targets batch[:, 1:]
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from grain.experimental import ElasticIterator
+from jaxtyping import Int32, Integer
+
+from tale_jax.data.token_files import document_starts
+
+
+def window_starts(
+    tokens: Integer[np.ndarray, " N"], seq_len: int, bos_id: int | None = None
+) -> Integer[np.ndarray, " windows"]:
+    """Where the windows of a stream start: each takes `seq_len` inputs, and one token more as its last target.
+
+    With `bos_id` every document begins a window (and goes on in further ones where it is longer); what follows it in
+    the window is the beginning of the next. Each token then has all of its document before it, up to `seq_len`.
+    """
+    last = len(tokens) - seq_len - 1
+    if bos_id is None:
+        return np.arange(0, last + 1, seq_len)
+    begins = document_starts(tokens, bos_id)
+    counts = np.maximum(1, -(-(np.diff(begins, append=len(tokens)) - 1) // seq_len))
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.repeat(begins, counts) + seq_len * within
+    return starts[starts <= last]
+
+
+def split_windows(windows: Int32[np.ndarray, "B T1"], divisor: int) -> Int32[np.ndarray, "more less"]:
+    """Each window as so many shorter ones: the same inputs and targets, with less before them. `divisor` divides T."""
+    if divisor == 1:
+        return windows
+    inputs, targets = (x.reshape(-1, (windows.shape[1] - 1) // divisor) for x in (windows[:, :-1], windows[:, 1:]))
+    return np.concatenate([inputs, targets[:, -1:]], axis=1)
+
+
+class Windows:
+    """Random access to the windows of a token stream."""
+
+    def __init__(self, tokens: Integer[np.ndarray, " N"], starts: Integer[np.ndarray, " windows"], seq_len: int):
+        self._tokens, self._starts, self._seq_len = tokens, starts, seq_len
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Int32[np.ndarray, " T1"]:
+        start = self._starts[index]
+        return self._tokens[start : start + self._seq_len + 1].astype(np.int32)
+
+
+class Batches:
+    """An endless iterator over batches of shuffled windows, each int32 [batch_size / process_count, seq_len + 1].
+
+    Args:
+      tokens: a stream of token ids [N], memory-mapped or not.
+      starts: of its windows, from `window_starts`.
+      seq_len: inputs in a window; the stream is flat, so any length will do.
+      batch_size: windows in a batch, over all processes.
+      seed: of the order.
+      process_index, process_count: this process, and of how many.
+      num_threads, prefetch: threads that read ahead, and batches they keep ready. They change no batch.
+
+    Raises:
+      ValueError: one line, when there are fewer windows than a batch takes, or the processes do not divide it.
+    """
+
+    def __init__(
+        self,
+        tokens: Integer[np.ndarray, " N"],
+        starts: Integer[np.ndarray, " windows"],
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        num_threads: int = 0,
+        prefetch: int = 4,
+    ):
+        windows = Windows(tokens, starts, seq_len)
+        if len(windows) < batch_size:
+            raise ValueError(
+                f"batch_size={batch_size} must not exceed the {len(windows)} windows of model.seq_len={seq_len} in the "
+                "training split; give more text, or lower batch_size or model.seq_len"
+            )
+        if batch_size % process_count:
+            raise ValueError(
+                f"batch_size={batch_size} must be divisible by the {process_count} processes; choose a multiple of it"
+            )
+        # grain draws the order of pass n from seed + n: neighbouring seeds would share their orders, one pass apart.
+        order = int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "big"), digest_size=4).digest(), "big")
+        elastic = ElasticIterator(
+            grain.MapDataset.source(windows).shuffle(seed=order).repeat(),
+            batch_size,
+            grain.sharding.ShardOptions(shard_index=process_index, shard_count=process_count),
+            read_options=grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch),
+        )
+        self._iterator: Any = iter(elastic)
+        self._drawn_from = {"num_windows": len(windows), "seed": seed}
+        self._batch_size, self._examples = batch_size, 0  # examples given so far, over all processes
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Int32[np.ndarray, "B T1"]:
+        batch = next(self._iterator)
+        self._examples += self._batch_size
+        return batch
+
+    @property
+    def passes(self) -> float:
+        """Passes over the windows so far."""
+        return self._examples / self._drawn_from["num_windows"]
+
+    def get_state(self) -> dict[str, int]:
+        """The position behind the last batch given, ready for JSON and the same on every process."""
+        return {"examples": self._examples, **self._drawn_from}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Goes to a position from `get_state`: the next batch is the one that would have come then.
+
+        Raises:
+          ValueError: one line, when the position is one in other windows, or in another order of them.
+        """
+        for field, value in self._drawn_from.items():
+            if state[field] != value:
+                raise ValueError(
+                    f"{field}={value} must be {state[field]}, as when the data position was saved; "
+                    "resume with the windows, the seed and the model.seq_len of that run"
+                )
+        self._examples = state["examples"]
+        self._iterator.set_state({"global_next_index": self._examples})
+
+    def close(self) -> None:
+        """Ends the threads that read ahead."""
+        self._iterator.close()

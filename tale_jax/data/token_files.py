@@ -1,0 +1,99 @@
+"""Prepared windows: the token stream of a split on disk, and the manifest that says what it is.
+
+    workdir/windows/{train,valid,test}.bin     for each document BOS, its tokens, EOS: one flat stream
+    workdir/windows/{train,valid,test}.json    the manifest: what was read, with which tokenizer, and how much of it
+
+Window i of length T is tokens[i*T : i*T+T+1], inputs and targets one token apart, so that every token but the first is
+predicted exactly once. The stream is memory-mapped: it may be larger than memory, and a position in it is one integer.
+
+    tokens, manifest = load_tokens(workdir, "valid")
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64, Integer
+
+from tale_jax.data.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a prepared split is.
+
+    Attributes:
+      corpus: settings of the corpus, and names and sizes of its files (`Corpus.identity`).
+      seed: of the run.
+      tokenizer: sha256 of the model file; tokenizer_settings: the settings it was made with.
+      window_len: model.seq_len at the time: windows of any length up to it may be read.
+      documents, words, bytes, tokens: counts; tokens include BOS and EOS.
+      entropy: for the held-out tales, by the probabilities of the grammar that told them, `nats_per_tale`,
+        `nats_per_byte` and `nats_per_token` (EOS counted, BOS not), the standard error over tales of each with
+        `_stderr` after its name, and the sum `nats`; empty for other text.
+    """
+
+    split: str
+    corpus: dict[str, Any]
+    seed: int
+    tokenizer: str
+    tokenizer_settings: dict[str, Any]
+    window_len: int
+    dtype: str
+    documents: int = 0
+    words: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    entropy: dict[str, float] = dataclasses.field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def load_manifest(workdir: Path, split: str) -> Manifest:
+    """The manifest of a prepared split. Raises ValueError, in one line, when it is missing or of another version."""
+    path = workdir / "windows" / f"{split}.json"
+    if not path.is_file():
+        raise ValueError(f"workdir={workdir} has no prepared {split} split; run launch/prepare.py on it first")
+    try:
+        values = json.loads(path.read_text())
+        if values["format_version"] == FORMAT_VERSION:
+            return Manifest(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove {path.parent} and prepare again") from None
+    raise ValueError(f"{path} must have format_version={FORMAT_VERSION}; remove {path.parent} and prepare again")
+
+
+def load_tokens(workdir: Path, split: str) -> tuple[Integer[np.ndarray, " N"], Manifest]:
+    """Maps a prepared split into memory: its tokens [N], read-only, and its manifest.
+
+    Raises:
+      ValueError: one line, when the split was not prepared or its file is damaged.
+    """
+    manifest = load_manifest(workdir, split)
+    path, dtype = workdir / "windows" / f"{split}.bin", np.dtype(manifest.dtype)
+    size = path.stat().st_size if path.is_file() else 0
+    if size != manifest.tokens * dtype.itemsize:
+        raise ValueError(
+            f"{path} must have {manifest.tokens * dtype.itemsize} bytes, but has {size}; "
+            f"remove {path.with_suffix('.json')} and prepare again"
+        )
+    return np.memmap(path, dtype, mode="r"), manifest
+
+
+def document_starts(
+    tokens: Integer[np.ndarray, " N"], bos_id: int, block: int = 1 << 22
+) -> Int64[np.ndarray, " documents"]:
+    """Where the documents of a token stream start: the positions of BOS, read a block at a time."""
+    blocks = range(0, len(tokens), block)
+    return np.concatenate([start + np.flatnonzero(tokens[start : start + block] == bos_id) for start in blocks])
+
+
+def iter_documents(tokens: Integer[np.ndarray, " N"], tokenizer: Tokenizer) -> Iterator[str]:
+    """The texts of a token stream, in order."""
+    starts = document_starts(tokens, tokenizer.bos_id).tolist()
+    for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+        yield tokenizer.decode(tokens[start:end].tolist())

@@ -1,0 +1,64 @@
+"""The embedded tales have a known probability, so what a model has learned of them is measured, not guessed.
+
+`excess_nats_per_token` is nats of the model minus nats of the grammar itself on the same text, 0 for a perfect model
+(`scoring.py` puts it beside the other measures). Sampled tales are judged by the grammar, and looked up in the training
+text.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tale_jax.data.tales import grammar
+from tale_jax.data.token_files import iter_documents, load_tokens
+from tale_jax.data.tokenizer import Tokenizer
+from tale_jax.inference.sampler import Sampler, SampleSettings
+
+
+def judge_samples(
+    sampler: Sampler,
+    workdir: Path,
+    num_samples: int,
+    temperature: float,
+    seed: int,
+    advance: Callable[[int], None] = lambda n: None,
+) -> dict[str, Any]:
+    """Tales sampled from the start of a document, judged: shares of 1.
+
+    `accepted_share`: the grammar tells them and the world in them stays true. `consistent_share`: of those whose
+    sentences are the grammar's, as far as the judge reads, the share whose world stays true. `copied_share`: found
+    verbatim in the training text.
+    """
+    settings = SampleSettings(max_tokens=sampler.context - 1, temperature=temperature)
+    samples = []
+    for piece in sampler.stream("", settings, num_samples=num_samples, seed=seed):
+        if piece.sample:
+            samples.append(piece.sample)
+            advance(1)
+    verdicts = [grammar.judge(sample.text) for sample in samples]
+    tokens, _ = load_tokens(workdir, "train")
+    told = {sample.text for sample in samples}
+    copied = {text for text in iter_documents(tokens, sampler.tokenizer) if text in told}
+    accepted = sum(verdict.accepted for verdict in verdicts)
+    untrue = sum(verdict.kind == "world" for verdict in verdicts)
+    return {
+        "sample_temperature": temperature,
+        "num_samples": num_samples,
+        "accepted_share": accepted / num_samples,
+        "consistent_share": accepted / max(1, accepted + untrue),
+        "copied_share": sum(sample.text in copied for sample in samples) / num_samples,
+    }
+
+
+def grammar_nats(tokens: np.ndarray, starts: np.ndarray, wanted: set[int], tokenizer: Tokenizer) -> dict[int, float]:
+    """Nats of the wanted documents, by number, under the grammar that told them: the floor of every model's."""
+    ends = [*starts[1:], len(tokens)]
+    nats = {}
+    for number in wanted:
+        text = tokenizer.decode(tokens[starts[number] + 1 : ends[number] - 1].tolist())
+        verdict = grammar.judge(text)
+        assert verdict.accepted, f"a prepared tale is refused ({verdict.reason}): {text}"
+        nats[number] = -verdict.logprob
+    return nats

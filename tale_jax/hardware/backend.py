@@ -1,0 +1,254 @@
+"""The only place that names cpu, metal and cuda: picks the platform, and says what it is good at.
+
+JAX settles its platform once in a process, so `start_backend` must come before the first array. Choices that depend on
+the platform (layout of products, donation, counters of random bits) are fields of the result or set here, and travel
+from
+here as plain arguments: no other module asks where it runs. Which dtype to compute in is for `planning/numerics.py` to
+find out.
+"""
+
+import dataclasses
+import functools
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tale_jax.hardware import machine
+
+# Random bits from 64-bit counters do not depend on the mesh; no Metal plugin is known to take 64-bit numbers, and there
+# is one device, so draws of a seed are others there than on a CPU.
+COUNTERS = "jax_threefry_partitionable"
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """Where this process computes.
+
+    Attributes:
+      platform: cpu, metal or cuda.
+      plugin: distribution that provides an Apple GPU, or "".
+      device: the device's own name.
+      devices: all of them.
+      materialize_transposes: products with materialised transposes pay off (XLA on CPU from jaxlib 0.11, see
+      `model/layers.py`).
+      cudnn_attention: attention in half precision by cuDNN.
+      overlap_io: the host's cores have nothing to do while the device computes, so that batches are read, and
+        checkpoints written, beside the steps.
+      donate: buffers given to a step are reused for its results; elsewhere asking for it warns at every compilation.
+      memory: bytes that the program may fill, 0 if unknown: of the machine, of its GPU's working set, or of the GPU.
+      note: why `auto` chose this platform, "" when it was asked for.
+    """
+
+    platform: str
+    plugin: str
+    device: str
+    devices: tuple[Any, ...]
+    materialize_transposes: bool
+    cudnn_attention: bool
+    overlap_io: bool
+    donate: bool
+    memory: int
+    note: str
+
+
+def start_backend(platform: str) -> Backend:
+    """Settles JAX on a platform: auto, cpu, metal or cuda. Call it before anything else uses JAX.
+
+    `auto` takes an Apple or NVIDIA GPU whose plugin is installed and starts, and says so when it falls back to the CPU.
+    Raises ValueError when a platform asked for by name is not possible here.
+    """
+    _quiet_libraries()
+    _cache_compilations()
+    machine.keep_freed_memory()
+    _set_xla_flags()
+    plugin = machine.metal_plugin() if platform in ("auto", "metal") else ""
+    if platform == "metal" and not plugin:
+        raise ValueError(f"backend.platform=metal is not possible here: {machine.why_no_metal()}")
+    note = f"runs on the CPU: {machine.why_no_metal()}" if machine.is_apple_silicon() and not plugin else ""
+    if plugin and (reason := machine.trial(plugin)):
+        if platform == "metal" or not machine.starts_on_cpu():
+            raise ValueError(
+                f"backend.platform={platform} does not start here: {plugin} fails ({reason}); "
+                f"pip uninstall {plugin} to train on the CPU (launch/doctor.py tells more)"
+            )
+        note, plugin, platform = f"falls back to the CPU: {plugin} does not start ({reason})", "", "cpu"
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", _names(platform, plugin))
+    if plugin == "jax-mps":  # its own default is 1.5 times the working set
+        os.environ.setdefault("JAX_MPS_CACHE_LIMIT_BYTES", str(machine.gpu_working_set(plugin) // 2))
+    try:
+        devices = jax.devices()
+    except Exception as error:  # a plugin may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if platform != "auto":
+            raise ValueError(f"backend.platform={platform} does not start here ({reason}); try auto or cpu") from None
+        note = f"falls back to the CPU: {plugin or 'the GPU'} does not start ({reason})"
+        jax.config.update("jax_platforms", "cpu")
+        devices = jax.devices()
+    first = devices[0]
+    name = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}.get(first.platform, "metal")
+    if platform not in ("auto", name):
+        raise ValueError(
+            f"backend.platform={platform} is not what JAX starts here ({first.platform}); unset JAX_PLATFORMS"
+        )
+    jax.config.update(COUNTERS, name != "metal")
+    backend = Backend(
+        platform=name,
+        plugin=plugin if name == "metal" else "",
+        device=machine.cpu_name() if name == "cpu" else first.device_kind,
+        devices=tuple(devices),
+        materialize_transposes=False,
+        cudnn_attention=name == "cuda" and _cudnn_attends(),
+        overlap_io=False,
+        donate=False,
+        memory=_memory(name, plugin, first),
+        note=note,
+    )
+    return on_platform(backend, name)
+
+
+def on_platform(backend: Backend, platform: str) -> Backend:
+    """The choices that `platform` asks for, on whatever devices: what a program for it looks like can be seen anywhere.
+
+    Donation is honoured by XLA on CPU and CUDA, and by no Metal plugin that we know of.
+    """
+    version = _jax_version()
+    materialize_transposes = platform == "cpu" and version >= (0, 11)
+    # Old jaxlib on CPU gives arrays that were restored from a checkpoint back to the wrong allocator, and aborts.
+    donate = platform == "cuda" or (platform == "cpu" and version >= (0, 5))
+    return dataclasses.replace(
+        backend,
+        platform=platform,
+        materialize_transposes=materialize_transposes,
+        overlap_io=platform != "cpu",
+        donate=donate,
+    )
+
+
+def for_mac(backend: Backend, memory: int) -> Backend:
+    """What `backend` would be on a Mac with so many bytes of memory, for plans that are made elsewhere."""
+    there = on_platform(backend, "metal")
+    device = "a Mac, from the same program compiled here"
+    return dataclasses.replace(there, device=device, memory=machine.gpu_share(memory), note="")
+
+
+@contextmanager
+def tracing_for_metal() -> Iterator[None]:
+    """Inside it JAX traces as `start_backend` sets it on a Metal platform."""
+    before = getattr(jax.config, COUNTERS)
+    try:
+        jax.config.update(COUNTERS, False)
+        yield
+    finally:
+        jax.config.update(COUNTERS, before)
+
+
+def matmul_peak(dtype: Any) -> float:
+    """FLOP/s of large matrix products in `dtype` on the first device, measured once a process.
+
+    The dtype of a run is chosen by it, and its steps are compared with it.
+    """
+    return _matmul_peak(jnp.dtype(dtype).name)
+
+
+def memory_rate(size: int = 64 << 20, seconds: float = 0.5, times: int = 8) -> float:
+    """Bytes a second that the first device reads and writes, when it adds 1 to an array larger than its caches."""
+    add = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, x: x + 1, x))
+    x = jnp.zeros(size // 4, jnp.float32)
+    float(add(x)[0])
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        float(add(x)[0])
+        best = max(best, 2 * times * size / (time.perf_counter() - begin))
+    return best
+
+
+@functools.cache
+def _matmul_peak(dtype: str, size: int = 1024, seconds: float = 0.2) -> float:
+    x = jnp.ones((size * 2, size), dtype)
+    w = jnp.ones((size, size * 2), dtype)
+    product = jax.jit(jnp.matmul)
+    float(product(x, w)[0, 0])  # a host read: block_until_ready is a no-op on some plugins
+    best, count, end = 0.0, 4, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        products = [product(x, w) for _ in range(count)]
+        float(products[-1][0, 0])
+        best = max(best, count * 8 * size**3 / (time.perf_counter() - begin))
+    return best
+
+
+def _names(platform: str, plugin: str) -> str | None:
+    """What JAX calls a platform. The CPU comes second to a Metal plugin, to be compared with; None: JAX chooses."""
+    metal = f"{machine.METAL_PLUGINS[plugin][0]},cpu" if plugin else None
+    return {"cpu": "cpu", "cuda": "cuda,cpu", "metal": metal, "auto": metal}[platform]
+
+
+def _memory(platform: str, plugin: str, device: Any) -> int:
+    if platform == "cpu":
+        return machine.total_memory()
+    try:
+        stats = device.memory_stats() or {}
+    except Exception:  # not every plugin keeps count
+        stats = {}
+    return int(stats.get("bytes_limit", 0)) or machine.gpu_working_set(plugin)
+
+
+def _cache_compilations() -> None:
+    """A second start finds its programs compiled, in the user's cache folder (or JAX_COMPILATION_CACHE_DIR)."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(machine.cache_folder() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _set_xla_flags() -> None:
+    """Flags that XLA reads as it starts, but for those that the user has set.
+
+    On CPU it uses the 512 bits of AVX-512 where the machine has them, instead of 256. On NVIDIA GPUs it lets
+    communication between devices hide behind computing (JAX's guide to GPU performance).
+    """
+    wanted = {}
+    if machine.has_avx512() and _jax_version() >= (0, 11):
+        wanted["--xla_cpu_prefer_vector_width"] = "512"
+    if machine.has_cuda_plugin():
+        wanted["--xla_gpu_enable_latency_hiding_scheduler"] = "true"
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags = " ".join([flags, *(f"{name}={value}" for name, value in wanted.items() if name not in flags)]).strip()
+    if flags:
+        os.environ["XLA_FLAGS"] = flags
+
+
+def _cudnn_attends() -> bool:
+    """Whether cuDNN's flash attention compiles and runs here, with its gradient: not on every GPU, or without cuDNN."""
+
+    def attend(x: jax.Array) -> jax.Array:
+        mixed = jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation="cudnn")
+        return jnp.sum(mixed.astype(jnp.float32))
+
+    try:
+        jax.block_until_ready(jax.jit(jax.grad(attend))(jnp.zeros((1, 128, 1, 64), jnp.bfloat16)))
+    except Exception:  # whatever JAX, XLA or cuDNN raise where they cannot
+        return False
+    return True
+
+
+def _jax_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in jax.__version__.split(".")[:2])
+
+
+def _quiet_libraries() -> None:
+    """Warnings that a user can do nothing about do not tear the progress bar."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=UserWarning, module="jax|orbax|flax|grain")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="jax|orbax|flax|grain")
+    for name in ("absl", "orbax", "jax._src.xla_bridge", "jax._src.compilation_cache"):
+        logging.getLogger(name).setLevel(logging.ERROR)

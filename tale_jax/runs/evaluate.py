@@ -1,0 +1,80 @@
+"""How good the model of a workdir is: a whole split scored, tales judged, samples measured beside held-out text.
+
+python launch/evaluate.py --workdir=experiments/tales --split=test --json
+python launch/evaluate.py --workdir=experiments/wikitext2 --quality
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tale_jax.data.token_files import load_tokens
+from tale_jax.evaluation.quality_samples import BATCH_SIZE, measure_quality, write_samples
+from tale_jax.evaluation.scoring import Evaluation, Scorer
+from tale_jax.evaluation.tales import judge_samples
+from tale_jax.evaluation.text_quality import quality_rows
+from tale_jax.inference.sampler import Sampler
+from tale_jax.model.transformer import count_parameters
+from tale_jax.runs.experiment import Experiment
+from tale_jax.utils.files import JsonLines
+from tale_jax.utils.progress import Progress
+
+
+def evaluate(
+    experiment: Experiment,
+    split: str = "valid",
+    stride: int = 0,
+    num_samples: int = 200,
+    sample_temperature: float = 0.7,
+    seed: int = 0,
+    with_quality: bool = False,
+) -> dict[str, Any]:
+    """All measures of a split, as `evaluate.py --json` prints them, kept in `evaluations.jsonl`.
+
+    Losses are in nats, `bits_per_byte` in bits of the text's UTF-8 bytes; the end mark of each document is a token that
+    is counted, its begin mark is not. `params` is the number of weights. For tales `num_samples` are judged too.
+    `with_quality` adds `quality`, one result for each temperature (see `measure_quality`), and writes
+    `quality.jsonl`.
+    """
+    config, tokenizer, log = experiment.config, experiment.tokenizer, experiment.workdir / "log.txt"
+    scorer = Scorer(experiment.model, tokenizer, config.evaluate.batch_size)
+    evaluation = Evaluation(experiment.workdir, split, scorer, tokenizer, config.windows, stride)
+    with Progress(f"evaluate {split}", total=len(evaluation.spans), unit="windows", log=log) as progress:
+        result = evaluation(experiment.params, progress.advance)
+    result |= {"step": experiment.step, "weights": experiment.weights, "params": count_parameters(experiment.params)}
+    if evaluation.manifest.corpus["name"] == "tales" and num_samples:
+        with Progress("judge samples", total=num_samples, unit="tales", log=log) as progress:
+            sampler = Sampler(experiment.model, experiment.params, tokenizer)
+            result |= judge_samples(
+                sampler, experiment.workdir, num_samples, sample_temperature, seed, progress.advance
+            )
+    if with_quality:
+        result["quality"] = sampled_quality(experiment, split, seed)
+    JsonLines(experiment.workdir / "evaluations.jsonl").append(result | {"time": time.time()})
+    return result
+
+
+def sampled_quality(experiment: Experiment, split: str, seed: int) -> list[dict[str, Any]]:
+    """Samples beside the text of a split, by all measures of `quality.py`; the samples go to `quality.jsonl`."""
+    sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, batch_size=BATCH_SIZE)
+    (train, _), (held_out, _) = (load_tokens(experiment.workdir, name) for name in ("train", split))
+    with Progress("sample", unit="texts", log=experiment.workdir / "log.txt") as progress:
+        results, records = measure_quality(sampler, train, held_out, seed=seed, advance=progress.advance)
+    about = {"split": split, "step": experiment.step}
+    write_samples(experiment.workdir / "quality.jsonl", [record | about for record in records])
+    return results
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """The result of `evaluate` human-readable, line by line."""
+    plain = {name: value for name, value in result.items() if name != "quality"}
+    lines = [f"{k:>29}  {v:,.4f}" if isinstance(v, float) else f"{k:>29}  {v}" for k, v in plain.items()]
+    for one in result.get("quality", ()):
+        header, rows = quality_rows(one)
+        cells = [["", *header], *rows]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(header) + 1)]
+        lines.append(f"{one['num_samples']} samples at temperature {one['temperature']:g}, {one['words']:,} words")
+        for name, *values, verdict in cells:
+            numbers = "  ".join(f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=False))
+            lines.append(f"  {name:<{widths[0]}}  {numbers}  {verdict}")
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""What a workdir holds about its run, read back for reports: config, records, samples, evaluations.
+
+run = read_run(Path("experiments/tales"))
+steps, losses = run.column("train", "loss")
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tale_jax.training.metrics import Record
+from tale_jax.utils.files import read_json_lines
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecords:
+    """What stands in one workdir."""
+
+    name: str
+    config: Mapping[str, Any]
+    records: Mapping[str, list[dict[str, Any]]]  # by kind, as read_metrics gives them
+    samples: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """The latest "run" record, {} when there is none."""
+        return self.records.get("run", [{}])[-1]
+
+    def column(self, kind: str, field: str) -> tuple[list[int], list[float]]:
+        """Steps and values of the records that have `field`; null, which stands for "not finite", is NaN."""
+        rows = [record for record in self.records.get(kind, ()) if field in record]
+        return [r["step"] for r in rows], [math.nan if r[field] is None else float(r[field]) for r in rows]
+
+    def last(self, kind: str, field: str) -> float | None:
+        """The latest value, None when there is none."""
+        values = self.column(kind, field)[1]
+        return values[-1] if values else None
+
+    @property
+    def step(self) -> int:
+        """The last step that is recorded."""
+        return max((record["step"] for kind in ("train", "valid") for record in self.records.get(kind, ())), default=0)
+
+
+def read_run(workdir: Path, name: str = "") -> RunRecords:
+    """Reads a run, named as its folder unless told. Raises ValueError with one line when there is nothing to read."""
+    if not workdir.is_dir():
+        raise ValueError(f"workdir={workdir} does not exist: name the folder of an experiment")
+    records = read_metrics(workdir)
+    if not records:
+        raise ValueError(f"workdir={workdir} holds no records in metrics.jsonl: train first, then report")
+    config_file = workdir / "config.json"
+    try:
+        config = json.loads(config_file.read_text()) if config_file.exists() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{config_file} is not JSON ({error}): restore it from a copy, or remove it") from error
+    samples = _without_superseded(read_json_lines(workdir / "samples.jsonl"))
+    return RunRecords(
+        name or workdir.resolve().name, config, records, samples, read_json_lines(workdir / "evaluations.jsonl")
+    )
+
+
+def _without_superseded(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Samples in the order of steps: where a restarted run came by a step again, what it said then."""
+    kept: list[dict[str, Any]] = []
+    for sample in samples:
+        if not isinstance(sample.get("step"), int) or not isinstance(sample.get("text"), str):
+            continue
+        while kept and (kept[-1]["step"] > sample["step"] or kept[-1] == sample):
+            kept.pop()
+        kept.append(sample)
+    return kept
+
+
+def read_metrics(workdir: Path) -> dict[str, list[Record]]:
+    """The records of `workdir/metrics.jsonl` by kind, each step once (its last record), in the order of steps.
+
+    A "run" record at step s says that training went on from s: what stood beyond s was lost in a crash and is dropped.
+    """
+    kinds: dict[str, dict[int, Record]] = {}
+    for record in read_json_lines(workdir / "metrics.jsonl"):
+        kind, step = record.get("kind"), record.get("step")
+        if not isinstance(kind, str) or not isinstance(step, int):
+            continue
+        if kind == "run":
+            for other in kinds.keys() - {"run"}:
+                kinds[other] = {s: kept for s, kept in kinds[other].items() if s <= step}
+        kinds.setdefault(kind, {})[step] = record
+    return {kind: [records[step] for step in sorted(records)] for kind, records in kinds.items()}

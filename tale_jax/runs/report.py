@@ -1,0 +1,286 @@
+"""One HTML file that shows what a run did, or compares several: curves, samples, evaluations, config.
+
+    python launch/report.py --workdir=experiments/tales
+    python launch/report.py --workdir=experiments/a --workdir=experiments/b --out=a_and_b.html
+
+The file needs no network and no script: plots are inline SVG whose colours are CSS variables, so that they follow the
+reader's light or dark theme. Everything is read from the workdir (`metrics.jsonl`, `samples.jsonl`,
+`evaluations.jsonl`, `config.json`), so a run still going on, or one that diverged, can be reported too.
+"""
+
+import html
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tale_jax.evaluation.text_quality import quality_rows
+from tale_jax.runs.plots import NUM_COLORS, compact, plots
+from tale_jax.runs.records import RunRecords, read_run
+from tale_jax.utils.format import format_clock
+
+MAX_SAMPLE_STEPS = 6
+
+
+def write_report(workdirs: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes the report of the workdirs, compared when there are several, and returns where it lies.
+
+    out: the file to write; None: `report.html` in the workdir, or `comparison.html` beside the first of several
+    Raises ValueError when a workdir is missing or holds no metrics.
+    """
+    workdirs = list(dict.fromkeys(path.resolve() for path in workdirs))
+    if not workdirs:
+        raise ValueError("no workdir is given: name at least one, as --workdir=experiments/NAME")
+    names = [path.name for path in workdirs]
+    if len(set(names)) < len(names):
+        common = os.path.commonpath(workdirs)
+        names = [str(path.relative_to(common)) for path in workdirs]
+    runs = [read_run(path, name) for path, name in zip(workdirs, names, strict=True)]
+    if out is None:
+        out = workdirs[0] / "report.html" if len(runs) == 1 else workdirs[0].parent / "comparison.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial")
+    partial.write_text(_page(runs), encoding="utf-8", errors="replace")
+    partial.replace(out)
+    return out
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, float):
+        return "not finite" if not math.isfinite(value) else f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table of `header` (HTML) over the columns, and of rows that each start with their name (text)."""
+    head = "".join(f"<th>{cell}</th>" for cell in ["", *header])
+    body = "".join(
+        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(_cell(cell))}</td>' for cell in cells)}</tr>"
+        for name, *cells in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _wall_seconds(run: RunRecords) -> float | None:
+    """Seconds between the start of each session and its last record, summed."""
+    starts = [record["time"] for record in run.records.get("run", ()) if record.get("time")]
+    ends = [record["time"] for record in run.records.get("train", ()) if record.get("time")]
+    bounds = [*sorted(starts)[1:], math.inf]
+    spans = [max((e for e in ends if s <= e < b), default=s) - s for s, b in zip(sorted(starts), bounds, strict=True)]
+    return sum(spans) if spans else None
+
+
+def _facts(run: RunRecords) -> dict[str, str]:
+    """What one wants to know of a run at a glance, as text; what is not known is left out."""
+    about = run.about
+    rates = [value for value in run.column("train", "tokens_per_second")[1] if math.isfinite(value)]
+    shares = [value for value in run.column("train", "peak_share")[1] if math.isfinite(value)]
+    waits = [value for value in run.column("train", "data_wait")[1] if math.isfinite(value)]
+    tokens, params, wall = run.last("train", "tokens"), about.get("params"), _wall_seconds(run)
+    floor, error = about.get("floor_nats_per_token"), about.get("floor_nats_per_token_stderr")
+    facts: dict[str, tuple[str, Any]] = {
+        "Validation loss": ("{:.3f} nats/token", run.last("valid", "nats_per_token")),
+        "Bits per byte": ("{:.3f}", run.last("valid", "bits_per_byte")),
+        "Excess": ("{:.4f} nats/token", run.last("valid", "excess_nats_per_token")),
+        "Entropy floor": ("{:.3f}" + (f" ± {error:.3f}" if error else ""), floor),
+        "Training loss": ("{:.3f} nats/token", run.last("train", "loss")),
+        "Steps": ("{:,}" + (f" of {about['total_steps']:,}" if about.get("total_steps") else ""), run.step),
+        "Tokens seen": ("{}", compact(tokens) if tokens else None),
+        "Parameters": ("{}", compact(params) if params else None),
+        "Tokens a parameter": ("{:.1f}", tokens / params if tokens and params else None),
+        "Throughput": ("{:,.0f} tokens/s", statistics.median(rates) if rates else None),
+        "Share of matmul peak": ("{:.0%}", statistics.median(shares) if shares else None),
+        "Waiting for data": ("{:.1%}", statistics.median(waits) if waits else None),
+        "Wall time": ("{}", format_clock(wall) if wall else None),
+        "Device": ("{}", about.get("device") or about.get("platform")),
+        "Precision": ("{}", about.get("precision")),
+    }
+    return {
+        name: form.format(value) if value == value else "not finite"  # NaN is the one number that differs from itself
+        for name, (form, value) in facts.items()
+        if value is not None
+    }
+
+
+def _warnings(run: RunRecords) -> Iterator[str]:
+    steps, losses = run.column("train", "loss")
+    bad = [step for step, loss in zip(steps, losses, strict=True) if not math.isfinite(loss)]
+    if bad:
+        yield f"{run.name}: the loss was not finite in {len(bad)} of {len(steps)} records, first at step {bad[0]:,}."
+
+
+EVALUATION_FIELDS = (
+    *("step", "context", "stride", "tokens", "words", "bytes"),
+    *("nats_per_token", "token_perplexity", "word_perplexity", "bits_per_byte"),
+    *("floor_nats_per_token", "excess_nats_per_token", "excess_nats_per_token_stderr"),
+    *("sample_temperature", "accepted_share", "consistent_share", "copied_share"),
+)
+
+
+def _evaluations(runs: Sequence[RunRecords]) -> str:
+    """A table with a column for each evaluation, the latest of those made alike."""
+    alike = ("split", "step", "context", "stride", "sample_temperature")
+    latest = {(i, *(str(e.get(key)) for key in alike)): e for i, run in enumerate(runs) for e in run.evaluations}
+    if not latest:
+        return ""
+    who = [f"{_name(runs, i)}, " if len(runs) > 1 else "" for i, *_ in latest]
+    header = [name + html.escape(str(e.get("split"))) for name, e in zip(who, latest.values(), strict=True)]
+    fields = [field for field in EVALUATION_FIELDS if any(field in e for e in latest.values())]
+    rows = [[field.replace("_", " "), *(e.get(field) for e in latest.values())] for field in fields]
+    return f"<h2>Evaluations</h2>{_table(header, rows)}"
+
+
+def _quality(runs: Sequence[RunRecords]) -> str:
+    """For each run a table of its latest samples beside held-out text, for each temperature."""
+    parts = []
+    for i, run in enumerate(runs):
+        evaluation = next((e for e in reversed(run.evaluations) if e.get("quality")), {})
+        for one in evaluation.get("quality", ()):
+            header, rows = quality_rows(one)
+            who = f"{_name(runs, i)}, " if len(runs) > 1 else ""
+            about = f"step {evaluation['step']:,}, temperature {one['temperature']:g}, {one['words']:,} words"
+            parts.append(f"<h3>{who}{about}</h3>{_table(header, rows)}")
+    if not parts:
+        return ""
+    note = (
+        "What the model writes, beside held-out text of the same length. “By chance” is the ratio of other held-out "
+        "text. Text without sense can pass; text that fails differs as the verdict says."
+    )
+    return f"<h2>Samples beside held-out text</h2><p>{note}</p>{''.join(parts)}"
+
+
+def _name(runs: Sequence[RunRecords], index: int) -> str:
+    """A run's name with the colour of its curves."""
+    swatch = f'<i style="background:var(--color-{index % NUM_COLORS})"></i>' if len(runs) > 1 else ""
+    return f"{swatch}{html.escape(runs[index].name)}"
+
+
+def _samples(run: RunRecords, last_only: bool) -> str:
+    """Samples along the training: those of the last step, of about half its steps, of a quarter, ..."""
+    all_steps = {sample["step"] for sample in run.samples}
+    halvings = [max(all_steps) / 2**i for i in range(1 if last_only else MAX_SAMPLE_STEPS)]
+    blocks = []
+    for step in dict.fromkeys(min(all_steps, key=lambda step: abs(step - halving)) for halving in halvings):
+        texts = []
+        for sample in (sample for sample in run.samples if sample["step"] == step):
+            prompt = str(sample.get("prompt") or "")
+            text = sample["text"].removeprefix(prompt)
+            lead = f"<b>{html.escape(prompt)}</b>" if prompt else ""
+            texts.append(f"<blockquote>{lead}{html.escape(text.strip() if not prompt else text.rstrip())}</blockquote>")
+        blocks.append(f"<section><h3>step {step:,}</h3><div>{''.join(texts)}</div></section>")
+    return "".join(blocks)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _differences(runs: Sequence[RunRecords]) -> str:
+    """A table of the config fields that are not the same in all runs."""
+    configs = [_flat(run.config) for run in runs]
+    fields = dict.fromkeys(field for config in configs for field in config)
+    rows = [[field, *(config.get(field) for config in configs)] for field in fields]
+    rows = [row for row in rows if len(set(map(repr, row[1:]))) > 1]
+    return "<h2>Settings that differ</h2>" + _table([_name(runs, i) for i in range(len(runs))], rows) if rows else ""
+
+
+def _page(runs: Sequence[RunRecords]) -> str:
+    lone = len(runs) == 1
+    facts = [_facts(run) for run in runs]
+    if lone:
+        title = runs[0].name
+        tiles = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts[0].items())
+        summary = f"<dl>{tiles}</dl>"
+    else:
+        title = ", ".join(run.name for run in runs)
+        names = list(dict.fromkeys(name for fact in facts for name in fact))
+        rows = [[name, *(fact.get(name) for fact in facts)] for name in names]
+        summary = _table([_name(runs, i) for i in range(len(runs))], rows) + _differences(runs)
+    samples = "".join((f"<h3>{_name(runs, i)}</h3>" if not lone else "") + _samples(run, not lone)
+                      for i, run in enumerate(runs) if run.samples)  # fmt: skip
+    configs = "".join(
+        f"<details><summary>Config of {html.escape(run.name)}</summary>"
+        f"<pre>{html.escape(json.dumps(run.config, indent=2))}</pre></details>"
+        for run in runs
+        if run.config
+    )
+    warnings = "".join(f'<p class="warning">{html.escape(line)}</p>' for run in runs for line in _warnings(run))
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{html.escape(title)} · tale_jax</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header><p>tale_jax · {"report" if lone else "comparison"}</p><h1>{html.escape(title)}</h1></header>
+{warnings}
+{summary}
+{plots(runs)}
+{_evaluations(runs)}
+{_quality(runs)}
+{"<h2>Samples</h2>" + samples if samples else ""}
+{configs}
+</body>
+</html>
+"""
+
+
+STYLE = """
+:root { --paper: #fdfdfc; --card: #f4f4f1; --ink: #1c1d1f; --muted: #5c6068; --grid: #dfe0e2; --warn: #fdecc8;
+  --color-0: #2358c9; --color-1: #c2500e; --color-2: #0b7a55; --color-3: #a8328d; --color-4: #0a7489;
+  --color-5: #7a5a00; }
+@media (prefers-color-scheme: dark) { :root { --paper: #15171a; --card: #1f2226; --ink: #e9eaec; --muted: #a0a6af;
+  --grid: #34383e; --warn: #4a3a12; --color-0: #7aa7ff; --color-1: #ff9b5c; --color-2: #4fd1a1; --color-3: #f08fd8;
+  --color-4: #5cc9e0; --color-5: #e3c04f; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 68rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+header p { margin: 0; color: var(--muted); font-size: .9rem; }
+h1 { margin: .1rem 0 1.5rem; font-size: 2rem; line-height: 1.2; letter-spacing: -.015em; overflow-wrap: anywhere; }
+h2 { margin: 2.75rem 0 .75rem; font-size: 1.25rem; letter-spacing: -.01em; }
+h3 { margin: 1.5rem 0 .5rem; font-size: 1rem; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11.5rem, 1fr)); gap: .75rem; margin: 0; }
+dl div { padding: .7rem .9rem; background: var(--card); border-radius: .6rem; }
+dt { color: var(--muted); font-size: .8rem; }
+dd { margin: 0; font-size: 1.1rem; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 2rem 1.5rem;
+  margin-top: 2.5rem; }
+figure { margin: 0; min-width: 0; }
+figure.wide { grid-column: 1 / -1; }
+figure.wide div { overflow-x: auto; }
+figcaption { margin-bottom: .35rem; font-weight: 600; }
+svg { display: block; width: 100%; height: auto; overflow: visible; }
+svg.wide { min-width: 36rem; }
+svg text { font-family: inherit !important; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem 2rem .35rem 0; border-bottom: 1px solid var(--grid); text-align: left; white-space: nowrap; }
+thead th { font-weight: 600; }
+tbody th { color: var(--muted); font-weight: 400; }
+th i { display: inline-block; width: .75em; height: .75em; margin-right: .5em; border-radius: 50%; }
+section { display: grid; grid-template-columns: 7rem 1fr; gap: 0 1rem; border-top: 1px solid var(--grid); }
+section h3 { margin: 1.2rem 0; color: var(--muted); font-weight: 500; font-size: .9rem; }
+section:first-of-type { border-top: 0; }
+blockquote { margin: 1rem 0; max-width: 42rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: 1.06rem/1.6 Charter, "Iowan Old Style", Georgia, "Times New Roman", serif; }
+blockquote b { color: var(--color-0); font-weight: 600; }
+blockquote + blockquote { padding-top: 1rem; border-top: 1px dotted var(--grid); }
+details { margin-top: 2rem; }
+summary { cursor: pointer; font-weight: 600; }
+pre { padding: 1rem; overflow-x: auto; background: var(--card); border-radius: .6rem;
+  font-size: .85rem; line-height: 1.45; }
+.warning { padding: .7rem .9rem; background: var(--warn); border-radius: .6rem; }
+@media (max-width: 40rem) { section { grid-template-columns: 1fr; } section h3 { margin-bottom: 0; } }
+@media print { body { max-width: none; } details { display: none; } }
+"""

@@ -1,0 +1,105 @@
+"""Files that are whole or not there: atomic writes, digests, and logs of one JSON object a line.
+
+write_atomically(path, "text")                # or bytes; a kill or a full disk leaves what was there before
+with atomic_writer(path) as file:             # the same for what is written bit by bit
+    file.write(b"…")
+JsonLines(path).append({"step": 1})           # on disk line by line
+records = read_json_lines(path)
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its name when it is whole and on disk; if anything goes wrong, nothing is left."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb", buffering=1 << 20) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Puts `content` into a file, in the place of what stood there. Text is UTF-8."""
+    with atomic_writer(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` last through a power cut; nothing where the system cannot."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sha256_of(path: Path, block: int = 1 << 20) -> str:
+    """The SHA-256 sum of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(block):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+class JsonLines:
+    """Appends records to a file, one JSON object a line, on disk line by line; a line torn by a kill is cut off."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _end_last_line(path)
+        self._path = path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
+
+
+def _end_last_line(path: Path) -> None:
+    """Ends the last line, or cuts it off where it is not a whole record."""
+    content = path.read_bytes() if path.exists() else b""
+    tail = content.rpartition(b"\n")[2]
+    if not tail:
+        return
+    with path.open("r+b") as file:
+        try:
+            json.loads(tail)
+            file.seek(len(content))
+            file.write(b"\n")
+        except ValueError:
+            file.truncate(len(content) - len(tail))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, in order; lines torn by a kill are skipped, a missing file is empty."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
+def to_json(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` in JSON's own types: numpy scalars become Python's, numbers that are not finite become None."""
+    plain = {field: value.item() if hasattr(value, "item") else value for field, value in record.items()}
+    return {f: None if isinstance(v, float) and not math.isfinite(v) else v for f, v in plain.items()}

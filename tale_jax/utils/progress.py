@@ -1,0 +1,170 @@
+"""Progress of anything that takes long: preparing, training, evaluating, sampling.
+
+    with Progress("train", total=1000, unit="steps", log=workdir / "log.txt") as progress:
+        for step in range(1, 1001):
+            progress.advance()
+            progress.set_fields({"loss": 3.2, "learning_rate": 1e-3, "tokens_per_second": 9100})
+
+On a terminal this is one bar that stays at the bottom; in a log, a line every few seconds without control characters:
+
+    train 120/1,000 steps (12%)  loss 3.214  lr 1.9e-03  9,100 tokens/s  ETA 1:36
+"""
+
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import rich.console
+import rich.progress
+
+from tale_jax.utils.format import format_clock
+
+BAR_WIDTH = 14  # characters
+
+# The fields of a record that are shown, and how; on a narrow terminal the last ones go first.
+SHOWN: dict[str, Callable[[float], str]] = {
+    "loss": lambda v: f"loss {v:.3f}",
+    "nats_per_token": lambda v: f"{v:.3f} nats/token",
+    "tokens_per_second": lambda v: f"{v:,.0f} tokens/s",
+    "learning_rate": lambda v: f"lr {v:.1e}",
+    "grad_norm": lambda v: f"grad {v:.2g}",
+    "peak_share": lambda v: f"{v:.0%} of peak",
+}
+
+
+class Progress:
+    """A bar on a terminal, a plain line every few seconds elsewhere; both on stderr, which leaves stdout to results.
+
+    title: what is going on, in a word or two
+    total: how much there is to do, in `unit`; 0 when unknown
+    unit: "steps", "windows", "tokens", "bytes" (shown as MB), ...
+    start: how much was done before (a resumed run)
+    log: file to append the plain lines to, with the time, whatever stderr is
+    show: False shows nothing (the log is still written)
+    every_seconds: least time between two plain lines
+
+    A context manager. `advance` is cheap enough to be called for every step, document or token.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        *,
+        total: int = 0,
+        unit: str = "steps",
+        start: int = 0,
+        log: Path | None = None,
+        show: bool = True,
+        every_seconds: float | int = 5.0,
+    ):
+        self._title, self._total, self._unit, self._done = title, total, unit, start
+        self._log_path, self._show, self._every_seconds = log, show, every_seconds
+        self._parent: Progress | None = None
+        self._log: TextIO | None = None
+        self._bar: rich.progress.Progress | None = None
+        self._fields: Mapping[str, Any] = {}
+        self._marks: deque[tuple[float, int]] = deque(maxlen=120)  # (time, done) of late, a second apart or more
+        self._drawn = self._told = -math.inf  # when the bar and the last plain line were written
+        self._fresh = False  # something happened since the last plain line
+
+    def __enter__(self) -> "Progress":
+        if self._log_path is not None:
+            self._log_path.parent.mkdir(parents=True, exist_ok=True)
+            self._log = self._log_path.open("a", encoding="utf-8")
+        if self._parent is not None:
+            self._bar = self._parent._bar
+        elif self._show and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            self._bar = rich.progress.Progress(
+                rich.progress.SpinnerColumn(),
+                rich.progress.TextColumn("{task.description}", style="bold", markup=False),
+                rich.progress.BarColumn(bar_width=BAR_WIDTH),
+                rich.progress.TextColumn("{task.fields[text]}", markup=False),
+                console=rich.console.Console(stderr=True),
+                redirect_stdout=sys.stdout.isatty(),  # never results that go to a file
+            )
+            self._bar.start()
+        if self._bar is not None:
+            self._task = self._bar.add_task(self._title, total=self._total or None, completed=self._done, text="")
+        self._told = time.monotonic() if self._parent is not None else -math.inf  # a short part needs no line
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None and self._fresh:
+            self._refresh(time.monotonic(), last=self._parent is None)
+        if self._bar is not None and self._parent is None:
+            self._bar.stop()
+        elif self._bar is not None:
+            self._bar.remove_task(self._task)
+        if self._log is not None and self._parent is None:
+            self._log.close()
+
+    def part(self, title: str, *, total: int = 0, unit: str = "windows") -> "Progress":
+        """A second bar below this one, gone when its `with` ends: for evaluating in the middle of training."""
+        part = Progress(title, total=total, unit=unit, show=self._show, every_seconds=self._every_seconds)
+        part._parent, part._log = self, self._log
+        return part
+
+    def advance(self, count: int = 1) -> None:
+        """So much more is done, in the unit."""
+        self._done += count
+        self._fresh = True
+        now = time.monotonic()
+        if not self._marks or now - self._marks[-1][0] >= 1.0:
+            self._marks.append((now, self._done))  # the first mark stands after the first step, which compiles
+        if now - self._drawn >= 0.1:
+            self._refresh(now)
+
+    def set_fields(self, record: Mapping[str, Any]) -> None:
+        """The fields of a record to show beside the count from now on: loss, learning_rate, tokens_per_second, ..."""
+        self._fields = dict(record)
+        self._fresh = True
+        self._refresh(time.monotonic())
+
+    def print(self, text: str) -> None:
+        """Text of its own, above the bar and in the log. Control characters, which models produce, are replaced."""
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif self._show:
+            print(text, file=sys.stderr, flush=True)
+        self._write_log(text)
+
+    def _write_log(self, text: str) -> None:
+        if self._log is not None:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._log.flush()
+
+    def _refresh(self, now: float, last: bool = False) -> None:
+        self._drawn = now
+        if self._bar is not None:
+            width = self._bar.console.width - BAR_WIDTH - len(self._title) - 5  # spinner and gaps
+            self._bar.update(self._task, completed=self._done, text=self._text(now, width))
+        if last or now - self._told >= self._every_seconds:
+            self._told, self._fresh, text = now, False, self._text(now)
+            if self._bar is None and self._show:
+                print(f"{self._title} {text}", file=sys.stderr, flush=True)
+            self._write_log(f"{self._title} {text}")
+
+    def _text(self, now: float, width: float | int = math.inf) -> str:
+        """Count, fields and time left, with as many of the fields as `width` characters hold."""
+        scale, digits, unit = (1e6, 1, "MB") if self._unit == "bytes" else (1, 0, self._unit)
+        count, left = f"{self._done / scale:,.{digits}f}", ""
+        if self._total:
+            count += f"/{self._total / scale:,.{digits}f} {unit} ({self._done / self._total:.0%})"
+        else:
+            count += f" {unit}"
+        fields = [show(self._fields[name]) for name, show in SHOWN.items() if self._fields.get(name) is not None]
+        then, done_then = self._marks[0] if self._marks else (now, self._done)
+        if now > then and (rate := (self._done - done_then) / (now - then)):
+            if "tokens_per_second" not in self._fields:
+                fields.append(f"{rate / scale:,.3g} {unit}/s")
+            if self._done < self._total:
+                left = f"ETA {format_clock((self._total - self._done) / rate)}"
+        while len(text := "  ".join(filter(None, [count, *fields, left]))) > width and fields:
+            fields.pop()
+        return text

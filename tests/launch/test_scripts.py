@@ -1,0 +1,137 @@
+"""Every launch script, run as a user runs it, on the embedded corpus: results, and mistakes in one line."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from helpers import run_script, start_script
+
+TINY = "--config=configs/tales.py:tiny"
+FEW = ["--config.corpus.num_train_tales=60", "--config.corpus.num_valid_tales=8", "--config.corpus.num_test_tales=8"]
+SMALL = [*FEW, "--config.model.embed_dim=32", "--config.model.seq_len=64", "--config.sample.max_tokens=8"]
+
+
+def flags(workdir: Path, *more: str) -> list[str]:
+    return [TINY, f"--workdir={workdir}", *SMALL, *more]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> Path:
+    """A workdir that prepare.py and train.py made."""
+    workdir = tmp_path_factory.mktemp("told") / "run"
+    done = run_script("prepare", *flags(workdir))
+    assert done.returncode == 0, done.stderr
+    assert str(workdir) in done.stdout
+    done = run_script("train", *flags(workdir))
+    assert done.returncode == 0, done.stderr
+    assert str(workdir) in done.stdout
+    return workdir
+
+
+def test_a_finished_run_says_so(told):
+    done = run_script("train", *flags(told))
+    assert done.returncode == 0 and "finished" in done.stdout
+
+
+def test_evaluate(told):
+    done = run_script("evaluate", f"--workdir={told}", "--json", "--num_samples=4", "--split=test", "--weights=mean:2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["split"] == "test" and result["step"] == 20 and result["nats_per_token"] > 0
+    assert result["weights"] == "mean:2"
+    assert {"excess_nats_per_token", "sample_temperature", "accepted_share", "consistent_share", "copied_share"} <= set(
+        result
+    )
+
+
+def test_sample(told):
+    done = run_script("sample", f"--workdir={told}", "--prompt=Once", "--max_tokens=5", "--num_samples=2", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert len(result["samples"]) == 2 and result["tokens_per_second"] > 0 and result["weights"] == "last"
+    assert all({"text", "tokens", "logprob"} <= set(sample) for sample in result["samples"])
+
+
+def test_report(told):
+    done = run_script("report", f"--workdir={told}")
+    assert done.returncode == 0, done.stderr
+    assert (told / "report.html").stat().st_size > 10_000 and "report.html" in done.stdout
+
+
+def test_a_moved_workdir_is_all_that_is_needed(told, tmp_path):
+    shutil.copytree(told, tmp_path / "moved")
+    done = run_script("sample", f"--workdir={tmp_path / 'moved'}", "--max_tokens=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_interrupt_saves_and_the_same_command_goes_on(tmp_path):
+    process = start_script("train", *flags(tmp_path / "run", "--config.total_steps=100000"))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (metrics.exists() and '"train"' in metrics.read_text()):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "the same command goes on from there" in stderr and "Traceback" not in stderr
+    saved = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    done = run_script("train", *flags(tmp_path / "run", f"--config.total_steps={saved + 2}"))
+    assert done.returncode == 0, done.stderr
+    assert f"resumes at step {saved}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "line"),
+    [
+        ("train", [TINY, "--workdir={tmp}/x", "--config.model.num_head=3"], "did you mean --config.model.num_heads?"),
+        ("train", [TINY, "--workdir={tmp}/x", "--config.model.num_heads=7"], "model.embed_dim=64 must be divisible by"),
+        ("train", ["--config=configs/files.py", "--workdir={tmp}/x", "--config.corpus.path={tmp}/no"], "corpus.path="),
+        ("train", ["--config=configs/files.py", "--workdir={tmp}/x"], "corpus.path="),
+        (
+            "train",
+            [TINY, "--workdir={tmp}/x", "--config.minutes=1", "--config.passes=2"],
+            "passes must not be given where",
+        ),
+        ("train", [TINY, "--workdir={told}", *SMALL, "--config.model.num_layers=3"], "num_layers=3 must be 2"),
+        ("train", [TINY, "--workdir={told}", *SMALL, "--config.model.seq_len=128"], "model.seq_len=128"),
+        ("train", [TINY, "--workdir={tmp}/file/x"], "file/x"),
+        ("prepare", [TINY, "--workdir={told}", *SMALL, "--config.model.seq_len=128"], "windows of 64 tokens"),
+        ("evaluate", ["--workdir={tmp}/nothing"], "must hold an experiment"),
+        ("evaluate", ["--workdir={told}", "--split=train-set"], "--split=train-set must be one of"),
+        ("evaluate", ["--workdir={told}", "--step=7"], "step=7 must be a checkpoint"),
+        ("evaluate", ["--workdir={told}", "--weights=ema"], "weights=ema must be what the run kept"),
+        ("sample", ["--workdir={told}", "--weights=mean:9"], "mean:K of the 2 checkpoints up to step 20"),
+        ("evaluate", ["--workdir={untrained}"], "must hold a checkpoint"),
+        ("sample", ["--workdir={untrained}"], "must hold a checkpoint"),
+        ("sample", ["--workdir={broken}"], "is not a checkpoint that can be read"),
+        ("sample", ["--workdir={told}", "--prompt=  "], "prompt="),
+        ("sample", ["--workdir={told}", "--top_p=1.5"], "top_p=1.5 must be above 0 and at most 1"),
+        ("sample", ["--workdir={told}", "--prompt=" + "tale " * 200], "must fit the context of 64"),
+        ("report", ["--workdir={tmp}/nothing"], "nothing"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_lost(told, tmp_path, name, arguments, line):
+    (tmp_path / "file").write_text("in the way")
+    for folder in ("untrained", "broken"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(told / "config.json", tmp_path / folder)
+        shutil.copytree(told / "tokenizer", tmp_path / folder / "tokenizer")
+    (tmp_path / "broken" / "checkpoints" / "5").mkdir(parents=True)
+    before = {path: path.read_bytes() for path in told.rglob("*") if path.is_file()}
+    places = {"tmp": tmp_path, "told": told, "untrained": tmp_path / "untrained", "broken": tmp_path / "broken"}
+    done = run_script(name, *(a.format(**places) if "{" in a else a for a in arguments))
+    assert done.returncode == 2, done.stderr
+    assert line in done.stderr and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert before == {path: path.read_bytes() for path in told.rglob("*") if path.is_file()}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written(tmp_path):
+    tmp_path.chmod(0o500)
+    done = run_script("train", *flags(tmp_path / "run"))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
