@@ -16,7 +16,7 @@ def get_config(variant: str = ""):
     config = base.get_config()
     config.corpus.name = "wikitext2"
     config.tokenizer.vocab_size = 8192  # the text has 33,278 words, most of them rare
-    # One change at a time, over a quarter of a pass, is measured in README.md ("What helps").
+    # One change at a time, over a quarter of a pass, is measured in the logbook, wikitext2.md.
     config.model.induction_init = True  # the model copies earlier text from the first steps on
     config.model.induction_match = True  # text repeats itself word for word; tales do not
     config.optimizer.name = "muon"

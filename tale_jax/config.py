@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009 (`setting` and `group` make dataclass fields, so each class gets its own)
 """What a run is: every setting once, with its type, default, unit, off value, choices and rule.
 
 A setting is one field of one frozen dataclass below. `configs/base.py` makes an `ml_collections` config of the
@@ -19,9 +18,29 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
+
+from tale_jax.utils.files import write_atomically
+from tale_jax.utils.settings import (
+    Broken,
+    Group,
+    Setting,
+    above_zero_share,
+    at_most,
+    below_half,
+    below_one,
+    format_value,
+    group,
+    iter_settings,
+    mistake,
+    nearest_divisor,
+    not_negative,
+    positive,
+    setting,
+    share,
+)
 
 CORPORA = ("tales", "wikitext2", "wikitext103", "tinystories", "files", "hub")
 PLATFORMS = ("auto", "cpu", "metal", "cuda")
@@ -59,94 +78,6 @@ REMOVED = {
     "schedule.small_fraction",
     "schedule.small_divisor",
 }
-
-
-# How a setting is declared.
-
-
-class Rule(NamedTuple):
-    """What one value must satisfy: `field=value must {text}`. NaN satisfies none, as it compares to nothing."""
-
-    text: str
-    holds: Callable[[Any], bool]
-
-
-def at_most(bound: int) -> Rule:
-    return Rule(f"be at most {bound}", lambda value: value <= bound)
-
-
-positive = Rule("be positive", lambda value: value > 0)
-not_negative = Rule("not be negative", lambda value: value >= 0)
-below_one = Rule("be at least 0 and below 1", lambda value: 0 <= value < 1)
-share = Rule("be at least 0 and at most 1", lambda value: 0 <= value <= 1)
-above_zero_share = Rule("be above 0 and at most 1", lambda value: 0 < value <= 1)
-below_half = Rule("lie between 0 and 0.5", lambda value: 0 < value < 0.5)
-SANE = {  # rules of a type, for every setting of it
-    int: (Rule("fit into 64 bits", lambda value: -(1 << 63) <= value < 1 << 63),),
-    float: (Rule("be finite", math.isfinite),),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What is known of a setting."""
-
-    default: Any  # its type is that of the setting
-    doc: str  # what it is, with its unit
-    rules: tuple[Rule, ...] = ()  # for the value alone, whatever the other settings are
-    choices: tuple[str, ...] = ()
-    off: str = ""  # what the value 0, or "", stands for; "": nothing special
-    usual: Any = None  # a value that a remedy may suggest; None: the default
-    free: bool = False  # a run may go on with another value, because what is learned does not depend on it
-
-    @property
-    def help(self) -> str:
-        """One line: what it is, the choices, and what the off value stands for."""
-        choices = f": {', '.join(self.choices)}" if self.choices else ""
-        return self.doc + choices + (f"; {show(type(self.default)())}: {self.off}" if self.off else "")
-
-    def read(self, name: str, value: Any) -> Any:
-        """The value in the type of the setting, which is called `name`. Raises ValueError where it breaks a rule."""
-        kind, usual = type(self.default), self.default if self.usual is None else self.usual
-        remedy = f"try {show(usual)}"
-        if self.off:
-            remedy += f", or {show(kind())} ({self.off})" if usual else f" ({self.off})"
-        if kind is float and type(value) is int and abs(value) < 1e300:
-            value = float(value)
-        if type(value) is not kind:
-            raise mistake(name, value, f"be of type {kind.__name__}", remedy)
-        if self.choices and value not in self.choices:
-            near = difflib.get_close_matches(str(value), self.choices, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"try {self.choices[0]}"
-            raise mistake(name, value, f"be one of {', '.join(self.choices)}", remedy)
-        for rule in (*self.rules, *SANE.get(kind, ())):
-            if not rule.holds(value):
-                raise mistake(name, value, rule.text, remedy)
-        return value
-
-
-def setting(default: Any, doc: str, *rules: Rule, **more: Any) -> Any:
-    """A field that is a `Setting`; `more` are choices, off, usual or free."""
-    return dataclasses.field(default=default, metadata={"setting": Setting(default, doc, rules, **more)})
-
-
-def group(kind: type["Group"], free: bool = False) -> Any:
-    """A field that is a group of settings: all of them `free`, or each as it says."""
-    return dataclasses.field(default_factory=kind, metadata={"free": free})
-
-
-Broken = Iterator[tuple[str, str, str]]  # of each rule that does not hold: field=value must RULE; REMEDY
-
-
-class Group:
-    """Settings that belong together."""
-
-    def broken(self) -> Broken:
-        """The rules between its settings that do not hold; each setting by itself is known to be right."""
-        return iter(())
-
-
-# The settings.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,7 +359,7 @@ class Config(Group):
     def difference(self, other: "Config") -> tuple[str, Any, Any] | None:
         """What makes this another experiment than `other`, a run of known length: the first field and both values."""
         derived = not self.schedule.warmup_steps and other.schedule.warmup_steps == _default_warmup(other.total_steps)
-        for (name, mine, known), (_, theirs, _) in zip(_leaves(self), _leaves(other), strict=True):
+        for (name, mine, known), (_, theirs, _) in zip(iter_settings(self), iter_settings(other), strict=True):
             if mine != theirs and not known.free and not (derived and name == "schedule.warmup_steps"):
                 return name, mine, theirs
         return None
@@ -439,10 +370,8 @@ class Config(Group):
 
     def save(self, workdir: Path) -> None:
         """Writes every value to `workdir/config.json`, whole or not at all."""
-        partial = Path(workdir) / "config.json.partial"
         values = {"format": FORMAT} | dataclasses.asdict(self)
-        partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(Path(workdir) / "config.json")
+        write_atomically(Path(workdir) / "config.json", json.dumps(values, indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, workdir: Path) -> "Config":
@@ -478,7 +407,7 @@ def read_config_json(workdir: Path) -> dict[str, Any]:
     number = values.pop("format")
     if type(number) is not int or not 1 <= number <= FORMAT:
         remedy = "update tale_jax if a newer one wrote the file, otherwise restore it"
-        raise ValueError(f"{path}: format={show(number)} must be a number from 1 to {FORMAT}; {remedy}")
+        raise ValueError(f"{path}: format={format_value(number)} must be a number from 1 to {FORMAT}; {remedy}")
     for older in range(number, FORMAT):
         values = UPGRADES[older](values)
     return values
@@ -497,12 +426,12 @@ def change(config: Config, settings: Mapping[str, Any]) -> Config:
 
 def leaves(config: Group) -> Iterator[tuple[str, Any]]:
     """Every setting as (dotted name, value), in the order of declaration."""
-    return ((name, value) for name, value, _ in _leaves(config))
+    return ((name, value) for name, value, _ in iter_settings(config))
 
 
 def settings() -> dict[str, Setting]:
     """What is known of every setting, by dotted name, in the order of declaration."""
-    return {name: known for name, _, known in _leaves(Config())}
+    return {name: known for name, _, known in iter_settings(Config())}
 
 
 def advice(name: str, prefix: str = "") -> str:
@@ -520,37 +449,6 @@ def advice(name: str, prefix: str = "") -> str:
     return f"{first} has {', '.join(inside)}" if inside else "see `settings` in tale_jax/config.py"
 
 
-def nearest_divisor(number: int, wanted: int, least: int = 1) -> int:
-    """The divisor of `number`, at least `least`, that is nearest to `wanted`; the smaller of two."""
-    wanted = min(max(wanted, least), number)
-    outwards = (d for distance in range(number) for d in (wanted - distance, wanted + distance))
-    return next(d for d in outwards if d >= least and number % d == 0)
-
-
-def show(value: Any) -> str:
-    """A value for an error message: one line, and not a long one."""
-    if isinstance(value, str):
-        text = f'"{value}"' if value.isprintable() else ascii(value)
-    else:
-        text = repr(value) if value is None or isinstance(value, bool | int | float) else f"<{type(value).__name__}>"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def mistake(name: str, value: Any, rule: str, remedy: str) -> ValueError:
-    """The error of a setting that breaks a rule."""
-    return ValueError(f"{name}={show(value)} must {rule}; {remedy}")
-
-
-def _leaves(part: Any, prefix: str = "", free: bool = False) -> Iterator[tuple[str, Any, Setting]]:
-    for field in dataclasses.fields(part):
-        name, value = prefix + field.name, getattr(part, field.name)
-        if isinstance(value, Group):
-            yield from _leaves(value, f"{name}.", field.metadata["free"])
-        else:
-            known = field.metadata["setting"]
-            yield name, value, dataclasses.replace(known, free=free or known.free)
-
-
 def _read(kind: Any, values: Any, prefix: str = "") -> Any:
     """A group made of `values`, each of them right by itself."""
     if not isinstance(values, Mapping):
@@ -558,7 +456,7 @@ def _read(kind: Any, values: Any, prefix: str = "") -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
-            name = show(f"{prefix}{key}").strip("'\"")
+            name = format_value(f"{prefix}{key}").strip("'\"")
             raise ValueError(f"{name} is not a setting of tale_jax; {advice(name)}")
     built = {}
     for key, field in fields.items():
