@@ -1,9 +1,9 @@
 """Files that are whole or not there: atomic writes, digests, and logs of one JSON object a line.
 
-write_atomically(path, "text")                # or bytes; a kill or a full disk leaves what was there before
-with atomic_writer(path) as file:             # the same for what is written bit by bit
+write_atomically(path, "text")                # or bytes; a kill or a full disk leaves the old file as it was
+with atomic_writer(path) as file:             # the same for content that comes in parts
     file.write(b"…")
-JsonLines(path).append({"step": 1})           # on disk line by line
+JsonLines(path).append({"step": 1})           # in the file when the call returns
 records = read_json_lines(path)
 """
 
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name when it is whole and on disk; if anything goes wrong, nothing is left."""
+    """A file to write, under the name `path` only when it is whole and on disk; an error leaves nothing of it."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb", buffering=1 << 20) as file:
@@ -36,13 +36,13 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Puts `content` into a file, in the place of what stood there. Text is UTF-8."""
+    """Replaces the content of a file. Text is written as UTF-8."""
     with atomic_writer(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` last through a power cut; nothing where the system cannot."""
+    """Makes a rename in `folder` survive a power cut; does nothing where the system cannot."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -61,7 +61,7 @@ def sha256_of(path: Path, block: int = 1 << 20) -> str:
 
 
 class JsonLines:
-    """Appends records to a file, one JSON object a line, on disk line by line; a line torn by a kill is cut off."""
+    """Appends records to a file, one JSON object a line; a line that a kill left incomplete is removed first."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,22 +74,22 @@ class JsonLines:
 
 
 def _end_last_line(path: Path) -> None:
-    """Ends the last line, or cuts it off where it is not a whole record."""
+    """Adds the newline that the last line lacks, or removes the line where it is not a whole record."""
     content = path.read_bytes() if path.exists() else b""
-    tail = content.rpartition(b"\n")[2]
-    if not tail:
+    last_line = content.rpartition(b"\n")[2]
+    if not last_line:
         return
     with path.open("r+b") as file:
         try:
-            json.loads(tail)
+            json.loads(last_line)
             file.seek(len(content))
             file.write(b"\n")
         except ValueError:
-            file.truncate(len(content) - len(tail))
+            file.truncate(len(content) - len(last_line))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, in order; lines torn by a kill are skipped, a missing file is empty."""
+    """The records of a file, in order; incomplete lines are skipped, and a missing file has no records."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, RecursionError):
@@ -100,6 +100,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def to_json(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`record` in JSON's own types: numpy scalars become Python's, numbers that are not finite become None."""
+    """`record` in JSON's types: scalars of numpy and JAX become Python's, numbers that are not finite become None."""
     plain = {field: value.item() if hasattr(value, "item") else value for field, value in record.items()}
     return {f: None if isinstance(v, float) and not math.isfinite(v) else v for f, v in plain.items()}

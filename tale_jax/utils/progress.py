@@ -26,8 +26,8 @@ from tale_jax.utils.format import format_clock
 
 BAR_WIDTH = 14  # characters
 
-# The fields of a record that are shown, and how; on a narrow terminal the last ones go first.
-SHOWN: dict[str, Callable[[float], str]] = {
+# Fields of a record that are shown, and how. A narrow terminal leaves out the last of them.
+FIELD_FORMATS: dict[str, Callable[[float], str]] = {
     "loss": lambda v: f"loss {v:.3f}",
     "nats_per_token": lambda v: f"{v:.3f} nats/token",
     "tokens_per_second": lambda v: f"{v:,.0f} tokens/s",
@@ -40,15 +40,16 @@ SHOWN: dict[str, Callable[[float], str]] = {
 class Progress:
     """A bar on a terminal, a plain line every few seconds elsewhere; both on stderr, which leaves stdout to results.
 
-    title: what is going on, in a word or two
-    total: how much there is to do, in `unit`; 0 when unknown
-    unit: "steps", "windows", "tokens", "bytes" (shown as MB), ...
-    start: how much was done before (a resumed run)
-    log: file to append the plain lines to, with the time, whatever stderr is
-    show: False shows nothing (the log is still written)
-    every_seconds: least time between two plain lines
-
     A context manager. `advance` is cheap enough to be called for every step, document or token.
+
+    Args:
+      title: what is going on, in a word or two.
+      total: how much there is to do, in `unit`; 0 if unknown.
+      unit: "steps", "windows", "tokens", "bytes" (shown as MB), …
+      start: how much was done before, by a run that is resumed.
+      log: file that the plain lines are appended to, with the time, whatever stderr is.
+      show: False shows nothing; the log is still written.
+      every_seconds: minimum time between two plain lines.
     """
 
     def __init__(
@@ -68,9 +69,9 @@ class Progress:
         self._log: TextIO | None = None
         self._bar: rich.progress.Progress | None = None
         self._fields: Mapping[str, Any] = {}
-        self._marks: deque[tuple[float, int]] = deque(maxlen=120)  # (time, done) of late, a second apart or more
-        self._drawn = self._told = -math.inf  # when the bar and the last plain line were written
-        self._fresh = False  # something happened since the last plain line
+        self._rate_samples: deque[tuple[float, int]] = deque(maxlen=120)  # newest (time, done), at least 1 s apart
+        self._last_draw_time = self._last_line_time = -math.inf  # of the bar, and of the plain lines
+        self._unlogged = False  # something happened since the last plain line
 
     def __enter__(self) -> "Progress":
         if self._log_path is not None:
@@ -90,11 +91,12 @@ class Progress:
             self._bar.start()
         if self._bar is not None:
             self._task = self._bar.add_task(self._title, total=self._total or None, completed=self._done, text="")
-        self._told = time.monotonic() if self._parent is not None else -math.inf  # a short part needs no line
+        if self._parent is not None:  # a part that is soon over writes no line
+            self._last_line_time = time.monotonic()
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        if error is None and self._fresh:
+        if error is None and self._unlogged:
             self._refresh(time.monotonic(), last=self._parent is None)
         if self._bar is not None and self._parent is None:
             self._bar.stop()
@@ -104,29 +106,29 @@ class Progress:
             self._log.close()
 
     def part(self, title: str, *, total: int = 0, unit: str = "windows") -> "Progress":
-        """A second bar below this one, gone when its `with` ends: for evaluating in the middle of training."""
+        """A second bar below this one, until its `with` ends: for an evaluation in the middle of training."""
         part = Progress(title, total=total, unit=unit, show=self._show, every_seconds=self._every_seconds)
         part._parent, part._log = self, self._log
         return part
 
     def advance(self, count: int = 1) -> None:
-        """So much more is done, in the unit."""
+        """Adds `count`, in the unit, to what is done."""
         self._done += count
-        self._fresh = True
+        self._unlogged = True
         now = time.monotonic()
-        if not self._marks or now - self._marks[-1][0] >= 1.0:
-            self._marks.append((now, self._done))  # the first mark stands after the first step, which compiles
-        if now - self._drawn >= 0.1:
+        if not self._rate_samples or now - self._rate_samples[-1][0] >= 1.0:
+            self._rate_samples.append((now, self._done))  # the first one after the first step, which compiles
+        if now - self._last_draw_time >= 0.1:
             self._refresh(now)
 
     def set_fields(self, record: Mapping[str, Any]) -> None:
-        """The fields of a record to show beside the count from now on: loss, learning_rate, tokens_per_second, ..."""
+        """Fields of a record to show beside the count from now on: see `FIELD_FORMATS`."""
         self._fields = dict(record)
-        self._fresh = True
+        self._unlogged = True
         self._refresh(time.monotonic())
 
     def print(self, text: str) -> None:
-        """Text of its own, above the bar and in the log. Control characters, which models produce, are replaced."""
+        """Prints text above the bar and into the log. Control characters, which models produce, are replaced."""
         text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -140,27 +142,28 @@ class Progress:
             self._log.flush()
 
     def _refresh(self, now: float, last: bool = False) -> None:
-        self._drawn = now
+        self._last_draw_time = now
         if self._bar is not None:
             width = self._bar.console.width - BAR_WIDTH - len(self._title) - 5  # spinner and gaps
             self._bar.update(self._task, completed=self._done, text=self._text(now, width))
-        if last or now - self._told >= self._every_seconds:
-            self._told, self._fresh, text = now, False, self._text(now)
+        if last or now - self._last_line_time >= self._every_seconds:
+            self._last_line_time, self._unlogged, text = now, False, self._text(now)
             if self._bar is None and self._show:
                 print(f"{self._title} {text}", file=sys.stderr, flush=True)
             self._write_log(f"{self._title} {text}")
 
     def _text(self, now: float, width: float | int = math.inf) -> str:
-        """Count, fields and time left, with as many of the fields as `width` characters hold."""
+        """Count, fields and time left, with as many of the fields as fit into `width` characters."""
         scale, digits, unit = (1e6, 1, "MB") if self._unit == "bytes" else (1, 0, self._unit)
         count, left = f"{self._done / scale:,.{digits}f}", ""
         if self._total:
             count += f"/{self._total / scale:,.{digits}f} {unit} ({self._done / self._total:.0%})"
         else:
             count += f" {unit}"
-        fields = [show(self._fields[name]) for name, show in SHOWN.items() if self._fields.get(name) is not None]
-        then, done_then = self._marks[0] if self._marks else (now, self._done)
-        if now > then and (rate := (self._done - done_then) / (now - then)):
+        present = {name: value for name, value in self._fields.items() if value is not None}
+        fields = [format_field(present[name]) for name, format_field in FIELD_FORMATS.items() if name in present]
+        sample_time, sample_done = self._rate_samples[0] if self._rate_samples else (now, self._done)
+        if now > sample_time and (rate := (self._done - sample_done) / (now - sample_time)):
             if "tokens_per_second" not in self._fields:
                 fields.append(f"{rate / scale:,.3g} {unit}/s")
             if self._done < self._total:

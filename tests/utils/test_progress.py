@@ -3,10 +3,11 @@
 import io
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from tale_jax.utils.format import format_clock
+from tale_jax.utils import progress as progress_module
 from tale_jax.utils.progress import Progress
 
 
@@ -68,12 +69,13 @@ def test_bytes_are_shown_as_megabytes(capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("prepare 5.0/5.0 MB (100%)")
 
 
-def test_an_unknown_total_and_a_quiet_one(capsys):
+def test_an_unknown_total_and_a_quiet_one(capsys, tmp_path):
     with Progress("sample", unit="tokens") as progress:
         progress.advance(7)
     assert capsys.readouterr().err.startswith("sample 7 tokens")
-    run(Progress("train", total=30, show=False))
+    run(Progress("train", total=30, log=tmp_path / "log.txt", show=False))
     assert capsys.readouterr().err == ""
+    assert "train 30/30 steps" in (tmp_path / "log.txt").read_text()
 
 
 def test_an_error_leaves_no_final_line(capsys):
@@ -88,6 +90,48 @@ def test_an_error_leaves_no_final_line(capsys):
     assert capsys.readouterr().err.splitlines() == ["train 1/3 steps (33%)"]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (7, "0:07"), (754, "12:34"), (3723, "1:02:03")])
-def test_seconds_are_read_as_a_clock(seconds, text):
-    assert format_clock(seconds) == text
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that tests set: clock.now, in seconds."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock.now)
+    return clock
+
+
+def test_the_rate_and_the_time_left_do_not_count_the_first_step(capsys, clock):
+    with Progress("train", total=100, start=50, every_seconds=0.0) as progress:
+        for seconds in (60.0, 2.0, 2.0):  # the first step compiles
+            clock.now += seconds
+            progress.advance()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "train 53/100 steps (53%)  0.5 steps/s  ETA 1:34"
+
+
+def test_a_line_comes_when_its_time_has_come(capsys, clock):
+    with Progress("train", every_seconds=5.0) as progress:
+        for _ in range(6):
+            progress.advance()
+            clock.now += 2.0
+    assert [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "train 1 steps",
+        "train 4 steps",
+        "train 6 steps",
+    ]
+
+
+def test_a_narrow_terminal_leaves_out_the_last_fields(clock):
+    progress = Progress("train", total=30)
+    progress.set_fields({"loss": 3.2, "nats_per_token": None, "tokens_per_second": 9100.4, "grad_norm": 0.5})
+    assert progress._text(clock.now) == "0/30 steps (0%)  loss 3.200  9,100 tokens/s  grad 0.5"
+    assert progress._text(clock.now, width=45) == "0/30 steps (0%)  loss 3.200  9,100 tokens/s"
+    assert progress._text(clock.now, width=3) == "0/30 steps (0%)"
+
+
+def test_a_part_is_a_bar_of_its_own_until_it_ends(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress("train", total=30) as progress:
+        with progress.part("valid", total=2) as part:
+            part.advance()
+            assert [task.description for task in progress._bar.tasks] == ["train", "valid"]
+        assert [task.description for task in progress._bar.tasks] == ["train"]
