@@ -1,0 +1,66 @@
+"""One writer for a folder: a second one is refused in a line that names the first.
+
+    with writer_lock(workdir, "train"):
+        ...                              # readers need no lock: what they read is written atomically
+
+The lock is the kernel's (`flock`), so that it ends with its process, however that ends, and nobody has to clear up. The
+file says who holds it: process, machine, start time. It is not removed, since another writer may hold it open by then.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LOCK_FILE = ".lock"
+
+
+@contextmanager
+def writer_lock(folder: Path, task: str) -> Iterator[None]:
+    """Holds the one lock of `folder`; `task` says what for, as "train".
+
+    On a file system that has no locks nothing is held, and nothing refused.
+
+    Raises:
+      ValueError: one line with the process that holds the lock.
+      OSError: the folder cannot be written.
+    """
+    handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise ValueError(_refusal(folder, _read_holder(handle))) from None
+        holder = {"task": task, "process": os.getpid(), "machine": socket.gethostname(), "start_time": time.time()}
+        with contextlib.suppress(OSError):  # who holds it is for people; that it is held, the kernel knows
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(holder).encode(), 0)
+        yield
+    finally:
+        os.close(handle)  # which ends the lock
+
+
+def _read_holder(handle: int) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        holder = json.loads(os.pread(handle, 4096, 0))
+        if isinstance(holder, dict):
+            return holder
+    return {}
+
+
+def _refusal(folder: Path, holder: dict[str, Any]) -> str:
+    process, machine = holder.get("process"), holder.get("machine")
+    who = f"{holder.get('task', 'another program')} (process {process} on {machine}" if process else "another process ("
+    since = holder.get("start_time")
+    if process and isinstance(since, int | float):
+        who += time.strftime(", since %Y-%m-%d %H:%M:%S", time.localtime(since))
+    stop = f"stop it with `kill {process}`" if machine == socket.gethostname() else "stop it"
+    return f"workdir={folder} is in use by {who}); wait until it ends, {stop}, or give another --workdir"
