@@ -4,7 +4,7 @@
     python launch/sample.py --workdir=experiments/tales --prompt="Once upon a time" --temperature=0.7 --num_samples=3
     python launch/sample.py --workdir=experiments/tales --interactive
 
-An interactive session ends with an empty line; Ctrl-C stops the text that is being written.
+An interactive session ends with an empty line; Ctrl-C stops the sample under way.
 """
 
 import dataclasses
@@ -15,27 +15,34 @@ from cli import run
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "folder of the experiment", required=True)
-flags.DEFINE_string("prompt", "", "what the text follows; empty: the start of a document")
-flags.DEFINE_integer("max_tokens", 256, "length of a sample at most")
-flags.DEFINE_float("temperature", 0.8, "0 always takes the likeliest token; 1 is the model as it was trained")
-flags.DEFINE_integer("top_k", 0, "draw among the k likeliest tokens only; 0: all")
-flags.DEFINE_float("top_p", 1.0, "draw among the likeliest tokens that reach this probability together; 1: all")
-flags.DEFINE_float("min_p", 0.0, "draw among tokens at least this share as likely as the likeliest; 0: all")
+flags.DEFINE_string("prompt", "", "text to continue; empty: the start of a document")
+flags.DEFINE_integer("max_tokens", 256, "new tokens of a sample, at most")
+flags.DEFINE_float("temperature", 0.8, "logits are divided by it; 0: greedy, 1: as trained")
+flags.DEFINE_integer("top_k", 0, "sample only among the k most likely tokens; 0: all")
+flags.DEFINE_float(
+    "top_p", 1.0, "sample only among the most likely tokens that together reach this probability; 1: all"
+)
+flags.DEFINE_float("min_p", 0.0, "sample only among tokens at least this share as likely as the most likely; 0: all")
 flags.DEFINE_float("repetition_penalty", 1.0, "above 1 makes tokens seen before less likely; 1: off")
-flags.DEFINE_integer("num_samples", 1, "how many, drawn together")
-flags.DEFINE_integer("seed", 0, "of the draws")
-flags.DEFINE_multi_string("stop", [], "text that ends a sample, which is cut before it; may be given again")
-flags.DEFINE_enum("long_prompt", "refuse", ["refuse", "window"], "of a prompt longer than the context: or use its end")
-flags.DEFINE_integer("step", 0, "checkpoint; 0: the best by validation loss", lower_bound=0)
+flags.DEFINE_integer("num_samples", 1, "samples, decoded together")
+flags.DEFINE_integer("seed", 0, "random seed of the samples")
+flags.DEFINE_multi_string("stop", [], "text that ends a sample, which is cut before it; may be repeated")
+flags.DEFINE_enum(
+    "long_prompt",
+    "refuse",
+    ["refuse", "window"],
+    "a prompt longer than the context is refused, or only its last tokens are used",
+)
+flags.DEFINE_integer("step", 0, "step of the checkpoint; 0: the best by validation loss", lower_bound=0)
 flags.DEFINE_string("weights", "auto", "last, ema, auto (ema where there is one), or mean:K of K checkpoints")
 flags.DEFINE_enum("precision", "float32", ["auto", "float32", "bfloat16", "float16"], "dtype to compute in")
 flags.DEFINE_bool("interactive", False, "ask for prompts, one after another")
-flags.DEFINE_bool("json", False, "print one JSON object for a prompt, as the last line")
+flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 
 
 def main(_: list[str]) -> None:
     from tale_jax.hardware.backend import start_backend
-    from tale_jax.inference.chat import converse, print_samples
+    from tale_jax.inference.chat import print_samples, prompt_loop
     from tale_jax.inference.sampler import Sampler, SampleSettings
     from tale_jax.planning.numerics import choose_precision
     from tale_jax.runs.experiment import open_experiment
@@ -46,8 +53,8 @@ def main(_: list[str]) -> None:
     experiment = open_experiment(FLAGS.workdir, backend, FLAGS.step, dtype, FLAGS.weights)
     sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, donate=backend.donate)
     stream = functools.partial(sampler.stream, settings=settings, num_samples=FLAGS.num_samples, seed=FLAGS.seed)
-    write = functools.partial(print_samples, as_json=FLAGS.json, step=experiment.step, weights=experiment.weights)
-    converse(stream, write) if FLAGS.interactive else write(stream(FLAGS.prompt))
+    show = functools.partial(print_samples, as_json=FLAGS.json, step=experiment.step, weights=experiment.weights)
+    prompt_loop(stream, show) if FLAGS.interactive else show(stream(FLAGS.prompt))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Which token may follow: penalty, temperature and filters on the logits of one token, as pure functions.
+"""Sampling of one token: penalty, temperature and filters on its logits, as pure functions.
 
 In this order: repetition penalty (Keskar et al. 2019), temperature, top-k, top-p (the nucleus of Holtzman et al. 2020),
-min-p (Nguyen et al. 2024), each on what the ones before it left. Everything is a reduction over the vocabulary, and the
-settings are arrays, so that one compiled program serves them all and runs on every backend.
+min-p (Nguyen et al. 2024), each on what the ones before it kept. Everything is a reduction over the vocabulary, and the
+parameters are arrays, so that one compiled program serves them all and runs on every backend.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 
 class SamplingParams(NamedTuple):
-    """The settings of the draw, as scalars on the device."""
+    """`SampleSettings` of one token, as scalars on the device."""
 
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
@@ -25,9 +25,10 @@ class SamplingParams(NamedTuple):
 def sample_token(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"], sampling: SamplingParams, keys: UInt32[Array, "B 2"]
 ) -> Int[Array, " B"]:
-    """One token a row, from the logits filtered; at temperature 0 or top-k 1 the likeliest, the first of equals.
+    """One token for each row, sampled from the filtered logits; at temperature 0 or top-k 1 the most likely one.
 
-    Which of the two is decided on the device, so that greedy text costs no random numbers, and one program does both.
+    Of equally likely tokens greedy decoding takes the first. Which of the two it is, is decided on the device: greedy
+    decoding costs no random numbers, and one program does both. `keys` are raw PRNG keys, one for each row.
     """
 
     def noisy(x: Array) -> Array:
@@ -41,7 +42,7 @@ def sample_token(
 
 
 def argmax(x: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """`argmax` in two plain reductions: on a CPU several times faster, since XLA vectorises these and not that one."""
+    """`jnp.argmax` as two plain reductions: several times faster on a CPU, where XLA vectorises these and not that."""
     ids = jnp.arange(x.shape[-1], dtype=jnp.int32)
     largest = jnp.where(x == jnp.max(x, axis=-1, keepdims=True), ids, x.shape[-1] - 1)
     return jnp.min(largest, axis=-1)
@@ -55,12 +56,12 @@ def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Flo
 def filter_logits(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"], sampling: SamplingParams
 ) -> Float[Array, "B V"]:
-    """Logits whose softmax is drawn from: -inf where a filter says no. The likeliest token always stays."""
+    """Logits to sample from: -inf where a filter excludes a token. The most likely token always stays."""
     x = penalize(logits, seen, sampling.repetition_penalty)
     x -= jnp.max(x, axis=-1, keepdims=True)
     scaled = x / jnp.maximum(sampling.temperature, 1e-6)
-    narrow = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-    return jax.lax.cond(narrow, _filter, lambda x, scaled, sampling: scaled, x, scaled, sampling)
+    any_filter = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+    return jax.lax.cond(any_filter, _filter, lambda x, scaled, sampling: scaled, x, scaled, sampling)
 
 
 def _filter(x: Float[Array, "B V"], scaled: Float[Array, "B V"], sampling: SamplingParams) -> Float[Array, "B V"]:
@@ -73,18 +74,19 @@ def _filter(x: Float[Array, "B V"], scaled: Float[Array, "B V"], sampling: Sampl
 
 
 def _threshold(
-    x: Float[Array, "B V"], weight: Float[Array, "B V"], need: Float[Array, ""], on: Bool[Array, ""]
+    x: Float[Array, "B V"], weights: Float[Array, "B V"], need: Float[Array, ""], on: Bool[Array, ""]
 ) -> Float[Array, "B 1"]:
-    """The largest value such that the x at or above it weigh `need` together; the least x if none does, or not `on`.
+    """The largest value such that the weights of all x at or above it sum to `need`; the smallest x where no value
+    does, or where not `on`.
 
-    For x at most 0. Found by halving, 40 times: on a CPU a sort of the vocabulary takes ten times as long.
+    For x at most 0. Found by bisection in 40 steps: on a CPU a sort of the vocabulary takes ten times as long.
     """
 
-    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def bisect(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) / 2
-        enough = jnp.sum(jnp.where(x >= middle, weight, 0), axis=-1, keepdims=True) >= need
+        enough = jnp.sum(jnp.where(x >= middle, weights, 0), axis=-1, keepdims=True) >= need
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     low = jnp.min(jnp.where(x > -jnp.inf, x, 0), axis=-1, keepdims=True)
-    return jax.lax.fori_loop(0, jnp.where(on, 40, 0), halve, (low, jnp.zeros_like(low)))[0]
+    return jax.lax.fori_loop(0, jnp.where(on, 40, 0), bisect, (low, jnp.zeros_like(low)))[0]
