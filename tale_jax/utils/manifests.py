@@ -1,0 +1,133 @@
+"""Manifests: what the files of a folder must hold, so that a damaged one is found before it is believed.
+
+A manifest is a JSON object with the SHA-256 sum and size of each file, any facts besides, and a sum of its own. It is
+written last and atomically, when everything it names is on disk: a folder without a whole manifest is not finished.
+
+    write_manifest(folder, {"step": 100})          # hashes and syncs every file below the folder
+    facts = check_manifest(folder)                 # raises ValueError that names the first bad file
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tale_jax.utils.files import sync_folder, write_atomically
+
+MANIFEST = "manifest.json"
+MAX_BYTES = 16 << 20  # of a manifest; one of a checkpoint has some kilobytes
+BLOCK = 1 << 20  # bytes read at once
+THREADS = 2  # that hash files; more would wait for the disk
+
+
+def digest_of(values: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def hash_file(path: Path, sync: bool = False) -> tuple[str, int]:
+    """SHA-256 in hexadecimal digits, and bytes. With `sync` the file is on disk afterwards."""
+    digest, size = hashlib.sha256(), 0
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        while block := os.read(handle, BLOCK):
+            digest.update(block)
+            size += len(block)
+        if sync:
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+    return digest.hexdigest(), size
+
+
+def files_below(folder: Path) -> list[str]:
+    """Relative POSIX paths of all files but the manifest, sorted. Links are listed and not followed."""
+    found = []
+    for root, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        found += [Path(root, name).relative_to(folder).as_posix() for name in (*files, *links)]
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Hashes every file below `folder`, syncs files and folders (a power cut may come), then writes the manifest."""
+    names = files_below(folder)
+    with ThreadPoolExecutor(THREADS) as pool:
+        sums = pool.map(lambda name: hash_file(folder / name, sync=True), names)
+        files = {name: [digest, size] for name, (digest, size) in zip(names, sums, strict=True)}
+    for root, _, _ in os.walk(folder):
+        sync_folder(Path(root))
+    content = {"files": files, **facts}
+    write_atomically(folder / MANIFEST, json.dumps(content | {"sha256": digest_of(content)}, indent=1) + "\n")
+    sync_folder(folder.parent)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, whole and unchanged; the files are not looked at.
+
+    Raises ValueError, in a few words, when there is none or it was damaged.
+    """
+    path = folder / MANIFEST
+    try:
+        if not path.is_file() or path.is_symlink():
+            raise ValueError(f"{MANIFEST} is missing")
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{MANIFEST} is too large")
+        content = json.loads(path.read_bytes())
+        own = content.pop("sha256")
+        if digest_of(content) != own or not _are_sums(content["files"]):
+            raise ValueError(f"{MANIFEST} is damaged")
+    except OSError as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        said = str(error) if str(error).startswith(MANIFEST) else f"{MANIFEST} is damaged"
+        raise ValueError(said) from None
+    return content
+
+
+def _are_sums(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(name, str) and not name.startswith("/") and ".." not in name.split("/") and len(entry) == 2
+        for name, entry in files.items()
+    )
+
+
+def bad_files(folder: Path, manifest: Mapping[str, Any], only: Collection[str] = ()) -> Iterator[str]:
+    """What is wrong with the files of a folder, a few words for each: missing, changed, or not in the manifest.
+
+    `only`: first parts of the paths to look at (an item of a checkpoint, say); (): all.
+    """
+    wanted = {n: s for n, s in manifest["files"].items() if not only or n.split("/")[0] in only}
+    there = [name for name in files_below(folder) if not only or name.split("/")[0] in only]
+    yield from (f"{name} is not in its manifest" for name in there if name not in wanted)
+    names = [name for name in wanted if name in set(there)]
+    yield from (f"{name} is missing" for name in wanted if name not in set(there))
+    right_size = []
+    for name in names:
+        if (folder / name).lstat().st_size == wanted[name][1]:
+            right_size.append(name)
+        else:
+            yield f"{name} has {(folder / name).lstat().st_size} bytes instead of {wanted[name][1]}"
+
+    def hashed(name: str) -> str:
+        try:
+            return hash_file(folder / name)[0]
+        except OSError as error:  # a bad block, a link, no permission
+            return error.strerror or type(error).__name__
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, digest in zip(right_size, pool.map(hashed, right_size), strict=True):
+            if digest != wanted[name][0]:
+                changed = len(digest) == 64
+                yield f"{name} is damaged" if changed else f"{name} cannot be read ({digest})"
+
+
+def check_manifest(folder: Path, only: Collection[str] = ()) -> dict[str, Any]:
+    """The manifest, when it and every file it names are whole. Raises ValueError, in a few words, with a fault."""
+    manifest = read_manifest(folder)
+    if fault := next(bad_files(folder, manifest, only), ""):
+        raise ValueError(fault)
+    return manifest
