@@ -22,7 +22,7 @@ from rich.table import Table
 
 from tale_jax.config import Config
 from tale_jax.data.tokenizer import Tokenizer
-from tale_jax.evaluation.scoring import Scorer
+from tale_jax.evaluation.scoring import Scorer, Span
 from tale_jax.hardware.backend import Backend, matmul_peak
 from tale_jax.hardware.machine import peak_resident_memory
 from tale_jax.inference.sampler import Sampler, SampleSettings
@@ -184,7 +184,7 @@ class Bench:
         batch_size, length = self.config.evaluate.batch_size, self.config.model.seq_len
         scorer = Scorer(self.trainer.model, self.tokenizer, batch_size, self.trainer.place)
         tokens = self.windows(batch_size).reshape(-1)
-        spans = [(start, start + 1, start + length + 1, 0) for start in range(0, batch_size * length, length)]
+        spans = [Span(start, start + 1, start + length + 1) for start in range(0, batch_size * length, length)]
         return batch_size * length, repeat(lambda: scorer(self.params, tokens, spans), seconds)
 
     def _decode(self, streams: int, seconds: float) -> tuple[int, Timing]:

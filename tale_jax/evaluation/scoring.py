@@ -1,19 +1,19 @@
 """Nats of text, exactly: every token of a split predicted once, per token, word and byte.
 
-Two contexts. `stream` cuts the split into windows of the context length, each `stride` tokens after the one before, and
-counts in each what the earlier ones did not: stride = context is the plain cut, a smaller stride a sliding window that
-gives each token more to look back on. `document` scores each document from its own start.
+Two ways to choose the context of a token. `stream` takes windows of the context length, each `stride` tokens after the
+one before, and counts in each the tokens that the earlier ones did not: with stride = context the windows touch, with a
+smaller stride they slide, and each token has more context. `document` scores each document from its own start.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from tale_jax.data.tales.grammar import ratio
 from tale_jax.data.token_files import document_starts, load_tokens
@@ -22,8 +22,14 @@ from tale_jax.evaluation.tales import grammar_nats
 from tale_jax.model.loss import loss_mask
 from tale_jax.model.transformer import Transformer, token_losses
 
-# One span to score: start of its window in the stream, first and last + 1 of the tokens it predicts, its document.
-Span = tuple[int, int, int, int]
+
+class Span(NamedTuple):
+    """Tokens `first` to `last` - 1 of a stream, predicted from those since `start`, where the window starts."""
+
+    start: int
+    first: int
+    last: int
+    document: int = 0  # its number in the split; 0 where windows do not follow documents
 
 
 def stream_spans(num_tokens: int, context: int, stride: int) -> Iterator[Span]:
@@ -32,15 +38,25 @@ def stream_spans(num_tokens: int, context: int, stride: int) -> Iterator[Span]:
     for start in range(0, max(1, num_tokens - 1), stride):
         end = min(start + context + 1, num_tokens)
         if end > scored:
-            yield start, scored, end, 0
+            yield Span(start, scored, end)
             scored = end
 
 
 def document_spans(starts: Int[np.ndarray, " N"], num_tokens: int, context: int, stride: int) -> Iterator[Span]:
-    """The same within each document, given where documents start; long ones take several spans."""
+    """The same within each document, given where documents start; a document longer than the context takes several."""
     for number, (begin, end) in enumerate(zip(starts, [*starts[1:], num_tokens], strict=True)):
         for start, first, last, _ in stream_spans(int(end - begin), context, stride):
-            yield int(begin) + start, int(begin) + first, int(begin) + last, number
+            yield Span(int(begin) + start, int(begin) + first, int(begin) + last, number)
+
+
+def first_document_spans(
+    tokens: Integer[np.ndarray, " N"], window_starts: Integer[np.ndarray, " windows"], context: int, bos_id: int
+) -> Iterator[Span]:
+    """The first document of each training window, without the opening of the next one, or of several, after it."""
+    for start in window_starts.tolist():
+        end = min(start + context + 1, len(tokens))
+        next_bos = np.flatnonzero(tokens[start + 1 : end] == bos_id)
+        yield Span(start, start + 1, start + 1 + int(next_bos[0]) if len(next_bos) else end)
 
 
 class Scorer:
@@ -48,9 +64,9 @@ class Scorer:
 
     Args:
       model: the decoder.
-      tokenizer: whose ids are scored.
+      tokenizer: that of the token ids.
       batch_size: spans scored at once, rounded up to a multiple of `num_devices`.
-      place: puts a whole batch, which every process holds alike, on the devices.
+      place: puts a whole batch, the same on every process, on the devices.
       num_devices: that share a batch.
       out_sharding: of the result; where several processes share the devices, each must see all of it.
     """
@@ -76,7 +92,7 @@ class Scorer:
     def __call__(
         self, params: Any, tokens: np.ndarray, spans: Iterable[Span], advance: Callable[[int], None] = lambda n: None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns, per span, its nats, the number of tokens counted, and its document. BOS marks are not counted."""
+        """For each span its nats, the number of tokens that count (all but BOS), and the number of its document."""
         nats, counts, documents = [], [], []
         for batch in _batches(spans, self.batch_size):
             windows = np.full((self.batch_size, self.context + 1), self._pad, np.int32)
@@ -94,16 +110,19 @@ class Scorer:
 
 
 class Evaluation:
-    """A split of a workdir made ready to be scored, again and again while training or once after it.
+    """A split of a workdir that can be scored, again and again during training or once after it.
 
     Args:
       workdir: where the windows lie.
       split: train, valid or test.
-      scorer: compiled for the model.
+      scorer: of the model.
       tokenizer: that of the workdir.
       windows: "stream" or "document", as `windows` in the config.
       stride: tokens between windows; 0: the context length.
       max_windows: spans scored at most, spread evenly over the split; 0: all.
+
+    Raises:
+      ValueError: one line, for a split that is not prepared, or a stride longer than the context.
     """
 
     def __init__(
@@ -131,12 +150,16 @@ class Evaluation:
         if not self.whole:
             spans = [spans[i * len(spans) // max_windows] for i in range(max_windows)]
         self.spans = spans
-        self.truth = None
+        self.grammar_nats: dict[int, float] | None = None  # of the scored documents, by number
         if self.manifest.corpus["name"] == "tales" and windows == "document":
-            self.truth = grammar_nats(self.tokens, starts, {document for *_, document in spans}, tokenizer)
+            self.grammar_nats = grammar_nats(self.tokens, starts, {span.document for span in spans}, tokenizer)
 
     def __call__(self, params: Any, advance: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
-        """Scores the spans. Measures per byte and word assume the split's own tokens per byte when it is not whole."""
+        """The measures of the split, by name. Where not all of it is scored, words and bytes are estimated from its
+        tokens.
+
+        `excess_nats_per_token` is above the entropy of the tales, with its standard error over tales.
+        """
         nats, counts, documents = self.scorer(params, self.tokens, self.spans, advance)
         total, tokens, manifest = float(nats.sum()), int(counts.sum()), self.manifest
         share = tokens / (manifest.tokens - manifest.documents)
@@ -151,15 +174,15 @@ class Evaluation:
         result["word_perplexity"] = _exp(total / result["words"])
         result["bits_per_byte"] = total / math.log(2) / result["bytes"]
         result["context"], result["stride"] = self.scorer.context, self.stride
-        if self.truth is not None:
+        if self.grammar_nats is not None:
             model, lengths = (np.bincount(documents, weights) for weights in (nats, counts))
-            chosen = np.flatnonzero(lengths)
-            truth = np.array([self.truth[document] for document in chosen.tolist()])
-            excess, error = ratio((model[chosen] - truth).tolist(), lengths[chosen].tolist())
+            scored = np.flatnonzero(lengths)
+            grammar = np.array([self.grammar_nats[document] for document in scored.tolist()])
+            excess, error = ratio((model[scored] - grammar).tolist(), lengths[scored].tolist())
             result |= {
                 "excess_nats_per_token": excess,
                 "excess_nats_per_token_stderr": error,
-                "floor_nats_per_token": float(truth.sum() / lengths.sum()),
+                "floor_nats_per_token": float(grammar.sum() / lengths.sum()),
             }
         return result
 

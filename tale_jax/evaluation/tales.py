@@ -1,8 +1,8 @@
-"""The embedded tales have a known probability, so what a model has learned of them is measured, not guessed.
+"""Sampled tales judged, and the entropy of held-out ones: the grammar knows the probability of every tale.
 
-`excess_nats_per_token` is nats of the model minus nats of the grammar itself on the same text, 0 for a perfect model
-(`scoring.py` puts it beside the other measures). Sampled tales are judged by the grammar, and looked up in the training
-text.
+`excess_nats_per_token` is nats of the model minus nats of the grammar on the same text, 0 for a perfect model
+(`scoring.py` puts it beside the other measures). Sampled tales are judged by the grammar, and searched for in the
+training text.
 """
 
 from collections.abc import Callable
@@ -27,20 +27,20 @@ def judge_samples(
 ) -> dict[str, Any]:
     """Tales sampled from the start of a document, judged: shares of 1.
 
-    `accepted_share`: the grammar tells them and the world in them stays true. `consistent_share`: of those whose
-    sentences are the grammar's, as far as the judge reads, the share whose world stays true. `copied_share`: found
-    verbatim in the training text.
+    `accepted_share`: the grammar generates them, and the world in them stays true. `consistent_share`: of those whose
+    sentences are the grammar's, as far as the judge reads, the share whose world stays true. `copied_share`: found word
+    for word in the training text. `advance` is told how many more samples are done.
     """
     settings = SampleSettings(max_tokens=sampler.context - 1, temperature=temperature)
     samples = []
-    for piece in sampler.stream("", settings, num_samples=num_samples, seed=seed):
-        if piece.sample:
-            samples.append(piece.sample)
+    for delta in sampler.stream("", settings, num_samples=num_samples, seed=seed):
+        if delta.sample:
+            samples.append(delta.sample)
             advance(1)
     verdicts = [grammar.judge(sample.text) for sample in samples]
     tokens, _ = load_tokens(workdir, "train")
-    told = {sample.text for sample in samples}
-    copied = {text for text in iter_documents(tokens, sampler.tokenizer) if text in told}
+    texts = {sample.text for sample in samples}
+    copied = {text for text in iter_documents(tokens, sampler.tokenizer) if text in texts}
     accepted = sum(verdict.accepted for verdict in verdicts)
     untrue = sum(verdict.kind == "world" for verdict in verdicts)
     return {
@@ -53,12 +53,12 @@ def judge_samples(
 
 
 def grammar_nats(tokens: np.ndarray, starts: np.ndarray, wanted: set[int], tokenizer: Tokenizer) -> dict[int, float]:
-    """Nats of the wanted documents, by number, under the grammar that told them: the floor of every model's."""
+    """Nats of the wanted documents, by number, by the grammar that generated them: no model can expect less."""
     ends = [*starts[1:], len(tokens)]
     nats = {}
     for number in wanted:
         text = tokenizer.decode(tokens[starts[number] + 1 : ends[number] - 1].tolist())
         verdict = grammar.judge(text)
-        assert verdict.accepted, f"a prepared tale is refused ({verdict.reason}): {text}"
+        assert verdict.accepted, f"a prepared tale is not accepted ({verdict.reason}): {text}"
         nats[number] = -verdict.logprob
     return nats

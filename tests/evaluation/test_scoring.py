@@ -1,7 +1,6 @@
-"""Every token is scored once, whatever the stride; totals agree with a plain loop; tales know their floor."""
+"""Every token is scored once, whatever stride and devices; totals agree with a plain loop; tales have a floor."""
 
-import json
-import math
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tale_jax.data.loader import window_starts
 from tale_jax.data.tales import grammar as tales
 from tale_jax.data.token_files import load_tokens
-from tale_jax.evaluation.scoring import Evaluation, Scorer, document_spans, stream_spans
-from tale_jax.runs.evaluate import evaluate
+from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, document_spans, first_document_spans, stream_spans
 from tale_jax.runs.experiment import open_experiment
-
-KEYS = (
-    "split tokens words bytes nats_per_token token_perplexity word_perplexity bits_per_byte context stride step params"
-)
+from tale_jax.training.step import make_trainer
 
 
 @given(num_tokens=st.integers(2, 300), context=st.integers(1, 50), data=st.data())
 def test_spans_predict_every_token_once_with_the_context_promised(num_tokens, context, data):
-    stride = data.sample_token(st.integers(1, context))
+    stride = data.draw(st.integers(1, context))
     seen = []
     for start, first, last, _ in stream_spans(num_tokens, context, stride):
         assert 0 <= start < first < last <= num_tokens and last - start <= context + 1
@@ -42,9 +38,29 @@ def test_document_spans_stay_inside_documents(lengths, context):
     assert sorted(seen) == sorted(set(range(sum(lengths))) - set(starts.tolist()))
 
 
+@given(lengths=st.lists(st.integers(2, 40), min_size=2, max_size=12), seq_len=st.integers(4, 30))
+def test_first_documents_are_the_tokens_of_training_windows_before_the_next_bos(lengths, seq_len):
+    """Of windows that begin with a document: each token of the split at most once, none of a document that follows."""
+    bos = 1
+    tokens = np.concatenate([[bos, *range(2, length + 1)] for length in lengths])
+    starts = window_starts(tokens, seq_len, bos)
+    seen = []
+    for start, (span_start, first, last, _) in zip(
+        starts, first_document_spans(tokens, starts, seq_len, bos), strict=True
+    ):
+        window = tokens[start : start + seq_len + 1]
+        assert (span_start, first) == (start, start + 1) and first < last <= start + seq_len + 1
+        assert bos not in tokens[first:last]
+        assert last == start + len(window) or tokens[last] == bos
+        seen += range(first, last)
+    assert len(seen) == len(set(seen))
+    scored = list(document_spans(np.flatnonzero(tokens == bos), len(tokens), seq_len, seq_len))
+    assert {span[:3] for span in first_document_spans(tokens, starts, seq_len, bos)} <= {span[:3] for span in scored}
+
+
 @pytest.fixture(scope="module")
-def experiment(trained):
-    return open_experiment(trained)
+def experiment(trained, cpu):
+    return open_experiment(trained, cpu)
 
 
 def test_scores_agree_with_one_token_at_a_time(experiment):
@@ -74,36 +90,46 @@ def test_scores_agree_with_one_token_at_a_time(experiment):
     np.testing.assert_allclose(nats.sum(), total, rtol=1e-4)
 
 
-def test_result_is_complete_and_consistent(experiment):
-    result = evaluate(experiment, "test", num_samples=4)
-    assert set(KEYS.split()) <= set(result)
-    manifest = json.loads((experiment.workdir / "windows" / "test.json").read_text())
-    assert (result["words"], result["bytes"]) == (manifest["words"], manifest["bytes"])
-    assert result["tokens"] == manifest["tokens"] - manifest["documents"]
-    total = result["nats_per_token"] * result["tokens"]
-    assert result["bits_per_byte"] == pytest.approx(total / math.log(2) / result["bytes"])
-    assert result["word_perplexity"] == pytest.approx(math.exp(total / result["words"]))
-    assert result["excess_nats_per_token"] == pytest.approx(
-        result["nats_per_token"] - result["floor_nats_per_token"], rel=1e-6
-    )
-    for share in ("accepted_share", "consistent_share", "copied_share"):
-        assert 0 <= result[share] <= 1
-    last = (experiment.workdir / "evaluations.jsonl").read_text().splitlines()[-1]
-    assert json.loads(last)["nats_per_token"] == result["nats_per_token"]
-
-
 def test_the_floor_is_the_grammar_s_own(experiment):
     scorer = Scorer(experiment.model, experiment.tokenizer, 4)
     evaluation = Evaluation(experiment.workdir, "valid", scorer, experiment.tokenizer, "document")
-    truth = [-tales.tell(i, "valid", experiment.config.seed).logprob for i in range(len(evaluation.truth))]
-    np.testing.assert_allclose([evaluation.truth[i] for i in range(len(truth))], truth)
+    nats = {i: -tales.tell(i, "valid", experiment.config.seed).logprob for i in range(len(evaluation.grammar_nats))}
+    assert evaluation.grammar_nats == pytest.approx(nats)
 
 
-def test_more_context_is_not_worse_counted(experiment):
-    """A sliding window scores the same tokens as the plain cut."""
+def test_a_sliding_window_scores_the_same_tokens(experiment):
     scorer = Scorer(experiment.model, experiment.tokenizer, 4)
-    make = lambda stride: Evaluation(experiment.workdir, "valid", scorer, experiment.tokenizer, "stream", stride)  # noqa: E731
+
+    def make(stride):
+        return Evaluation(experiment.workdir, "valid", scorer, experiment.tokenizer, "stream", stride)
+
     plain, sliding = (make(stride)(experiment.params) for stride in (0, 64))
     assert plain["tokens"] == sliding["tokens"] and sliding["stride"] == 64
     with pytest.raises(ValueError, match="stride=9999 must be at most the context of 208 tokens"):
         make(9999)
+
+
+def test_devices_share_a_batch_that_they_do_not_divide_and_change_no_number(experiment, cpu):
+    config = dataclasses.replace(experiment.config, micro_batch_size=8, batch_size=8).with_total_steps(1)
+    trainer = make_trainer(config, dataclasses.replace(cpu, devices=tuple(jax.devices())), jnp.float32, 1)
+    shared = Scorer(experiment.model, experiment.tokenizer, 5, trainer.place_same, 8, trainer.replicated)
+    alone = Scorer(experiment.model, experiment.tokenizer, 5)
+    assert (shared.batch_size, alone.batch_size) == (8, 5)
+    wanted, found = (
+        Evaluation(experiment.workdir, "valid", scorer, experiment.tokenizer, "document", max_windows=13)(
+            jax.device_put(experiment.params, place)
+        )
+        for scorer, place in ((alone, cpu.devices[0]), (shared, trainer.replicated))
+    )
+    assert wanted.pop("split") == found.pop("split") and found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_padding_of_the_last_batch_counts_nothing(experiment):
+    tokens, _ = load_tokens(experiment.workdir, "valid")
+    spans = [Span(0, 1, 100), Span(0, 50, 100), Span(100, 101, 140)]
+    scores = [Scorer(experiment.model, experiment.tokenizer, size)(experiment.params, tokens, spans) for size in (1, 2)]
+    for one, other in zip(*scores, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+    (nats, counts, _), bos = scores[0], experiment.tokenizer.bos_id
+    assert counts.tolist() == [np.sum(tokens[first:last] != bos) for _, first, last, _ in spans]
+    assert nats[1] < nats[0]
