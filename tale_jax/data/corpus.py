@@ -3,8 +3,8 @@
 A *document* is what BOS and EOS will enclose: a tale, an article, a story, a row, a text file or a passage of a long
 one. Documents stream (`readers.py`), so a corpus may be larger than memory.
 
-Where a source has no split of its own, a hash of the document's text cuts one: adding files moves no document from one
-split to another, and two copies of a text never end up on both sides.
+Where a source has no published split, one is made by a hash of each document's text: adding files moves no document
+from one split to another, and two copies of a text are always in the same split.
 
 A new dataset is one function and one entry in `OPENERS`, and its name in `CORPORA` of `config.py`.
 
@@ -31,15 +31,15 @@ SPLITS = ("train", "valid", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A stream of documents that can be read again; `num_bytes` is about how much text it holds, None if unknown."""
+    """A stream of documents that can be read many times; `num_bytes`: about how much text it has, None if unknown."""
 
     read: Callable[[], Iterator[str]]
     num_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A split: the documents of a source whose hash lies in [low, high), a part of [0, 1)."""
+class SplitSource:
+    """Where a split is read: the documents of a source whose hash (`_hash_position`) lies in [low, high)."""
 
     source: Source
     low: float = 0.0
@@ -52,14 +52,14 @@ class Corpus:
 
     Attributes:
       identity: what the documents depend on, as JSON: the settings that matter, and names and sizes of the files.
-      parts: where each split is read.
-      max_train_bytes: reading ends where the training split is full; 0: never.
+      splits: where each split is read.
+      max_train_bytes: reading ends where the training split has so many bytes of text; 0: never.
       words_end_lines: WikiText's convention, in which the end of each line counts as a word (`count_words`).
       nats: -log probability of each document of a split, in order, where the corpus knows it (tales); else None.
     """
 
     identity: dict[str, Any]
-    parts: dict[str, Part]
+    splits: dict[str, SplitSource]
     max_train_bytes: int = 0
     words_end_lines: bool = False
     nats: Callable[[str], Iterator[float]] | None = None
@@ -70,33 +70,34 @@ class Corpus:
         Raises:
           ValueError: one line, for an empty split and for text that cannot be read (file, place and reason).
         """
-        part, train = self.parts[split], self.parts["train"]
+        wanted, train = self.splits[split], self.splits["train"]
+        by_hash = wanted.high - wanted.low < 1
         empty, train_bytes = True, 0
-        for text in part.source.read():
-            place = _place(text) if part.high - part.low < 1 else 0.0
-            if self.max_train_bytes and part.source is train.source and train.low <= place < train.high:
+        for text in wanted.source.read():
+            position = _hash_position(text) if by_hash else 0.0
+            if self.max_train_bytes and wanted.source is train.source and train.low <= position < train.high:
                 train_bytes += len(text.encode())
                 if train_bytes > self.max_train_bytes:
                     break
-            if part.low <= place < part.high:
+            if wanted.low <= position < wanted.high:
                 empty = False
                 yield text
         if empty:
-            shown = [f"corpus.{k}={self.identity[k]}" for k in ("name", "path", "hub_name") if self.identity.get(k)]
-            share = f", or raise corpus.held_out={self.identity['held_out']}" if part.high - part.low < 1 else ""
-            raise ValueError(f"{' '.join(shown)} must hold a document for the {split} split; give more text{share}")
+            fields = [f"corpus.{k}={self.identity[k]}" for k in ("name", "path", "hub_name") if self.identity.get(k)]
+            or_raise = f", or raise corpus.held_out={self.identity['held_out']}" if by_hash else ""
+            raise ValueError(f"{' '.join(fields)} must hold a document for the {split} split; give more text{or_raise}")
 
     def num_bytes(self, split: str) -> int | None:
-        """About how many bytes of text a split holds, for a progress bar; None when only reading can tell."""
-        part = self.parts[split]
-        if part.source.num_bytes is None:
+        """About how many bytes of text a split has, for a progress bar; None when only reading can tell."""
+        wanted = self.splits[split]
+        if wanted.source.num_bytes is None:
             return None
-        size = int(part.source.num_bytes * (part.high - part.low))
+        size = int(wanted.source.num_bytes * (wanted.high - wanted.low))
         return min(size, self.max_train_bytes or size) if split == "train" else size
 
 
 def open_corpus(config: CorpusConfig, seed: int) -> Corpus:
-    """Finds the corpus and checks that it is there, without reading it.
+    """The corpus that the settings name; its files are looked for, but not read.
 
     Args:
       config: the `corpus` settings.
@@ -108,28 +109,29 @@ def open_corpus(config: CorpusConfig, seed: int) -> Corpus:
     return OPENERS[config.name].open(config, seed)
 
 
-def settings(config: CorpusConfig) -> dict[str, Any]:
-    """The settings this corpus depends on. The others may change without changing a document."""
+def relevant_settings(config: CorpusConfig) -> dict[str, Any]:
+    """The settings that the documents of this corpus depend on."""
     return {field: getattr(config, field) for field in ("name", *OPENERS[config.name].settings)}
 
 
 def _open_tales(config: CorpusConfig, seed: int) -> Corpus:
-    from tale_jax.data.tales import grammar  # loaded only where tales are told
+    from tale_jax.data.tales import grammar  # its tables are built only where tales are told
 
-    def told(split: str) -> Iterator[grammar.Tale]:
+    def tales(split: str) -> Iterator[grammar.Tale]:
         return (grammar.tell(index, split, seed) for index in range(getattr(config, f"num_{split}_tales")))
 
-    first = [grammar.tell(index, "train", seed).text.encode() for index in range(32)]
+    first_tales = [grammar.tell(index, "train", seed).text.encode() for index in range(32)]
 
     def source(split: str) -> Source:
-        num_bytes = getattr(config, f"num_{split}_tales") * sum(map(len, first)) // len(first)
-        return Source(lambda: (tale.text for tale in told(split)), num_bytes)
+        num_bytes = getattr(config, f"num_{split}_tales") * sum(map(len, first_tales)) // len(first_tales)
+        return Source(lambda: (tale.text for tale in tales(split)), num_bytes)
 
-    told_digest = hashlib.blake2b(b"\0".join(first), digest_size=16).hexdigest()  # another grammar tells other tales
+    # Another version of the grammar tells other tales.
+    grammar_digest = hashlib.blake2b(b"\0".join(first_tales), digest_size=16).hexdigest()
     return Corpus(
-        identity=settings(config) | {"grammar": told_digest},
-        parts={split: Part(source(split)) for split in SPLITS},
-        nats=lambda split: (-tale.logprob for tale in told(split)),
+        identity=relevant_settings(config) | {"grammar": grammar_digest},
+        splits={split: SplitSource(source(split)) for split in SPLITS},
+        nats=lambda split: (-tale.logprob for tale in tales(split)),
     )
 
 
@@ -138,8 +140,8 @@ def _open_wikitext(config: CorpusConfig, seed: int) -> Corpus:
 
     def from_hub(split: str) -> Source:
         variant = "wikitext-2-v1" if config.name == "wikitext2" else "wikitext-103-v1"
-        rows = readers.Hub("Salesforce/wikitext", variant, "validation" if split == "valid" else split, "text")
-        # A row is a line of the original file, but for its blank lines, " \n", which the hub has emptied.
+        rows = readers.HubRows("Salesforce/wikitext", variant, "validation" if split == "valid" else split, "text")
+        # A row is a line of the original file; only the blank lines, " \n", are empty on the hub.
         return Source(lambda: readers.articles(row or " \n" for row in rows))
 
     def from_file(path: Path) -> Source:
@@ -148,8 +150,8 @@ def _open_wikitext(config: CorpusConfig, seed: int) -> Corpus:
     files = {split: _find_split(config, split, ("{}.txt", "wiki.{}.tokens")) for split in SPLITS} if config.path else {}
     sources = {split: from_file(files[split]) if files else from_hub(split) for split in SPLITS}
     return Corpus(
-        identity=settings(config) | _fingerprint(list(files.values())),
-        parts={split: Part(sources[split]) for split in SPLITS},
+        identity=relevant_settings(config) | _fingerprint(list(files.values())),
+        splits={split: SplitSource(sources[split]) for split in SPLITS},
         max_train_bytes=config.max_train_bytes,
         words_end_lines=True,
     )
@@ -166,10 +168,10 @@ def _open_tinystories(config: CorpusConfig, seed: int) -> Corpus:
     else:
         files = [path] if path.is_file() else [_find_split(config, split, names) for split in ("train", "valid")]
         train, valid = (Source(lambda f=f: readers.stories(f), f.stat().st_size) for f in (files[0], files[-1]))
-    parts = {"train": Part(train), "valid": Part(valid, 0.0, 0.5), "test": Part(valid, 0.5, 1.0)}
+    splits = {"train": SplitSource(train), "valid": SplitSource(valid, 0.0, 0.5), "test": SplitSource(valid, 0.5, 1.0)}
     if len(files) == 1:  # a file of stories without published splits
-        parts = _hold_out(train, {}, config.held_out)
-    return Corpus(settings(config) | _fingerprint(files), parts, config.max_train_bytes)
+        splits = _hold_out(train, {}, config.held_out)
+    return Corpus(relevant_settings(config) | _fingerprint(files), splits, config.max_train_bytes)
 
 
 def _open_files(config: CorpusConfig, seed: int) -> Corpus:
@@ -180,7 +182,7 @@ def _open_files(config: CorpusConfig, seed: int) -> Corpus:
         lambda: itertools.chain.from_iterable(readers.read_file(file, config.field) for file in files),
         None if compressed else sum(file.stat().st_size for file in files),
     )
-    identity = settings(config) | _fingerprint(files)
+    identity = relevant_settings(config) | _fingerprint(files)
     return Corpus(identity, _hold_out(source, {}, config.held_out), config.max_train_bytes)
 
 
@@ -190,11 +192,11 @@ def _open_hub(config: CorpusConfig, seed: int) -> Corpus:
     source = functools.partial(_from_hub, config.hub_name, config.hub_config, field=config.field)
     sources = {split: source(name) for split, name in names.items() if name}
     train = sources.pop("train")
-    return Corpus(settings(config), _hold_out(train, sources, config.held_out), config.max_train_bytes)
+    return Corpus(relevant_settings(config), _hold_out(train, sources, config.held_out), config.max_train_bytes)
 
 
 class Opener(NamedTuple):
-    """How a corpus is opened, and which settings its documents depend on; the others may change with no harm."""
+    """How a corpus is opened, and the settings that its documents depend on; another value of the others is no harm."""
 
     open: Callable[[CorpusConfig, int], Corpus]
     settings: tuple[str, ...]
@@ -223,20 +225,20 @@ OPENERS = {
 
 
 def _from_hub(name: str, config: str, split: str, field: str) -> Source:
-    rows = readers.Hub(name, config, split, field)
+    rows = readers.HubRows(name, config, split, field)
     return Source(lambda: filter(str.strip, rows))
 
 
-def _hold_out(train: Source, own: dict[str, Source], held_out: float) -> dict[str, Part]:
-    """Parts for every split: those without a source of their own are cut from the training source."""
-    missing = [split for split in ("valid", "test") if split not in own]
-    parts = {split: Part(train, i * held_out, (i + 1) * held_out) for i, split in enumerate(missing)}
-    parts |= {split: Part(source) for split, source in own.items()}
-    return parts | {"train": Part(train, len(missing) * held_out, 1.0)}
+def _hold_out(train: Source, published: dict[str, Source], held_out: float) -> dict[str, SplitSource]:
+    """All three splits: those that are not published are a share `held_out` of the training source, by hash."""
+    missing = [split for split in ("valid", "test") if split not in published]
+    splits = {split: SplitSource(train, i * held_out, (i + 1) * held_out) for i, split in enumerate(missing)}
+    splits |= {split: SplitSource(source) for split, source in published.items()}
+    return splits | {"train": SplitSource(train, len(missing) * held_out, 1.0)}
 
 
-def _place(text: str) -> float:
-    """Where a document falls in [0, 1): a hash of its text and of nothing else."""
+def _hash_position(text: str) -> float:
+    """The hash of a document's text, as a number in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
 
 
@@ -254,7 +256,7 @@ def _find_split(config: CorpusConfig, split: str, names: tuple[str, ...]) -> Pat
 
 
 def _fingerprint(files: list[Path]) -> dict[str, Any]:
-    """Number and bytes of the files, and a digest of their names and sizes (hashing contents would read all of it)."""
+    """Number and bytes of the files, and a digest of their names and sizes (one of the contents would read it all)."""
     if not files:
         return {}
     base = os.path.commonpath([file.absolute().parent for file in files])

@@ -1,9 +1,9 @@
-"""Documents -> runs of tokens with the marks of their ends; on all cores where there is text enough to pay for it.
+"""Documents → batches of tokens with BOS and EOS, on all cores where there is enough text.
 
-    for run in encode(corpus.documents("train"), tokenizer, corpus.num_bytes("train")):
-        file.write(run.tokens)
+    for batch in encode(corpus.documents("train"), tokenizer, corpus.num_bytes("train")):
+        file.write(batch.tokens)
 
-The result is the same, and in the same order, however many cores there are.
+The tokens and their order do not depend on the number of cores.
 """
 
 import collections
@@ -20,15 +20,15 @@ import numpy as np
 
 from tale_jax.data.tokenizer import Tokenizer
 
-BATCH_BYTES = 1 << 20  # of text encoded at once, at least
-PARALLEL_FROM = 32 << 20  # bytes of text: half of them are encoded in the second that processes take to start
-AHEAD = 2  # batches that wait for each process, so that none is ever idle
+BATCH_CHARS = 1 << 20  # minimum length of a batch, but for the last one
+MIN_PARALLEL_BYTES = 32 << 20  # one core encodes half of so much text in the second that processes take to start
+QUEUED_PER_PROCESS = 2  # batches that wait for each process, so that none is ever idle
 
 
 class EncodedBatch(NamedTuple):
-    """Some documents, one after another, each between BOS and EOS; and what they hold besides these special tokens."""
+    """Some documents, each between BOS and EOS, and how many documents, words and bytes of text they are."""
 
-    tokens: bytes  # of the tokenizer's dtype
+    tokens: bytes  # ids in the tokenizer's dtype
     documents: int
     words: int
     num_bytes: int
@@ -41,36 +41,36 @@ def encode(
     words_end_lines: bool = False,
     cores: int = 0,
 ) -> Iterator[EncodedBatch]:
-    """Encodes documents in batches of about `BATCH_BYTES`, holding a few of them at once.
+    """Encodes documents in batches of about `BATCH_CHARS`, a few of which are in memory at once.
 
     Args:
       documents: read in the caller's process, and no faster than they are encoded.
       tokenizer: the same in every process.
-      num_bytes: about how much text there is; None: unknown, and taken to be much.
+      num_bytes: about how much text there is; None if unknown, which counts as much.
       words_end_lines: see `count_words`.
       cores: processes to encode on; 0: those that this process may use.
 
     Raises:
-      OSError: one line, when a process was ended from outside, as for want of memory.
+      OSError: one line, when a process was killed, for example because memory ran out.
     """
     cores = cores or _usable_cores()
-    if cores == 1 or (num_bytes is not None and num_bytes < PARALLEL_FROM):
+    if cores == 1 or (num_bytes is not None and num_bytes < MIN_PARALLEL_BYTES):
         for texts in _batches(documents):
             yield _encode_batch(tokenizer, texts, words_end_lines)
         return
     # Not forked: JAX may run threads by now, and a fork would copy the locks that they hold.
-    context, waiting = multiprocessing.get_context("spawn"), collections.deque[Future[EncodedBatch]]()
+    context, queue = multiprocessing.get_context("spawn"), collections.deque[Future[EncodedBatch]]()
     with ProcessPoolExecutor(cores, context, _start_worker, (tokenizer.model,)) as pool:
         try:
             for texts in _batches(documents):
-                waiting.append(pool.submit(_encode, texts, words_end_lines))
-                while len(waiting) > AHEAD * cores or (waiting and waiting[0].done()):
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                queue.append(pool.submit(_encode_in_worker, texts, words_end_lines))
+                while len(queue) > QUEUED_PER_PROCESS * cores or (queue and queue[0].done()):
+                    yield queue.popleft().result()
+            while queue:
+                yield queue.popleft().result()
         except BrokenProcessPool:
             raise OSError(
-                "a process that encodes text was ended from outside, as for want of memory; run the same command again"
+                "a process that encodes text was killed, perhaps because memory ran out; run the same command again"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -82,7 +82,7 @@ def count_words(text: str, words_end_lines: bool) -> int:
 
 
 def _encode_batch(tokenizer: Tokenizer, texts: list[str], words_end_lines: bool) -> EncodedBatch:
-    bos, eos = (np.array([mark], tokenizer.dtype).tobytes() for mark in (tokenizer.bos_id, tokenizer.eos_id))
+    bos, eos = (np.array([token], tokenizer.dtype).tobytes() for token in (tokenizer.bos_id, tokenizer.eos_id))
     return EncodedBatch(
         b"".join(bos + tokenizer.encode(text).tobytes() + eos for text in texts),
         len(texts),
@@ -96,7 +96,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     for text in documents:
         texts.append(text)
         size += len(text)
-        if size >= BATCH_BYTES:
+        if size >= BATCH_CHARS:
             yield texts
             texts, size = [], 0
     if texts:
@@ -107,13 +107,13 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_tokenizer: Tokenizer  # of a process of the pool
+_tokenizer: Tokenizer  # set in each process of the pool
 
 
 def _start_worker(model: bytes) -> None:
-    """Makes a process of the pool ready, and sees that it ends with the one that began it, were that killed."""
+    """Loads the tokenizer in a process of the pool, which will end when its parent does, even if that is killed."""
     global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who then ends the pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends the pool
     parent = multiprocessing.parent_process()
     assert parent
 
@@ -125,5 +125,5 @@ def _start_worker(model: bytes) -> None:
     _tokenizer = Tokenizer(model)
 
 
-def _encode(texts: list[str], words_end_lines: bool) -> EncodedBatch:
+def _encode_in_worker(texts: list[str], words_end_lines: bool) -> EncodedBatch:
     return _encode_batch(_tokenizer, texts, words_end_lines)

@@ -1,9 +1,10 @@
-"""Token windows -> batches: shuffled afresh every pass, shared among processes, read ahead, resumable to the batch.
+"""Token windows → batches: shuffled anew in every pass, shared among processes, prefetched, resumable to the batch.
 
-The stream of prepared tokens is cut into windows that touch, or that each begin at a document; a pass takes each once,
-in an order drawn from seed and pass; the next pass follows without a gap. Which windows make up batch n does not depend
-on how many processes there are: of P processes, process p takes examples p, p + P, ... of each batch. Hence the state
-is one integer, the same on every process, and a run may go on with another number of them.
+The stream of prepared tokens is split into windows that follow one another, or so that each document starts a window. A
+pass takes each window once, in an order that depends on seed and pass; the next pass follows without a gap. Which
+windows make up batch n does not depend on how many processes there are: of P processes, process p takes examples p, p +
+P, ... of each batch. Hence the state is one integer, the same on every process, and a run may be resumed by another
+number of them.
 
     batches = Batches(tokens, window_starts(tokens, 256), seq_len=256, batch_size=8, seed=0)
     batch = next(batches)                 # int32 [8, 257]: inputs batch[:, :-1], targets batch[:, 1:]
@@ -24,23 +25,24 @@ from tale_jax.data.token_files import document_starts
 def window_starts(
     tokens: Integer[np.ndarray, " N"], seq_len: int, bos_id: int | None = None
 ) -> Integer[np.ndarray, " windows"]:
-    """Where the windows of a stream start: each takes `seq_len` inputs, and one token more as its last target.
+    """The position in the stream of each window's first token; a window is `seq_len` inputs and one more target.
 
-    With `bos_id` every document begins a window (and goes on in further ones where it is longer); what follows it in
-    the window is the beginning of the next. Each token then has all of its document before it, up to `seq_len`.
+    With `bos_id` every document starts a window (and goes on in further ones where it is longer); the rest of the
+    window is the start of the next document. Each token then sees all of its document before it, up to `seq_len`.
     """
     last = len(tokens) - seq_len - 1
     if bos_id is None:
         return np.arange(0, last + 1, seq_len)
-    begins = document_starts(tokens, bos_id)
-    counts = np.maximum(1, -(-(np.diff(begins, append=len(tokens)) - 1) // seq_len))
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = np.repeat(begins, counts) + seq_len * within
+    documents = document_starts(tokens, bos_id)
+    lengths = np.diff(documents, append=len(tokens))
+    num_windows = np.maximum(1, -(-(lengths - 1) // seq_len))  # of each document; rounded up
+    index_in_document = np.arange(num_windows.sum()) - np.repeat(np.cumsum(num_windows) - num_windows, num_windows)
+    starts = np.repeat(documents, num_windows) + seq_len * index_in_document
     return starts[starts <= last]
 
 
-def split_windows(windows: Int32[np.ndarray, "B T1"], divisor: int) -> Int32[np.ndarray, "more less"]:
-    """Each window as so many shorter ones: the same inputs and targets, with less before them. `divisor` divides T."""
+def split_windows(windows: Int32[np.ndarray, "B T1"], divisor: int) -> Int32[np.ndarray, "more shorter"]:
+    """Each window as `divisor` shorter ones, with the same inputs and targets; `divisor` must divide T."""
     if divisor == 1:
         return windows
     inputs, targets = (x.reshape(-1, (windows.shape[1] - 1) // divisor) for x in (windows[:, :-1], windows[:, 1:]))
@@ -67,10 +69,10 @@ class Batches:
     Args:
       tokens: a stream of token ids [N], memory-mapped or not.
       starts: of its windows, from `window_starts`.
-      seq_len: inputs in a window; the stream is flat, so any length will do.
+      seq_len: inputs in a window.
       batch_size: windows in a batch, over all processes.
       seed: of the order.
-      process_index, process_count: this process, and of how many.
+      process_index, process_count: number of this process, and how many there are.
       num_threads, prefetch: threads that read ahead, and batches they keep ready. They change no batch.
 
     Raises:
@@ -100,16 +102,16 @@ class Batches:
             raise ValueError(
                 f"batch_size={batch_size} must be divisible by the {process_count} processes; choose a multiple of it"
             )
-        # grain draws the order of pass n from seed + n: neighbouring seeds would share their orders, one pass apart.
-        order = int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "big"), digest_size=4).digest(), "big")
+        # grain shuffles pass n by seed + n: neighbouring seeds would share their orders, one pass apart.
+        shuffle_seed = int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "big"), digest_size=4).digest(), "big")
         elastic = ElasticIterator(
-            grain.MapDataset.source(windows).shuffle(seed=order).repeat(),
+            grain.MapDataset.source(windows).shuffle(seed=shuffle_seed).repeat(),
             batch_size,
             grain.sharding.ShardOptions(shard_index=process_index, shard_count=process_count),
             read_options=grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch),
         )
         self._iterator: Any = iter(elastic)
-        self._drawn_from = {"num_windows": len(windows), "seed": seed}
+        self._order = {"num_windows": len(windows), "seed": seed}  # what the order of examples depends on
         self._batch_size, self._examples = batch_size, 0  # examples given so far, over all processes
 
     def __iter__(self) -> "Batches":
@@ -122,20 +124,20 @@ class Batches:
 
     @property
     def passes(self) -> float:
-        """Passes over the windows so far."""
-        return self._examples / self._drawn_from["num_windows"]
+        """Passes over all windows so far."""
+        return self._examples / self._order["num_windows"]
 
     def get_state(self) -> dict[str, int]:
-        """The position behind the last batch given, ready for JSON and the same on every process."""
-        return {"examples": self._examples, **self._drawn_from}
+        """The position after the last batch, as JSON; the same on every process."""
+        return {"examples": self._examples, **self._order}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Goes to a position from `get_state`: the next batch is the one that would have come then.
+        """Goes to a position of `get_state`, whatever the number of processes was.
 
         Raises:
-          ValueError: one line, when the position is one in other windows, or in another order of them.
+          ValueError: one line, when the position belongs to other windows, or to another order of them.
         """
-        for field, value in self._drawn_from.items():
+        for field, value in self._order.items():
             if state[field] != value:
                 raise ValueError(
                     f"{field}={value} must be {state[field]}, as when the data position was saved; "

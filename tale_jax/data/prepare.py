@@ -1,8 +1,8 @@
-"""Documents -> a tokenizer and token windows (`windows.py`) in a workdir, once.
+"""Documents → a tokenizer and token files (`token_files.py`) in a workdir, once.
 
-Every file is written under a temporary name and renamed when it is whole, the manifest last. A killed run leaves
-whole splits and a temporary file, which the next one clears away and goes on. Windows that were prepared with other
-settings are refused, never overwritten.
+Every file is written under a temporary name and renamed when it is whole, the manifest last. A killed run leaves whole
+splits and a temporary file; the next run removes that file and prepares what is missing. Token files that were made
+with other settings are refused, never overwritten.
 
     python launch/prepare.py --config=configs/tales.py --workdir=experiments/tales
 """
@@ -19,18 +19,18 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Integer
 
-from tale_jax.config import Config
-from tale_jax.data.corpus import SPLITS, Corpus, open_corpus, settings
+from tale_jax.config import Config, change
+from tale_jax.data.corpus import SPLITS, Corpus, open_corpus, relevant_settings
 from tale_jax.data.encode import encode
 from tale_jax.data.tales.grammar import ratio
 from tale_jax.data.token_files import Manifest, document_starts, iter_documents, load_manifest, load_tokens
 from tale_jax.data.tokenizer import Tokenizer, check_tokenizer, tokenizer_file, train_tokenizer
-from tale_jax.utils.files import atomic_writer
+from tale_jax.utils.files import atomic_writer, write_atomically
 from tale_jax.utils.progress import Progress
 
 MIN_VOCAB_SIZE, MAX_VOCAB_SIZE = 512, 8192  # of a vocabulary that is chosen here
-CHARACTERS_FROM = 1 << 21  # bytes of text whose characters are counted
-COVERAGE = 0.9995  # share of them that SentencePiece gives pieces of their own
+CHARACTER_SAMPLE_BYTES = 1 << 21  # text whose characters are counted
+CHARACTER_COVERAGE = 0.9995  # share of those characters that SentencePiece gives a token of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,23 +47,25 @@ class Prepared:
 
 
 def prepare(config: Config, workdir: Path, log: Path | None = None) -> Prepared:
-    """Makes the tokenizer and the windows of all three splits, or finds them in `workdir`.
+    """The tokenizer and the token files of all three splits, made where `workdir` lacks them.
 
     Args:
       config: uses `corpus`, `tokenizer`, `seed` and `model.seq_len`.
-      workdir: created when missing.
-      log: file that the lines of progress are appended to, besides the bar.
+      workdir: created when missing. One that is prepared is only read.
+      log: file that the lines of progress are appended to.
 
     Raises:
-      ValueError: one line: windows of other settings in `workdir`, or a corpus or tokenizer that cannot be used.
-      OSError: one line, when `workdir` cannot be written or its disk is full. What was whole before still is.
+      ValueError: one line, for token files of other settings in `workdir`, or a corpus or tokenizer that cannot be
+        used.
+      OSError: one line, when `workdir` cannot be written or its disk is full. Splits that were whole still are.
     """
-    with _clear_errors(workdir):
-        for name in ("tokenizer", "windows"):
-            (workdir / name).mkdir(parents=True, exist_ok=True)
-            for stale in (workdir / name).glob("*.partial"):  # of a run that was killed
-                stale.unlink()
     present = [split for split in SPLITS if (workdir / "windows" / f"{split}.json").is_file()]
+    if len(present) < len(SPLITS):
+        with _disk_errors_explained(workdir):
+            for name in ("tokenizer", "windows"):
+                (workdir / name).mkdir(parents=True, exist_ok=True)
+                for partial in (workdir / name).glob("*.partial"):  # of a run that was killed
+                    partial.unlink()
     manifests = {split: load_manifest(workdir, split) for split in present}
     corpus = _open_corpus(config, manifests)
     if corpus and not manifests:
@@ -71,7 +73,7 @@ def prepare(config: Config, workdir: Path, log: Path | None = None) -> Prepared:
     else:
         tokenizer = Tokenizer.load(tokenizer_file(workdir))
     for manifest in manifests.values():
-        _check_same(manifest, config, corpus, tokenizer, workdir)
+        _check_settings(manifest, config, corpus, tokenizer, workdir)
     for split in SPLITS:
         if corpus and split not in manifests:
             manifests[split] = _write_split(corpus, split, tokenizer, config, workdir, log)
@@ -79,74 +81,77 @@ def prepare(config: Config, workdir: Path, log: Path | None = None) -> Prepared:
 
 
 def with_vocab_size(config: Config) -> tuple[Config, str]:
-    """The config with as many pieces as suit its training text, and why so many; `tokenizer.path` is left alone."""
+    """The config with a vocabulary that suits its training text, and the reason in words; one of `tokenizer.path` is
+    kept."""
     if config.tokenizer.path:
         return config, f"vocabulary {config.tokenizer.vocab_size:,}: that of {config.tokenizer.path}"
     size, characters = 0, collections.Counter[str]()
     for text in open_corpus(config.corpus, config.seed).documents("train"):
-        if size < CHARACTERS_FROM:
+        if size < CHARACTER_SAMPLE_BYTES:
             characters.update(text)
         size += len(text.encode())
         if size >= MAX_VOCAB_SIZE**2:  # more text would change nothing
             break
-    pieces = suitable_vocab_size(size, characters)
-    tokenizer = dataclasses.replace(config.tokenizer, vocab_size=pieces)
+    vocab_size = suitable_vocab_size(size, characters)
     more = " or more" if size >= MAX_VOCAB_SIZE**2 else ""
-    return dataclasses.replace(config, tokenizer=tokenizer), f"vocabulary {pieces:,}: {size / 1e6:.1f} MB{more} of text"
+    reason = f"vocabulary {vocab_size:,}: {size / 1e6:.1f} MB{more} of text"
+    return change(config, {"tokenizer.vocab_size": vocab_size}), reason
 
 
 def suitable_vocab_size(num_bytes: int, characters: Mapping[str, int]) -> int:
-    """A vocabulary for so much text: about the square root of its bytes, a power of two.
+    """A vocabulary for `num_bytes` of text: about the square root of it, and a power of two.
 
-    Each piece is then met a few hundred times, whatever the amount. `characters` are counts: besides the bytes and a
-    piece for each usual character there is room for as many that are longer.
+    The text then has a few hundred examples of each token, however long it is. `characters` counts characters: there is
+    room for the 256 bytes, a token for each character that is not rare, and as many longer tokens.
     """
-    pieces = 2 ** round(math.log2(max(1, num_bytes)) / 2)
-    pieces = min(max(pieces, MIN_VOCAB_SIZE), MAX_VOCAB_SIZE)
-    rest, distinct = (1 - COVERAGE) * sum(characters.values()), len(characters)
+    vocab_size = 2 ** round(math.log2(max(1, num_bytes)) / 2)
+    vocab_size = min(max(vocab_size, MIN_VOCAB_SIZE), MAX_VOCAB_SIZE)
+    uncovered, num_covered = (1 - CHARACTER_COVERAGE) * sum(characters.values()), len(characters)
     for count in sorted(characters.values()):
-        rest -= count
-        if rest < 0:
+        uncovered -= count
+        if uncovered < 0:
             break
-        distinct -= 1
-    while pieces < 256 + 2 * distinct:
-        pieces *= 2
-    return pieces
+        num_covered -= 1
+    while vocab_size < 256 + 2 * num_covered:
+        vocab_size *= 2
+    return vocab_size
 
 
 def _open_corpus(config: Config, manifests: dict[str, Manifest]) -> Corpus | None:
-    """The corpus; None when it is gone (or the workdir was copied elsewhere) and everything of it is prepared."""
+    """The corpus; None when it is gone (as where a workdir was copied to) and all splits are prepared."""
     try:
         return open_corpus(config.corpus, config.seed)
     except ValueError:
-        wanted = settings(config.corpus).items()
+        wanted = relevant_settings(config.corpus).items()
         if len(manifests) == len(SPLITS) and all(wanted <= manifest.corpus.items() for manifest in manifests.values()):
             return None
         raise
 
 
-def _check_same(manifest: Manifest, config: Config, corpus: Corpus | None, tokenizer: Tokenizer, workdir: Path) -> None:
-    """Raises ValueError, in one line, with the first thing in which the windows are not those of `config`."""
+def _check_settings(
+    manifest: Manifest, config: Config, corpus: Corpus | None, tokenizer: Tokenizer, workdir: Path
+) -> None:
+    """Raises ValueError, in one line, with the first setting or file that is not as it was when the split was made."""
     if config.model.seq_len > manifest.window_len:
         raise ValueError(
             f"model.seq_len={config.model.seq_len} must not exceed the windows of {manifest.window_len} tokens that "
             f"{workdir} was prepared with; try model.seq_len={manifest.window_len}, or a new --workdir"
         )
-    now, then = settings(config.corpus), manifest.corpus
-    pairs = {f"corpus.{name}": (value, then.get(name)) for name, value in now.items() if name != "path"}
+    settings, old = relevant_settings(config.corpus), manifest.corpus
+    pairs = {f"corpus.{name}": (value, old.get(name)) for name, value in settings.items() if name != "path"}
     pairs |= {"seed": (config.seed, manifest.seed)}
     for name, value in dataclasses.asdict(config.tokenizer).items():
         pairs[f"tokenizer.{name}"] = (value, manifest.tokenizer_settings[name])
     remedy = f"choose a new --workdir, or remove {workdir}/windows to prepare again"
-    for field, (value, old) in pairs.items():
-        if value != old:
-            raise ValueError(f"{field}={value} must be {old}, as in the windows prepared in {workdir}; {remedy}")
-    found = corpus.identity if corpus else {}
-    for name in found:
-        if name not in now and found[name] != then.get(name):  # a folder may have another name, but not other files
+    for field, (value, old_value) in pairs.items():
+        if value != old_value:
+            raise ValueError(f"{field}={value} must be {old_value}, as in the windows prepared in {workdir}; {remedy}")
+    files = {name: value for name, value in (corpus.identity if corpus else {}).items() if name not in settings}
+    for name, value in files.items():  # the folder may have another name, but not other files
+        if value != old.get(name):
             field = f"corpus.path={config.corpus.path}" if config.corpus.path else f"corpus.name={config.corpus.name}"
-            change = f"{name} was {then.get(name)} and is {found[name]}"
-            raise ValueError(f"{field} must be as it was when {workdir} was prepared, but {change}; {remedy}")
+            difference = f"{name} was {old.get(name)} and is {value}"
+            raise ValueError(f"{field} must be as it was when {workdir} was prepared, but {difference}; {remedy}")
     if tokenizer.fingerprint != manifest.tokenizer:
         raise ValueError(f"{workdir}/tokenizer must be the one that {workdir}/windows was prepared with; {remedy}")
 
@@ -166,8 +171,8 @@ def _write_tokenizer(corpus: Corpus, config: Config, workdir: Path, log: Path | 
                     progress.advance(len(text.encode()))
 
             tokenizer = train_tokenizer(documents(), config.tokenizer)
-    with _clear_errors(workdir), atomic_writer(tokenizer_file(workdir)) as file:
-        file.write(tokenizer.model)
+    with _disk_errors_explained(workdir):
+        write_atomically(tokenizer_file(workdir), tokenizer.model)
     return tokenizer
 
 
@@ -176,7 +181,7 @@ def _write_split(
 ) -> Manifest:
     path = workdir / "windows" / f"{split}.bin"
     documents = words = num_bytes = size = 0
-    with _clear_errors(workdir):
+    with _disk_errors_explained(workdir):
         with (
             Progress(f"prepare {split}", total=corpus.num_bytes(split) or 0, unit="bytes", log=log) as progress,
             atomic_writer(path) as file,
@@ -201,13 +206,12 @@ def _write_split(
             tokens=size // tokenizer.dtype.itemsize,
             entropy=_entropy(corpus, split, np.memmap(path, tokenizer.dtype, mode="r"), tokenizer),
         )
-        with atomic_writer(path.with_suffix(".json")) as file:
-            file.write((json.dumps(dataclasses.asdict(manifest), indent=2) + "\n").encode())
+        write_atomically(path.with_suffix(".json"), json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
     return manifest
 
 
 def _entropy(corpus: Corpus, split: str, tokens: np.ndarray, tokenizer: Tokenizer) -> dict[str, float]:
-    """Nats of a split's documents by the corpus's own probabilities: below this no model's loss on them can stay."""
+    """`Manifest.entropy`: nats of a split's documents by the corpus's own probabilities, the lowest possible loss."""
     if corpus.nats is None or split == "train":
         return {}
     nats = np.fromiter(corpus.nats(split), np.float64)
@@ -223,8 +227,8 @@ def _entropy(corpus: Corpus, split: str, tokens: np.ndarray, tokenizer: Tokenize
 
 
 @contextmanager
-def _clear_errors(workdir: Path) -> Iterator[None]:
-    """Disk trouble in one line that names the workdir."""
+def _disk_errors_explained(workdir: Path) -> Iterator[None]:
+    """Raises a full or read-only disk as an error of one line that names the workdir."""
     try:
         yield
     except OSError as error:

@@ -1,23 +1,24 @@
-"""Files and hub datasets -> streams of documents. Nothing is held but the document at hand, and nothing is altered.
+"""Files and hub datasets → streams of documents. Only the current document is in memory, and no text is altered.
 
 The passages of a text file and the articles of a WikiText file, joined, are the file byte for byte. Text that cannot be
-read is an error of one line that names the file, the place in it, and what to do.
+read is an error of one line that names the file, the position in it, and what to do.
 """
 
 import dataclasses
 import glob
+import io
 import itertools
 import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 BLOCK_BYTES = 1 << 20  # read at once
-WHOLE_BYTES = 32_000  # a text file up to this size is one document
-NUM_PASSAGES = 128  # a longer one is cut into about so many, so that each split of a single book gets its share ...
-PASSAGE_BYTES = 2_000, 16_000  # ... but each of at least, and about, so much
+MAX_WHOLE_BYTES = 32_000  # a text file up to this size is one document
+NUM_PASSAGES = 128  # a longer one becomes about so many documents, so that every split of a single book gets some,
+MIN_PASSAGE_BYTES, MAX_PASSAGE_BYTES = 2_000, 16_000  # unless they would be shorter or longer than about this
 
 _BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
 _log = logging.getLogger(__name__)
@@ -27,20 +28,20 @@ def find_files(pattern: str) -> list[Path]:
     """The files of a file, folder (recursive) or glob, sorted by name; empty ones are left out with a warning."""
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        paths = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     elif path.is_file():
-        found = [path]
+        paths = [path]
     else:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
-        if not found:
+        paths = [Path(name) for name in glob.glob(str(path), recursive=True)]
+        if not paths:
             raise ValueError(f"corpus.path={pattern} does not exist; give a file, a folder or a glob")
-    found = sorted(p for p in found if p.suffix.lower() in (".txt", ".jsonl", ".parquet") and p.is_file())
-    if not found:
+    paths = sorted(p for p in paths if p.suffix.lower() in (".txt", ".jsonl", ".parquet") and p.is_file())
+    if not paths:
         raise ValueError(f"corpus.path={pattern} must hold .txt, .jsonl or .parquet files; rename or convert them")
-    for file in found:
+    for file in paths:
         if not file.stat().st_size:
             _log.warning("%s is empty and is left out", file)
-    files = [file for file in found if file.stat().st_size]
+    files = [file for file in paths if file.stat().st_size]
     if not files:
         raise ValueError(f"corpus.path={pattern} must hold a file that is not empty; give one with text")
     return files
@@ -54,9 +55,10 @@ def read_file(path: Path, field: str) -> Iterator[str]:
 
 
 def passages(path: Path) -> Iterator[str]:
-    """A text file whole, or, when it is longer than `WHOLE_BYTES`, cut at blank lines."""
+    """A text file as one document, or, when it is longer than `MAX_WHOLE_BYTES`, split at blank lines."""
     size = path.stat().st_size
-    target = size if size <= WHOLE_BYTES else min(max(size // NUM_PASSAGES, PASSAGE_BYTES[0]), PASSAGE_BYTES[1])
+    usual = min(max(size // NUM_PASSAGES, MIN_PASSAGE_BYTES), MAX_PASSAGE_BYTES)
+    target = size if size <= MAX_WHOLE_BYTES else usual
     offset = 0
     with path.open("rb") as file:
         for passage in split_passages(file, target):
@@ -64,9 +66,9 @@ def passages(path: Path) -> Iterator[str]:
             offset += len(passage)
 
 
-def split_passages(file: BinaryIO, target: int) -> Iterator[bytes]:
-    """Cuts a file at the first blank line after `target` bytes, or else at the last line end, space or character
-    before 4 * target. Where the cuts fall depends on the file alone, not on the blocks it is read in."""
+def split_passages(file: io.BufferedIOBase, target: int) -> Iterator[bytes]:
+    """Splits a file at the first blank line after `target` bytes, or else at the last line end, space or character
+    before 4 * target. The passages depend on the file alone, not on the blocks that it is read in."""
     limit, start, buffer = 4 * target, 0, b""
     while True:
         if len(buffer) - start <= limit and (block := file.read(BLOCK_BYTES + limit)):
@@ -98,7 +100,7 @@ def lines(path: Path) -> Iterator[str]:
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
     """Joins WikiText's lines into articles. One starts at ` = Title = ` between blank lines: without the blank lines,
-    rows of tables that look alike would be taken for titles, 29 of them in WikiText-2."""
+    29 rows of tables in WikiText-2 would look like titles."""
     article: list[str] = []
     for line in lines:
         if len(article) > 2 and not line.strip() and _is_title(article[-1]) and not article[-2].strip():
@@ -116,7 +118,7 @@ def _is_title(line: str) -> bool:
 
 
 def stories(path: Path, separator: bytes = b"<|endoftext|>") -> Iterator[str]:
-    """The texts between separators, as TinyStories is published, without the blank space around them."""
+    """The texts between separators, as TinyStories is published, without the white space around them."""
     offset, rest = 0, b""
     with path.open("rb") as file:
         for block in itertools.chain(iter(lambda: file.read(BLOCK_BYTES), b""), [separator]):
@@ -130,20 +132,20 @@ def stories(path: Path, separator: bytes = b"<|endoftext|>") -> Iterator[str]:
 def json_rows(path: Path, field: str) -> Iterator[str]:
     """The texts called `field` of a file with one JSON object a line; empty ones are left out."""
     for number, line in enumerate(lines(path), 1):
-        where = f"{path} line {number}"
+        location = f"{path} line {number}"
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{where} must be a JSON object ({error}); correct or remove it") from None
+            raise ValueError(f"{location} must be a JSON object ({error}); correct or remove it") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{where} must be a JSON object, not a {type(row).__name__}; give one object a line")
-        text = _text(row, field, where)
+            raise ValueError(f"{location} must be a JSON object, not a {type(row).__name__}; give one object a line")
+        text = _field_text(row, field, location)
         try:
             text.encode()
         except UnicodeEncodeError:  # possible in JSON as \ud83d
-            raise ValueError(f"{where}: {field} must not hold half a surrogate pair; correct or remove it") from None
+            raise ValueError(f"{location}: {field} must not hold half a surrogate pair; correct or remove it") from None
         if text.strip():
             yield text
 
@@ -158,15 +160,15 @@ def parquet_rows(path: Path, field: str) -> Iterator[str]:
     try:
         with parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
-                raise ValueError(_missing(field, str(path), file.schema_arrow.names))
+                raise ValueError(_missing_field(field, str(path), file.schema_arrow.names))
             for batch in file.iter_batches(batch_size=256, columns=[field]):
-                yield from filter(str.strip, (_text(row, field, str(path)) for row in batch.to_pylist()))
+                yield from filter(str.strip, (_field_text(row, field, str(path)) for row in batch.to_pylist()))
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} must be a parquet file ({first_line(error)}); download or write it again") from None
+        raise ValueError(f"{path} must be a parquet file ({one_line(error)}); download or write it again") from None
 
 
 @dataclasses.dataclass(frozen=True)
-class Hub:
+class HubRows:
     """The texts called `field` in one split of a dataset on the Hugging Face hub; "" is the default configuration."""
 
     name: str
@@ -184,25 +186,25 @@ class Hub:
             ) from None
 
     def __iter__(self) -> Iterator[str]:
-        where = f"dataset {self.name}{f' ({self.config})' if self.config else ''}, split {self.split}"
-        return (_text(row, self.field, where) for row in self._rows(where))
+        location = f"dataset {self.name}{f' ({self.config})' if self.config else ''}, split {self.split}"
+        return (_field_text(row, self.field, location) for row in self._rows(location))
 
-    def _rows(self, where: str) -> Iterator[dict[str, Any]]:
+    def _rows(self, location: str) -> Iterator[dict[str, Any]]:
         import datasets
 
         try:
             yield from datasets.load_dataset(self.name, self.config or None, split=self.split, streaming=True)
         except ValueError as error:  # an unknown split or configuration
-            raise ValueError(f"{where}: {first_line(error)}; see corpus.hub_config and corpus.*_split") from None
+            raise ValueError(f"{location}: {one_line(error)}; see corpus.hub_config and corpus.*_split") from None
         except (OSError, RuntimeError) as error:  # nearly all that the network and the hub's client raise
             raise ValueError(
-                f"{where} cannot be read ({type(error).__name__}: {first_line(error)}); "
+                f"{location} cannot be read ({type(error).__name__}: {one_line(error)}); "
                 "check its name and the network, or download it and set corpus.path"
             ) from None
 
 
 def decode(data: bytes, path: Path, offset: int) -> str:
-    """UTF-8 -> text; `offset` is the place of `data` in its file, for the error."""
+    """UTF-8 → text; `offset` is the position of `data` in its file, for the error message."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -212,19 +214,19 @@ def decode(data: bytes, path: Path, offset: int) -> str:
         ) from None
 
 
-def first_line(error: Exception) -> str:
-    """An error of another library, in one line."""
+def one_line(error: Exception) -> str:
+    """The message of another library's error, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _text(row: dict[str, Any], field: str, where: str) -> str:
+def _field_text(row: dict[str, Any], field: str, location: str) -> str:
     if field not in row:
-        raise ValueError(_missing(field, where, row))
+        raise ValueError(_missing_field(field, location, row))
     if row[field] is not None and not isinstance(row[field], str):
         kind = type(row[field]).__name__
-        raise ValueError(f"corpus.field={field} must be text, but is of type {kind} in {where}; name another field")
+        raise ValueError(f"corpus.field={field} must be text, but is of type {kind} in {location}; name another field")
     return row[field] or ""
 
 
-def _missing(field: str, where: str, names: Iterable[str]) -> str:
-    return f"corpus.field={field} is not in {where}, which has {', '.join(names) or 'no field'}; name one of these"
+def _missing_field(field: str, location: str, names: Iterable[str]) -> str:
+    return f"corpus.field={field} is not in {location}, which has {', '.join(names) or 'no field'}; name one of these"

@@ -1,10 +1,10 @@
-"""Prepared windows: the token stream of a split on disk, and the manifest that says what it is.
+"""Token files: the tokens of a prepared split on disk, and the manifest that says what they are.
 
     workdir/windows/{train,valid,test}.bin     for each document BOS, its tokens, EOS: one flat stream
     workdir/windows/{train,valid,test}.json    the manifest: what was read, with which tokenizer, and how much of it
 
 Window i of length T is tokens[i*T : i*T+T+1], inputs and targets one token apart, so that every token but the first is
-predicted exactly once. The stream is memory-mapped: it may be larger than memory, and a position in it is one integer.
+predicted exactly once. The file is memory-mapped: it may be larger than memory, and a position in it is one integer.
 
     tokens, manifest = load_tokens(workdir, "valid")
 """
@@ -30,12 +30,13 @@ class Manifest:
     Attributes:
       corpus: settings of the corpus, and names and sizes of its files (`Corpus.identity`).
       seed: of the run.
-      tokenizer: sha256 of the model file; tokenizer_settings: the settings it was made with.
+      tokenizer: SHA-256 of the model file; tokenizer_settings: the settings it was made with.
       window_len: model.seq_len at the time: windows of any length up to it may be read.
+      dtype: of the token ids, as numpy writes it.
       documents, words, bytes, tokens: counts; tokens include BOS and EOS.
-      entropy: for the held-out tales, by the probabilities of the grammar that told them, `nats_per_tale`,
-        `nats_per_byte` and `nats_per_token` (EOS counted, BOS not), the standard error over tales of each with
-        `_stderr` after its name, and the sum `nats`; empty for other text.
+      entropy: for the held-out tales, by the probabilities of their grammar: `nats_per_tale`, `nats_per_byte` and
+        `nats_per_token` (EOS counted, BOS not), for each its standard error over tales (`nats_per_tale_stderr`, …), and
+        the sum `nats`; empty for other text.
     """
 
     split: str
@@ -68,7 +69,7 @@ def load_manifest(workdir: Path, split: str) -> Manifest:
 
 
 def load_tokens(workdir: Path, split: str) -> tuple[Integer[np.ndarray, " N"], Manifest]:
-    """Maps a prepared split into memory: its tokens [N], read-only, and its manifest.
+    """The tokens [N] of a prepared split, memory-mapped and read-only, and its manifest.
 
     Raises:
       ValueError: one line, when the split was not prepared or its file is damaged.
@@ -87,7 +88,7 @@ def load_tokens(workdir: Path, split: str) -> tuple[Integer[np.ndarray, " N"], M
 def document_starts(
     tokens: Integer[np.ndarray, " N"], bos_id: int, block: int = 1 << 22
 ) -> Int64[np.ndarray, " documents"]:
-    """Where the documents of a token stream start: the positions of BOS, read a block at a time."""
+    """The positions of BOS in a token stream, which is read a block at a time."""
     blocks = range(0, len(tokens), block)
     return np.concatenate([start + np.flatnonzero(tokens[start : start + block] == bos_id) for start in blocks])
 

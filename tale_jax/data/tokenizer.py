@@ -1,13 +1,13 @@
-"""Text <-> tokens: SentencePiece byte-pair encoding that gives every Unicode text back exactly.
+"""Text ↔ tokens: SentencePiece byte-pair encoding that gives every Unicode text back exactly.
 
 Kudo & Richardson, "SentencePiece: A simple and language independent subword tokenizer and detokenizer for Neural Text
 Processing", EMNLP 2018. Four choices make it lossless: identity normalisation, no squeezing of spaces, no space put
-before the text, and a piece for each byte, which spells what the vocabulary lacks. A newline is always the one token
-<0x0A>: no learned piece holds one, so that lines and paragraphs can be told from the tokens.
+before the text, and a token for each byte, for characters that the vocabulary lacks. A newline is always the one token
+<0x0A>: no learned token contains one, so that lines and paragraphs can be told from the tokens.
 
 Two things are ours. SentencePiece writes a space as U+2581, and so would read a real U+2581 back as a space: here it is
-spelled in bytes, which any SentencePiece decoder understands. And since no piece reaches over a space, each word's
-tokens are looked up in a table of the words met so far: several times faster than the library, and equal to it.
+encoded as its three bytes, which any SentencePiece decoder understands. And since no token reaches over a space, the
+tokens of each word are kept in a cache: several times faster than the library, and equal to it.
 
     tokenizer = Tokenizer.load(tokenizer_file(workdir))
     tokenizer.decode(tokenizer.encode("Once upon a time"))
@@ -20,6 +20,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import sentencepiece
@@ -28,10 +29,11 @@ from jaxtyping import UInt
 from tale_jax.config import TokenizerConfig
 
 SPACE = "\u2581"  # how SentencePiece writes a space
-MAX_TABLE = 400_000  # words kept in the table, about 100 MB
-MAX_WORD = 64  # characters of the longest
-_RESERVED = ("\t", "\0", SPACE, "\u2585")  # SentencePiece's trainer gives these a meaning of its own
-_PROBE = f" Tab\tand  two spaces,\n\nline ends\r\n, {SPACE}, <s>, ① ﬁ e\u0301 ½, \U0001f9d9 \0\u200b. "
+MAX_CACHED_WORDS = 400_000  # about 100 MB
+MAX_CACHED_WORD_CHARS = 64
+MAX_TRAINING_WORD_CHARS = 4_000
+_RESERVED = ("\t", "\0", SPACE, "\u2585")  # SentencePiece's trainer gives these characters a meaning of its own
+_ROUND_TRIP_TEXT = f" Tab\tand  two spaces,\n\nline ends\r\n, {SPACE}, <s>, ① ﬁ e\u0301 ½, \U0001f9d9 \0\u200b. "
 
 
 class Tokenizer:
@@ -39,30 +41,32 @@ class Tokenizer:
 
     Attributes:
       model: the bytes of the model file.
-      fingerprint: their sha256, in hex.
+      fingerprint: their SHA-256, in hexadecimal digits.
       vocab_size, bos_id, eos_id, pad_id, unk_id: of the model; an id that it lacks is -1.
-      dtype: little-endian uint16, or uint32 above 65,536 pieces.
-      token_bytes: for each id, the UTF-8 it stands for (half a character, perhaps); b"" for BOS, EOS and PAD.
+      dtype: little-endian uint16, or uint32 where the vocabulary has more than 65,536 tokens.
+      token_bytes: for each id the UTF-8 bytes it stands for, perhaps half a character; b"" for BOS, EOS and PAD.
     """
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
         try:
-            self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._library = library = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             raise ValueError(f"{name} must be a SentencePiece model; give a .model file") from None
         self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        self.vocab_size = sp.vocab_size()
-        self.bos_id, self.eos_id, self.pad_id, self.unk_id = sp.bos_id(), sp.eos_id(), sp.pad_id(), sp.unk_id()
+        self.vocab_size = library.vocab_size()
+        self.bos_id, self.eos_id = library.bos_id(), library.eos_id()
+        self.pad_id, self.unk_id = library.pad_id(), library.unk_id()
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
-        self.token_bytes = [_token_bytes(sp, i) for i in range(self.vocab_size)]
-        self._space_bytes = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        # A model made elsewhere may put a space before each text: a newline takes it, and is taken off again.
-        self._guard = sp.encode("\n") if sp.encode("a", out_type=str)[0].startswith(SPACE) else []
-        learned = [sp.id_to_piece(i) for i in range(self.vocab_size)]
-        self._table: _Table | None = _Table(self)
-        if any(SPACE in piece[1:] or ("\n" in piece and piece != "\n") for piece in learned):
-            self._table = None  # pieces of another's model may reach from word to word
+        self.token_bytes = [_token_bytes(library, i) for i in range(self.vocab_size)]
+        self._space_ids = [library.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        # A foreign model may put a space before each text: it goes before a newline that is removed again.
+        adds_space = library.encode("a", out_type=str)[0].startswith(SPACE)
+        self._prefix_ids: list[int] = library.encode("\n") if adds_space else []
+        tokens = [library.id_to_piece(i) for i in range(self.vocab_size)]
+        # Tokens of a foreign model may reach from word to word.
+        words_are_independent = not any(SPACE in token[1:] or ("\n" in token and token != "\n") for token in tokens)
+        self._word_cache = _WordCache(self) if words_are_independent else None
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -73,42 +77,44 @@ class Tokenizer:
         return cls(path.read_bytes(), str(path))
 
     def encode(self, text: str) -> UInt[np.ndarray, " T"]:
-        """Text -> its tokens, of `dtype`, without BOS and EOS. Raises ValueError for half a surrogate pair."""
-        if self._table is None:
-            return np.array(self.spell(text), self.dtype)
-        if len(self._table) > MAX_TABLE:
-            self._table.clear()
-        tokens = b"".join(map(self._table.__getitem__, _words(text)))
-        return np.frombuffer(tokens, self.dtype, offset=len(self._table["\n"]))
+        """Text → its tokens, of `dtype`, without BOS and EOS. Raises ValueError for half a surrogate pair."""
+        if self._word_cache is None:
+            return np.array(self.encode_uncached(text), self.dtype)
+        if len(self._word_cache) > MAX_CACHED_WORDS:
+            self._word_cache.clear()
+        tokens = b"".join(map(self._word_cache.__getitem__, _split_words(text)))
+        return np.frombuffer(tokens, self.dtype, offset=len(self._word_cache["\n"]))
 
-    def learn(self, words: Iterable[str]) -> None:
-        """Puts words, as `_words` cuts them, into the table. Together they take half the time."""
-        if self._table is None or self._guard:
+    def cache_words(self, words: Iterable[str]) -> None:
+        """Encodes words, as `_split_words` makes them, into the cache: together in half the time."""
+        if self._word_cache is None or self._prefix_ids:
             return
-        plain = [word for word in words if len(word) < MAX_WORD and SPACE not in word]
-        for word, ids in zip(plain, self._sp.encode([_spelled(word) for word in plain]), strict=True):
-            self._table[word] = np.array(ids, self.dtype).tobytes()
+        words = [word for word in words if len(word) < MAX_CACHED_WORD_CHARS and SPACE not in word]
+        for word, ids in zip(words, self._library.encode([_text_of(word) for word in words]), strict=True):
+            self._word_cache[word] = np.array(ids, self.dtype).tobytes()
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Tokens -> text; BOS, EOS and PAD give nothing, and bytes that do not make a character give U+FFFD."""
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """Tokens → text; BOS, EOS and PAD give nothing, and bytes that are no whole character give U+FFFD."""
         return b"".join([self.token_bytes[i] for i in ids]).decode(errors="replace")
 
-    def spell(self, text: str) -> list[int]:
-        """Text -> ids, without the table of words."""
+    def encode_uncached(self, text: str) -> list[int]:
+        """Text → ids, without the cache of words."""
         if text.isascii():
-            return self._pieces(text)
+            return self._encode_with_library(text)
         try:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError(f"text {text[:40]!r} must not hold half a surrogate pair; remove it") from None
         first, *rest = text.split(SPACE)
-        ids = self._pieces(first)
+        ids = self._encode_with_library(first)
         for part in rest:
-            ids += self._space_bytes + self._pieces(part)
+            ids += self._space_ids + self._encode_with_library(part)
         return ids
 
-    def _pieces(self, text: str) -> list[int]:
-        return self._sp.encode("\n" + text)[len(self._guard) :] if self._guard else self._sp.encode(text)
+    def _encode_with_library(self, text: str) -> list[int]:
+        if self._prefix_ids:
+            return self._library.encode("\n" + text)[len(self._prefix_ids) :]
+        return self._library.encode(text)
 
 
 def tokenizer_file(workdir: Path) -> Path:
@@ -116,44 +122,45 @@ def tokenizer_file(workdir: Path) -> Path:
     return workdir / "tokenizer" / "tokenizer.model"
 
 
-def _words(text: str) -> list[str]:
-    """Cuts before each space, which is dropped, and each newline, which is kept; the text is taken for a line."""
+def _split_words(text: str) -> list[str]:
+    """The words of a text, which starts as a line does: split at each space, which is left out, and before each
+    newline, which begins its word."""
     return ("\n" + text.replace("\n", " \n")).split(" ")
 
 
-def _spelled(word: str) -> str:
-    """The text that a word of `_words` stands for."""
+def _text_of(word: str) -> str:
+    """The part of the text that a word of `_split_words` stands for."""
     return word if word[:1] == "\n" else " " + word
 
 
-class _Table(dict[str, bytes]):
-    """Word, as `_words` cuts them -> its tokens."""
+class _WordCache(dict[str, bytes]):
+    """Word, as `_split_words` makes them → its tokens, encoded when they are first asked for."""
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
         self._tokenizer = tokenizer
 
     def __missing__(self, word: str) -> bytes:
-        found = np.array(self._tokenizer.spell(_spelled(word)), self._tokenizer.dtype).tobytes()
-        if len(word) < MAX_WORD:
-            self[word] = found
-        return found
+        tokens = np.array(self._tokenizer.encode_uncached(_text_of(word)), self._tokenizer.dtype).tobytes()
+        if len(word) < MAX_CACHED_WORD_CHARS:
+            self[word] = tokens
+        return tokens
 
 
 def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-    """Learns a vocabulary of `config.vocab_size` pieces from documents, of which at most `sample_bytes` are used.
+    """Learns a vocabulary of `config.vocab_size` tokens from documents, of which at most `sample_bytes` are used.
 
     The result depends on the documents and the settings only. Memory: about the sample, and a table of its words.
 
     Raises:
       ValueError: one line, when the text is too small, or has too many characters, for such a vocabulary.
     """
-    model, counts = io.BytesIO(), collections.Counter[str]()
-    for text in spread(documents, config.sample_bytes):
-        counts.update(_words(text))
+    model, word_counts = io.BytesIO(), collections.Counter[str]()
+    for text in sample_evenly(documents, config.sample_bytes):
+        word_counts.update(_split_words(text))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_trainable(counts),
+            sentence_iterator=_training_rows(word_counts),
             input_format="tsv",
             model_writer=model,
             model_type="bpe",
@@ -167,78 +174,85 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokeni
             bos_id=1,
             eos_id=2,
             pad_id=3,
-            minloglevel=4,  # silent: what goes wrong is raised
+            minloglevel=4,  # silent: errors are raised
         )
     except RuntimeError as error:
-        raise ValueError(_explain(str(error), config)) from None
+        raise ValueError(_training_error(str(error), config)) from None
     tokenizer = Tokenizer(model.getvalue())
-    tokenizer.learn(itertools.islice(counts, MAX_TABLE))
+    tokenizer.cache_words(itertools.islice(word_counts, MAX_CACHED_WORDS))
     return tokenizer
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
     """What a model given as `tokenizer.path` must have. Raises ValueError, in one line, when it does not."""
     name = f"tokenizer.path={config.path}"
-    for mark in ("bos_id", "eos_id"):
-        if getattr(tokenizer, mark) < 0:
-            raise ValueError(f'{name} must have a {mark}, to mark documents; give another, or tokenizer.path=""')
+    for special_token in ("bos_id", "eos_id"):
+        if getattr(tokenizer, special_token) < 0:
+            raise ValueError(
+                f'{name} must have a {special_token}, to separate documents; give another, or tokenizer.path=""'
+            )
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
             f"tokenizer.vocab_size={config.vocab_size} must be that of {name}; "
             f"try tokenizer.vocab_size={tokenizer.vocab_size}"
         )
-    if (back := tokenizer.decode(tokenizer.encode(_PROBE))) != _PROBE:
+    if (decoded := tokenizer.decode(tokenizer.encode(_ROUND_TRIP_TEXT))) != _ROUND_TRIP_TEXT:
         raise ValueError(
-            f"{name} must give every text back, but makes {back!r} of {_PROBE!r}; give a model with byte_fallback, "
-            'identity normalisation and remove_extra_whitespaces=False, or tokenizer.path="" to train one'
+            f"{name} must give every text back, but makes {decoded!r} of {_ROUND_TRIP_TEXT!r}; give a model with "
+            'byte_fallback, identity normalisation and remove_extra_whitespaces=False, or tokenizer.path="" to train '
+            "one"
         )
 
 
-def spread(documents: Iterable[str], max_bytes: int) -> list[str]:
+def sample_evenly(documents: Iterable[str], max_bytes: int) -> list[str]:
     """Every k-th document, with the smallest power of two k for which they are at most `max_bytes` together.
 
-    One pass and no random numbers: as the sample outgrows its limit, every second document is dropped.
+    One pass and no random numbers: when the sample is larger than its limit, every second document is dropped.
     """
-    kept: list[tuple[str, int]] = []
+    sample: list[tuple[str, int]] = []
     total, step = 0, 1
     for index, text in enumerate(documents):
         if index % step:
             continue
-        kept.append((text, len(text.encode())))
-        total += kept[-1][1]
-        while total > max_bytes and len(kept) > 1:
-            kept, step = kept[::2], 2 * step
-            total = sum(size for _, size in kept)
-    return [text[:max_bytes] for text, _ in kept]
+        sample.append((text, len(text.encode())))
+        total += sample[-1][1]
+        while total > max_bytes and len(sample) > 1:
+            sample, step = sample[::2], 2 * step
+            total = sum(size for _, size in sample)
+    return [text[:max_bytes] for text, _ in sample]
 
 
-def _trainable(counts: Mapping[str, int]) -> Iterator[str]:
-    """Words and how often they occur, as the trainer reads them: the same as the text itself, only faster."""
-    for word, count in counts.items():
-        text = _spelled(word).lstrip("\n")
-        for mark in _RESERVED:
-            text = text.replace(mark, "")
+def _training_rows(word_counts: Mapping[str, int]) -> Iterator[str]:
+    """Words and how often they occur, in the trainer's format: the same as the text itself, only faster."""
+    for word, count in word_counts.items():
+        text = _text_of(word).lstrip("\n")
+        for character in _RESERVED:
+            text = text.replace(character, "")
         if text:
-            yield f"{text[:4000]}\t{count}"
+            yield f"{text[:MAX_TRAINING_WORD_CHARS]}\t{count}"
 
 
-def _token_bytes(sp: sentencepiece.SentencePieceProcessor, index: int) -> bytes:
-    piece = sp.id_to_piece(index)
-    if sp.is_control(index):
+def _token_bytes(library: sentencepiece.SentencePieceProcessor, index: int) -> bytes:
+    token = library.id_to_piece(index)
+    if library.is_control(index):
         return b""
-    if sp.is_byte(index):
-        return bytes([int(piece[3:5], 16)])
-    return "\ufffd".encode() if sp.is_unknown(index) else piece.replace(SPACE, " ").encode()
+    if library.is_byte(index):
+        return bytes([int(token[3:5], 16)])
+    return "\ufffd".encode() if library.is_unknown(index) else token.replace(SPACE, " ").encode()
 
 
-def _explain(message: str, config: TokenizerConfig) -> str:
+def _training_error(message: str, config: TokenizerConfig) -> str:
+    """What SentencePiece's trainer said, in our words where we know the case."""
     field = f"tokenizer.vocab_size={config.vocab_size}"
     if found := re.search(r"value <= (\d+)", message):
-        most = found[1]
-        return f"{field} must not exceed the {most} pieces that the text can fill; try {most}, or give more text"
+        max_size = found[1]
+        return (
+            f"{field} must not exceed the {max_size} tokens that the text can fill; try {max_size}, or give more text"
+        )
     if found := re.search(r"\d+ vs (\d+)", message):
-        least = int(found[1])
-        return f"{field} must hold 256 bytes, 4 marks and the text's characters, {least} in all; try {2 * least}"
+        min_size = int(found[1])
+        needs = "256 bytes, 4 special tokens and the text's characters"
+        return f"{field} must hold {needs}, {min_size} in all; try {2 * min_size}"
     if "sentences_.empty()" in message:
         return f"{field} needs text in the training split to learn from; see corpus.path"
     return f"{field}: SentencePiece could not be trained ({message.strip().splitlines()[0]})"

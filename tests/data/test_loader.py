@@ -1,16 +1,16 @@
 """Batches: every window once a pass, in a new order each time, whatever the processes, and the same after a stop."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tale_jax.data.loader import Batches, Windows, window_starts
-from tale_jax.data.readers import cut
+from tale_jax.data.loader import Batches, Windows, split_windows, window_starts
 
-TOKENS = np.arange(1005, dtype=np.uint16)  # 100 windows of 10, and a rest that no window has
+TOKENS = np.arange(1005, dtype=np.uint16)  # 100 windows of 10, and a rest that is in no window
 
 
 def take(batches, count):
@@ -35,17 +35,17 @@ def test_windows_predict_every_token_but_the_first_once(num_tokens, seq_len):
 
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=12), st.integers(2, 16))
-def test_windows_of_documents_show_every_token_with_what_came_before_it(lengths, seq_len):
-    """Each document begins a window; its tokens are all predicted, those of a window's length with their whole past."""
-    begins = np.cumsum([0, *lengths[:-1]])
+def test_windows_of_documents_start_at_each_document_and_cover_it(lengths, seq_len):
+    """Each document starts a window; all its tokens are predicted, the first `seq_len` from all that is before them."""
+    documents = np.cumsum([0, *lengths[:-1]])
     tokens = np.full(sum(lengths) + seq_len + 1, 7, np.uint16)  # the last window of the stream needs room
-    tokens[begins] = 1
+    tokens[documents] = 1
     tokens[sum(lengths)] = 1
     starts = window_starts(tokens, seq_len, bos_id=1).tolist()
-    assert set(begins.tolist()) <= set(starts)
-    for begin, length in zip(begins.tolist(), lengths, strict=True):
-        own = [start for start in starts if begin <= start < begin + length]
-        assert own == list(range(begin, begin + max(1, length - 1), seq_len))
+    assert set(documents.tolist()) <= set(starts)
+    for document, length in zip(documents.tolist(), lengths, strict=True):
+        own = [start for start in starts if document <= start < document + length]
+        assert own == list(range(document, document + max(1, length - 1), seq_len))
 
 
 def test_each_pass_is_whole_and_in_a_new_order():
@@ -111,10 +111,26 @@ def test_too_few_windows_and_processes_that_do_not_divide():
         make(process_count=2)
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 5])
-def test_cut_windows_hold_the_same_inputs_and_targets(pieces):
-    windows = next(iter(make()))
-    short = cut(windows, pieces)
-    assert short.shape == (5 * pieces, 10 // pieces + 1)
+@pytest.mark.parametrize("divisor", [1, 2, 5])
+def test_split_windows_hold_the_same_inputs_and_targets(divisor):
+    windows = next(make())
+    short = split_windows(windows, divisor)
+    assert short.shape == (5 * divisor, 10 // divisor + 1)
     np.testing.assert_array_equal(short[:, :-1].ravel(), windows[:, :-1].ravel())
     np.testing.assert_array_equal(short[:, 1:].ravel(), windows[:, 1:].ravel())
+
+
+def test_closing_ends_the_threads_that_read_ahead():
+    before = set(threading.enumerate())
+    batches = make(num_threads=2)
+    next(batches)
+    batches.set_state(batches.get_state())  # a resumed run starts threads of its own
+    next(batches)
+    threads = set(threading.enumerate()) - before
+    assert len(threads) >= 2
+    batches.close()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+    batches.close()  # again does no harm
+    make(num_threads=2).close()  # nor before the first batch

@@ -1,19 +1,21 @@
-"""Prepared windows hold the text exactly, are reused, refused or finished, and never lie there half-written."""
+"""Token files hold the text exactly, are reused, refused or finished, and are never left half-written."""
 
+import collections
 import dataclasses
 import errno
-import json
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from helpers import ROOT, build_config
 
+from tale_jax.data import prepare as prepare_module
 from tale_jax.data.corpus import SPLITS, open_corpus
-from tale_jax.data.prepare import prepare
+from tale_jax.data.prepare import prepare, suitable_vocab_size, with_vocab_size
 from tale_jax.data.tales import grammar as tales
 from tale_jax.data.token_files import document_starts, iter_documents, load_tokens
 from tale_jax.data.tokenizer import Tokenizer
@@ -47,7 +49,7 @@ def contents(workdir):
     return {str(p.relative_to(workdir)): p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
 
 
-def test_streams_hold_the_documents_between_marks(tiny_tales):
+def test_token_files_hold_the_documents_between_bos_and_eos(tiny_tales):
     config, workdir, prepared = tiny_tales
     corpus = open_corpus(config.corpus, config.seed)
     for split in SPLITS:
@@ -88,8 +90,8 @@ def test_reused_and_the_same_wherever_prepared(tiny_tales, tmp_path, monkeypatch
     config, workdir, prepared = tiny_tales
     prepare(config, tmp_path)
     assert contents(tmp_path) == contents(workdir)
-    monkeypatch.setattr(module, "_write_split", None)  # nothing is written again
-    monkeypatch.setattr(module, "_write_tokenizer", None)
+    monkeypatch.setattr(prepare_module, "_write_split", None)  # nothing is written again
+    monkeypatch.setattr(prepare_module, "_write_tokenizer", None)
     shorter = dataclasses.replace(config, model=dataclasses.replace(config.model, seq_len=32))
     for again in (config, shorter):
         assert prepare(again, tmp_path).manifests == prepared.manifests
@@ -134,10 +136,10 @@ def test_changed_files_are_noticed_and_missing_ones_are_not_needed(book, tmp_pat
 
 
 def test_a_given_tokenizer_is_copied_and_kept_to(tiny_tales, book, tmp_path):
-    given = tiny_tales[1] / "tokenizer" / "tokenizer.model"
-    settings = {"tokenizer.path": str(given), "tokenizer.vocab_size": 512}
+    model = tiny_tales[1] / "tokenizer" / "tokenizer.model"
+    settings = {"tokenizer.path": str(model), "tokenizer.vocab_size": 512}
     prepared = prepare(book_config(tmp_path, **settings), tmp_path / "work")
-    assert (tmp_path / "work" / "tokenizer" / "tokenizer.model").read_bytes() == given.read_bytes()
+    assert (tmp_path / "work" / "tokenizer" / "tokenizer.model").read_bytes() == model.read_bytes()
     assert "".join(sorted(iter_documents(prepared.tokens("valid"), prepared.tokenizer)))
     (tmp_path / "work" / "tokenizer" / "tokenizer.model").write_bytes(b"other")
     with pytest.raises(ValueError, match="must be a SentencePiece model"):
@@ -151,7 +153,7 @@ def test_large_vocabularies_take_four_bytes(book, tmp_path, monkeypatch):
 
     def wide(self, *args):
         init(self, *args)
-        self.dtype = np.dtype("<u4")  # as for more than 65,536 pieces, which would take long to learn
+        self.dtype = np.dtype("<u4")  # as for more than 65,536 tokens, which would take long to learn
 
     monkeypatch.setattr(Tokenizer, "__init__", wide)
     prepared = prepare(book, tmp_path / "work")
@@ -162,7 +164,7 @@ def test_large_vocabularies_take_four_bytes(book, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(book, tmp_path, monkeypatch):
-    real = module._renamed
+    real = prepare_module.atomic_writer
 
     class Full:
         def __init__(self, file):
@@ -172,12 +174,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(book, tmp_path,
             self.file.write(data[:1])
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    @module.contextmanager
+    @contextmanager
     def full(path):
         with real(path) as file:
             yield Full(file) if path.name == "valid.bin" else file
 
-    monkeypatch.setattr(module, "_renamed", full)
+    monkeypatch.setattr(prepare_module, "atomic_writer", full)
     with pytest.raises(OSError, match=r"workdir=.*: the disk is full; .* another --workdir$"):
         prepare(book, tmp_path / "work")
     left = contents(tmp_path / "work")
@@ -191,9 +193,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(book, tmp_path,
 @pytest.mark.parametrize("delay", [0.0, 0.3])
 def test_a_killed_run_is_finished_by_the_next(book, tmp_path, delay):
     code = (
-        "import sys, time; sys.path[:0] = ['.', 'tests']\n"
+        "import sys, time; sys.path[:0] = ['.', 'tests', 'tests/data']\n"
         "from pathlib import Path; from test_prepare import *\n"
-        "from tale_jax.text import encode; real = encode.count_words\n"
+        "from tale_jax.data import encode; real = encode.count_words\n"
         "encode.count_words = lambda *text: time.sleep(0.02) or real(*text)\n"
         "print('ready', flush=True)\n"
         "prepare(book_config(Path(sys.argv[1])), Path(sys.argv[1]) / 'killed')\n"
@@ -226,17 +228,41 @@ def test_a_workdir_that_cannot_be_written(book, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_windows_that_are_missing_or_damaged(book, tmp_path):
-    with pytest.raises(ValueError, match=r"workdir=.* has no prepared train split"):
-        load_tokens(tmp_path / "work", "train")
-    prepare(book, tmp_path / "work")
-    windows = tmp_path / "work" / "windows"
-    whole = (windows / "train.bin").read_bytes()
-    (windows / "train.bin").write_bytes(whole[:-2])
-    with pytest.raises(ValueError, match=rf"train\.bin must have {len(whole)} bytes, but has {len(whole) - 2}"):
-        load_tokens(tmp_path / "work", "train")
-    values = json.loads((windows / "train.json").read_text())
-    for text, part in ((json.dumps(values | {"format_version": 0}), "format_version=1"), ("{", "is damaged")):
-        (windows / "train.json").write_text(text)
-        with pytest.raises(ValueError, match=part):
-            load_tokens(tmp_path / "work", "train")
+def test_a_prepared_workdir_is_only_read(book, tmp_path):
+    """So another process may call `prepare` as well, once the first is done."""
+    first = prepare(book, tmp_path / "work")
+    before = snapshot(tmp_path / "work")
+    second = prepare(book, tmp_path / "work")
+    assert snapshot(tmp_path / "work") == before
+    assert second.manifests == first.manifests
+    assert second.tokenizer.model == first.tokenizer.model
+
+
+def snapshot(folder):
+    """When the files and folders were written, and which they are."""
+    stats = {path: path.stat() for path in [folder, *folder.rglob("*")]}
+    return {path: (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats.items()}
+
+
+ENGLISH = collections.Counter({chr(97 + i): 1000 for i in range(26)})
+
+
+def test_the_vocabulary_grows_with_the_text():
+    sizes = [suitable_vocab_size(10**n, ENGLISH) for n in range(3, 12)]
+    assert sizes == sorted(sizes) and (sizes[0], sizes[-1]) == (512, 8192)
+    assert (suitable_vocab_size(10**6, ENGLISH), suitable_vocab_size(5 * 10**6, ENGLISH)) == (1024, 2048)
+    many = collections.Counter({chr(0x4E00 + i): 100 for i in range(3000)})
+    assert suitable_vocab_size(10**6, many) == 8192  # the least that has room for twice as many and the bytes
+    assert suitable_vocab_size(10**6, ENGLISH | collections.Counter("éüñ")) == 1024  # too rare for tokens of their own
+
+
+def test_the_vocabulary_of_a_corpus_is_that_of_its_training_text(tmp_path, monkeypatch):
+    (tmp_path / "book.txt").write_text("".join(f"Chapter {n}. A fox went over hill {n}.\n\n" for n in range(40_000)))
+    config = build_config(**{"corpus.name": "files", "corpus.path": str(tmp_path)})
+    found, reason = with_vocab_size(config)
+    assert found.tokenizer.vocab_size == 1024 and reason == "vocabulary 1,024: 1.6 MB of text"
+    mine = build_config(**{"tokenizer.path": "mine.model", "corpus.name": "files", "corpus.path": str(tmp_path)})
+    assert with_vocab_size(mine)[0] == mine
+    monkeypatch.setattr(prepare_module, "MAX_VOCAB_SIZE", 512)
+    found, reason = with_vocab_size(config)
+    assert found.tokenizer.vocab_size == 512 and reason == "vocabulary 512: 0.3 MB or more of text"

@@ -1,5 +1,6 @@
-"""The tales: exact probabilities, one derivation a text, splits apart, and a judge that says what is wrong."""
+"""The tales: exact probabilities, one derivation a text, splits apart, and a parser that says what is wrong."""
 
+import hashlib
 import itertools
 import math
 import random
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tale_jax.data.tales import grammar as tales
-from tale_jax.data.tales import lexicon as tales_words
+from tale_jax.data.tales import lexicon
 from tale_jax.data.tales.grammar import Story, entropy, judge, ratio, split_of, tell
 
 TALES = [tell(index) for index in range(3000)]
@@ -29,8 +30,9 @@ def sentences_of(text: str) -> list[str]:
 
 
 def test_same_tale_everywhere():
-    """These hold on every platform and Python version; a change of the stories changes them, knowingly."""
-    assert tell(7, "valid", 3) == tell(7, "valid", 3)
+    """This holds on every platform and Python version; a change of the stories changes the digest, knowingly."""
+    digest = hashlib.sha256("\n".join(tell(index, "valid", 3).text for index in range(20)).encode()).hexdigest()
+    assert digest[:16] == "260ada1f795e86c5"
     code = "from tale_jax.data.tales.grammar import tell; print(tell(7, 'valid', 3).text, end='')"
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert again.stdout == tell(7, "valid", 3).text
@@ -49,9 +51,9 @@ def test_splits_and_indices_and_seeds_give_different_tales():
 
 
 def test_split_shares_are_as_stated():
-    counts = Counter(split_of(next(tales._tales(f"share {i}")).text) for i in range(3000))
+    counts = Counter(split_of(next(tales._tales(f"share {i}")).text) for i in range(1500))
     for split, share in tales.SPLIT_SHARES.items():
-        assert abs(counts[split] / 3000 - share) < 5 * math.sqrt(share * (1 - share) / 3000)
+        assert abs(counts[split] / 1500 - share) < 5 * math.sqrt(share * (1 - share) / 1500)
 
 
 def test_bad_arguments_are_refused():
@@ -111,8 +113,8 @@ def test_judge_gives_the_probability_of_tell(index: int, split: str):
     assert verdict.logprob == pytest.approx(tale.logprob, abs=1e-9)
 
 
-class PrefixFree(tales._Teller):
-    """A teller that checks at every choice that no option's words begin another's: hence one derivation a text."""
+class PrefixFree(tales._Generator):
+    """A generator that checks at every choice that no option's words begin another's: hence one derivation a text."""
 
     def choose(self, options, render):
         rendered = sorted(render(option) for option in options)
@@ -122,7 +124,7 @@ class PrefixFree(tales._Teller):
 
 
 def test_every_choice_is_a_prefix_code():
-    for index in range(1500):
+    for index in range(800):
         tales._tale(Story(PrefixFree(random.Random(index).random)))
 
 
@@ -178,12 +180,12 @@ def test_a_small_grammar_in_full():
     assert len({text for text, _ in told}) == len(told) == (2 * 3 + 2 * 2) * (1 + 3 * 2)
     assert math.fsum(math.exp(logprob) for _, logprob in told) == pytest.approx(1)
     exact = -math.fsum(logprob * math.exp(logprob) for _, logprob in told)
-    dice = random.Random(0).random
+    rng = random.Random(0).random
     nats = []
     for _ in range(4000):
-        teller = tales._Teller(dice)
-        small_tale(teller)
-        nats.append(-teller.logprob)
+        generator = tales._Generator(rng)
+        small_tale(generator)
+        nats.append(-generator.logprob)
     mean, stderr = ratio(nats, [1] * len(nats))
     assert 0 < stderr < 0.02
     assert abs(mean - exact) < 4 * stderr
@@ -217,11 +219,11 @@ def test_entropy_of_the_tales():
 
 
 def test_ratio_and_its_standard_error():
-    dice = random.Random(5)
+    rng = random.Random(5)
     estimates, stderrs = [], []
     for _ in range(400):
-        units = [dice.randint(1, 9) for _ in range(100)]
-        totals = [3 * unit + dice.gauss(0, 2) for unit in units]
+        units = [rng.randint(1, 9) for _ in range(100)]
+        totals = [3 * unit + rng.gauss(0, 2) for unit in units]
         value, stderr = ratio(totals, units)
         estimates.append(value)
         stderrs.append(stderr)
@@ -276,8 +278,8 @@ def test_a_wrong_pronoun_is_a_world_error(index: int):
         ("dearest possession", tales._LOSABLE),
         ("a small cry", tuple(tales._LINKS["victim"])),
         ("jar of honey", ("jar of honey", "bag of lavender")),
-        ("race", tales_words.WORDS["finish"]),
-        ("secret", tuple(tales_words.SECRETS)),
+        ("race", lexicon.WORDS["finish"]),
+        ("secret", tuple(lexicon.SECRETS)),
     ],
 )
 def test_a_wrong_thing_or_place_is_a_world_error(marker: str, things: tuple[str, ...]):
@@ -324,9 +326,9 @@ def test_two_sentences_in_the_wrong_order_are_noticed(index: int, which: int):
 
 @given(indices, st.integers(1, 10**6), st.sampled_from(["potato", "Zed", "the the", "!", "is", '"']))
 def test_words_that_no_tale_says_are_grammar_errors(index: int, where: int, intruder: str):
-    pieces = tell(index).text.split(" ")
-    where = 1 + where % (len(pieces) - 1)
-    verdict = judge(" ".join([*pieces[:where], intruder, *pieces[where:]]))
+    words = tell(index).text.split(" ")
+    where = 1 + where % (len(words) - 1)
+    verdict = judge(" ".join([*words[:where], intruder, *words[where:]]))
     assert verdict.kind == "grammar", verdict.reason
 
 
@@ -350,10 +352,10 @@ def test_a_tale_that_goes_on_is_refused(index: int, more: str):
 @given(indices, st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), min_size=1, max_size=3))
 def test_random_edits_are_other_tales_or_refused(index: int, edits: list[tuple[int, int]]):
     tale = tell(index)
-    pieces = tale.text.split(" ")
+    words = tale.text.split(" ")
     for to, source in edits:
-        pieces[to % len(pieces)] = pieces[source % len(pieces)]
-    verdict = judge(" ".join(pieces))
+        words[to % len(words)] = words[source % len(words)]
+    verdict = judge(" ".join(words))
     assert verdict.kind in ("" if verdict.accepted else "grammar", "" if verdict.accepted else "world")
     assert verdict.accepted == math.isfinite(verdict.logprob) == (verdict.reason == "")
 

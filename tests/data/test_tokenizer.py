@@ -1,4 +1,4 @@
-"""The tokenizer gives any text back, marks documents, and equals SentencePiece; what cannot be used is refused."""
+"""The tokenizer gives any text back, has BOS and EOS, and equals SentencePiece; what cannot be used is refused."""
 
 import functools
 import io
@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tale_jax.config import TokenizerConfig
-from tale_jax.data.tokenizer import Tokenizer, check_tokenizer, spread, train_tokenizer
+from tale_jax.data.tokenizer import Tokenizer, check_tokenizer, sample_evenly, train_tokenizer
 
 TEXT = [
     "Once upon a time there was a fox. The fox had a red tail,\nand a red hat!\n\nIt went to the town. ",
@@ -59,21 +59,21 @@ def test_equals_sentencepiece(text):
 
 @settings(deadline=None)
 @given(st.text(), st.text())
-def test_a_newline_is_one_token_and_parts_lines(before, after):
+def test_a_newline_is_one_token_and_separates_lines(before, after):
     newline = trained().encode("\n").tolist()
     assert len(newline) == 1
     whole = trained().encode(f"{before}\n{after}").tolist()
     assert whole == trained().encode(before).tolist() + newline + trained().encode(after).tolist()
 
 
-def test_pieces_are_learned_and_training_is_deterministic():
+def test_words_become_tokens_and_training_is_deterministic():
     tokenizer = trained()
     assert tokenizer.vocab_size == 360
     assert len(tokenizer.encode(" the fox")) < 5
     assert tokenizer.fingerprint == train_tokenizer(TEXT * 5, TokenizerConfig(360, "", 10_000_000)).fingerprint
     assert tokenizer.encode("a").dtype == np.dtype("<u2")
-    marks = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
-    assert tokenizer.decode([*marks, *tokenizer.encode("fox"), *marks]) == "fox"
+    special_tokens = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
+    assert tokenizer.decode([*special_tokens, *tokenizer.encode("fox"), *special_tokens]) == "fox"
 
 
 def test_half_a_character_decodes_to_a_replacement():
@@ -116,7 +116,7 @@ def test_foreign_models_that_cannot_be_used(options, vocab_size, parts):
 @pytest.mark.parametrize(
     ("texts", "vocab_size", "part"),
     [
-        (TEXT, 100_000, r"tokenizer\.vocab_size=100000 must not exceed the \d+ pieces .*; try \d+"),
+        (TEXT, 100_000, r"tokenizer\.vocab_size=100000 must not exceed the \d+ tokens .*; try \d+"),
         (["".join(map(chr, range(0x4E00, 0x4F00)))], 300, r"tokenizer\.vocab_size=300 must hold .*; try \d+"),
         ([], 300, "needs text"),
         ([" \t"], 300, "tokenizer.vocab_size=300 must not exceed"),
@@ -139,19 +139,41 @@ def test_files_that_are_no_model(tmp_path):
         trained().encode("\ud83d")
 
 
-def test_words_longer_and_more_than_the_table_holds(monkeypatch):
-    monkeypatch.setattr("tale_jax.data.tokenizer.MAX_TABLE", 5)
+def test_words_longer_and_more_than_the_cache_holds(monkeypatch):
+    monkeypatch.setattr("tale_jax.data.tokenizer.MAX_CACHED_WORDS", 5)
     tokenizer = Tokenizer(trained().model)
     text = " ".join(f"word{n}" for n in range(20)) + " " + "x" * 10_000
     for _ in range(2):
-        assert tokenizer.encode(text).tolist() == trained().encode(text).tolist() == tokenizer.spell(text)
+        assert tokenizer.encode(text).tolist() == trained().encode(text).tolist() == tokenizer.encode_uncached(text)
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 1000))
 def test_the_sample_is_spread_evenly(sizes, limit):
     texts = [str(i % 10) * size for i, size in enumerate(sizes)]
-    chosen = spread(texts, limit)
+    chosen = sample_evenly(texts, limit)
     assert sum(map(len, chosen)) <= limit
     step = -(-len(texts) // max(1, len(chosen)))
     assert chosen == texts[:: 1 << (step - 1).bit_length()] if texts else chosen == []
+
+
+def test_a_single_document_larger_than_the_sample_is_shortened():
+    assert sample_evenly(["abcdef", "gh"], 4) == ["abcd"]
+
+
+def test_text_that_the_trainer_would_misread_is_learned_from():
+    """SentencePiece's trainer gives some characters a meaning of its own, and leaves out what is very long."""
+    odd = ["a\tb\tc " * 50, "\u2581x\u2585 \0y " * 50, "long" * 30_000]
+    tokenizer = train_tokenizer([*TEXT * 5, *odd], TokenizerConfig(360, "", 10_000_000))
+    assert any(b"longlong" in token for token in tokenizer.token_bytes)
+    for text in (*TEXT, *odd):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_large_vocabularies_have_ids_of_four_bytes(monkeypatch):
+    monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "vocab_size", lambda self: 1 << 16)
+    monkeypatch.setattr("tale_jax.data.tokenizer._token_bytes", lambda library, index: b"")
+    monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "id_to_piece", lambda self, index: "x")
+    assert Tokenizer(trained().model).dtype == np.dtype("<u2")
+    monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "vocab_size", lambda self: (1 << 16) + 1)
+    assert Tokenizer(trained().model).dtype == np.dtype("<u4")

@@ -1,16 +1,16 @@
 """The embedded corpus: short tales from a story grammar whose every probability is known.
 
-A language model is judged by its loss, but on ordinary text nobody knows how low the loss can go. Here we do. The tales
-are told by a small program that makes random choices; since a tale's words reveal each of those choices, `log p(text)`
-is exact, its mean is the entropy of the corpus, and a model's excess over it is a plain measure of what is left to
-learn. The same program, made to read instead of to tell, judges a model's tales: is it our language (grammar), and does
-the tale agree with itself (world): who has what, who knows what, which name, thing, place and pronoun belong here.
+A language model is measured by its loss, but on ordinary text nobody knows how low the loss can go. Here we do. A small
+program generates the tales by random choices. A tale's words reveal each of the choices, so `log p(text)` is exact, its
+mean is the entropy of the corpus, and a model's excess over it measures what is left to learn. The same program parses
+a model's tales, and says whether they are our language (kind "grammar") and agree with themselves (kind "world"): who
+has what, who knows what, which name, thing, place and pronoun belongs where.
 
-How it works. `_tale` tells a story through `Story.say`, which chooses a sentence of a scene and fillers for its slots
-(`lexicon.py` holds the writing). Every choice is uniform over what the state of the tale allows, and is spoken at
-once; no option's words begin another's. So the text is a prefix code for its choices: reading left to right, at most
-one option fits, there is exactly one derivation, and `log p` is minus the sum of the logarithms of the numbers of
-options. The story does not know whether it is being told (`_Teller`) or read (`_Reader`), so the two cannot disagree.
+How it works. `_tale` builds a story by calls of `Story.say`, each of which chooses a sentence of a scene and fillers
+for its slots (they are written in `lexicon.py`). Every choice is uniform over what the story so far allows, and
+no option's words begin another's. So the text is a prefix code for its choices: read from left to right, at most one
+option fits, there is exactly one derivation, and `log p` is minus the sum of the logarithms of the numbers of options.
+The same `_tale` generates (with a `_Generator`) and parses (with a `_Parser`), so the two cannot disagree.
 
 A tale belongs to a split by a hash of its text, so splits cannot overlap. `logprob` is that of the whole language;
 within a split every tale is likelier by one constant factor, ln(1 / share of the split) nats a tale: 0.11 for
@@ -27,7 +27,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, no_type_check, runtime_checkable
 
 from tale_jax.data.tales import lexicon as words
 
@@ -100,15 +100,15 @@ def judge(text: str) -> Verdict:
     kind "world": they are a sentence of the tales, but it does not agree with what was told before.
     Works on any string, well within a millisecond or two. Space around a tale is not part of it: strip it first.
     """
-    reader = _Reader(text)
-    story = Story(reader)
+    parser = _Parser(text)
+    story = Story(parser)
     try:
         _tale(story)
-        reader.finish()
+        parser.finish()
     except _Refusal:
-        kind, reason = _explain(text, story, reader)
+        kind, reason = _explain(text, story, parser)
         return Verdict(False, kind, f"{kind}: {reason}", -math.inf)
-    return Verdict(True, "", "", reader.logprob)
+    return Verdict(True, "", "", parser.logprob)
 
 
 def entropy(num_tales: int = 2000, seed: int = 0, count: Callable[[str], int] | None = None) -> Entropy:
@@ -118,7 +118,7 @@ def entropy(num_tales: int = 2000, seed: int = 0, count: Callable[[str], int] | 
         num_tales: sample size.
         seed: which sample.
         count: units in a text, for instance `lambda text: len(tokenizer.encode(text)) + 1` for tokens with the
-            end-of-document mark; UTF-8 bytes when None.
+            end-of-sequence token; UTF-8 bytes when None.
 
     Returns:
         nats per tale, per byte and per unit (total nats over total units), each with its standard error.
@@ -132,7 +132,7 @@ def entropy(num_tales: int = 2000, seed: int = 0, count: Callable[[str], int] | 
     return Entropy(num_tales, *ratio(nats, [1] * num_tales), *ratio(nats, sizes), *ratio(nats, units))
 
 
-def ratio(totals: Sequence[float], units: Sequence[float]) -> tuple[float, float]:
+def ratio(totals: Sequence[float | int], units: Sequence[float | int]) -> tuple[float, float]:
     """Sum of `totals` over sum of `units`, and its standard error (linearised) when the pairs are independent."""
     number, unit_sum = len(totals), math.fsum(units)
     value = math.fsum(totals) / unit_sum
@@ -313,13 +313,16 @@ _FILLERS: dict[str, tuple[str, ...]] = {
 }
 
 
-# The machine ----------------------------------------------------------------------------------------------------------
+# The grammar ----------------------------------------------------------------------------------------------------------
+
+# `no_type_check`: there are no arrays here, and to check types at run time, as tests do, makes tales 20 times slower.
 
 Options = Sequence[str] | Callable[[], Sequence[str]]
 
 _SLOT = re.compile(r"\{([aA] )?(~?)(\w+)\}")
 
 
+@no_type_check
 @dataclass(frozen=True)
 class _Slot:
     article: str  # "", "a" or "A"
@@ -336,9 +339,9 @@ class _Slot:
 @functools.cache
 def _parse(sentence: str) -> tuple[tuple[_Slot | None, str], ...]:
     """A sentence as (slot, literal text after it) pairs; the first has no slot."""
-    pieces = _SLOT.split(sentence)
-    parts: list[tuple[_Slot | None, str]] = [(None, pieces[0])]
-    for article, fresh, role, literal in zip(pieces[1::4], pieces[2::4], pieces[3::4], pieces[4::4], strict=True):
+    split = _SLOT.split(sentence)
+    parts: list[tuple[_Slot | None, str]] = [(None, split[0])]
+    for article, fresh, role, literal in zip(split[1::4], split[2::4], split[3::4], split[4::4], strict=True):
         capital = role[0].isupper() or article == "A "
         parts.append((_Slot((article or "").strip(), bool(fresh), role.lower(), capital), literal))
     return tuple(parts)
@@ -355,14 +358,15 @@ class Chooser(Protocol):
     def speak(self, text: str) -> None: ...
 
 
-class _Teller:
-    """A chooser that throws dice and writes down what is said."""
+@no_type_check
+class _Generator:
+    """A chooser that takes an option at random and keeps what is said."""
 
-    def __init__(self, dice: Callable[[], float]):
-        self.dice, self.logprob, self.spoken = dice, 0.0, list[str]()
+    def __init__(self, random_number: Callable[[], float]):
+        self.random_number, self.logprob, self.spoken = random_number, 0.0, list[str]()
 
     def choose(self, options: Sequence[T], render: Callable[[T], str]) -> T:
-        chosen = options[int(self.dice() * len(options))]
+        chosen = options[int(self.random_number() * len(options))]
         self.logprob -= math.log(len(options))
         self.spoken.append(render(chosen))
         return chosen
@@ -372,11 +376,12 @@ class _Teller:
 
 
 class _Refusal(Exception):
-    """The text does not go on as any tale does; the reader knows where."""
+    """The text does not go on as any tale does; the parser knows where."""
 
 
-class _Reader:
-    """A chooser that finds in a text which option was taken."""
+@no_type_check
+class _Parser:
+    """A chooser that takes the option with which a given text goes on."""
 
     def __init__(self, text: str):
         self.text, self.at, self.logprob, self.expected = text, 0, 0.0, list[str]()
@@ -400,6 +405,7 @@ class _Reader:
             raise _Refusal
 
 
+@no_type_check
 class Story:
     """A tale in progress: its cast, who owns and knows what, and the chooser that tells or reads it.
 
@@ -505,26 +511,26 @@ class Story:
         self.hand(thing, owner, other_owner)
         self.hand(other_thing, other_owner, owner)
 
-    def learn(self, fact: str, who: str, teller: str = "") -> None:
+    def learn(self, fact: str, who: str, told_by: str = "") -> None:
         knowers = self.knowers.setdefault(fact, [])
-        assert not teller or teller in knowers, f"{teller} tells {who} what {teller} does not know"
+        assert not told_by or told_by in knowers, f"{told_by} tells {who} what {told_by} does not know"
         knowers.append(who)
 
 
 def _tales(stream: str) -> Iterator[Tale]:
     """Endless independent tales; the same for the same stream name."""
     digest = hashlib.blake2b(stream.encode(), digest_size=16, person=b"tale stream").digest()
-    dice = random.Random(int.from_bytes(digest, "big")).random  # the one generator Python promises to keep
+    random_number = random.Random(int.from_bytes(digest, "big")).random  # the one generator Python promises to keep
     while True:
-        teller = _Teller(dice)
-        _tale(Story(teller))
-        yield Tale("".join(teller.spoken), teller.logprob)
+        generator = _Generator(random_number)
+        _tale(Story(generator))
+        yield Tale("".join(generator.spoken), generator.logprob)
 
 
 # Why a text was refused -----------------------------------------------------------------------------------------------
 
 _SENTENCE_END = re.compile(r'(?<=[.!?])["]?\s+(?=["A-Z]|\{[A-Z])')
-_LONGEST_SENTENCE = 400  # characters; no sentence of the tales comes near
+MAX_SENTENCE_CHARS = 400  # characters; no sentence of the tales comes near
 _PRONOUN_ROLES = ("he", "him", "his", "child")
 
 
@@ -568,16 +574,16 @@ def _split_sentences(text: str) -> list[tuple[int, int, str]]:
     return sentences
 
 
-def _explain(text: str, story: Story, reader: _Reader) -> tuple[str, str]:
+def _explain(text: str, story: Story, parser: _Parser) -> tuple[str, str]:
     """Kind and reason of a refusal: the first sentence at fault, matched with free fillers against all we could say."""
     if not text.strip():
         return "grammar", "the text is empty"
-    rest = text[reader.at : reader.at + _LONGEST_SENTENCE]
-    if not reader.expected:
+    rest = text[parser.at : parser.at + MAX_SENTENCE_CHARS]
+    if not parser.expected:
         return "grammar", f"the tale is over, but the text goes on with {_quote(rest)}"
-    shared = max(_common_prefix(rest, option) for option in reader.expected)
-    far = reader.at + shared
-    sentences = _split_sentences(text[: far + _LONGEST_SENTENCE])
+    shared = max(_common_prefix(rest, option) for option in parser.expected)
+    far = parser.at + shared
+    sentences = _split_sentences(text[: far + MAX_SENTENCE_CHARS])
     number, sentence = next(
         (number, sentence)
         for number, (_, end, sentence) in enumerate(sentences, 1)
@@ -588,7 +594,7 @@ def _explain(text: str, story: Story, reader: _Reader) -> tuple[str, str]:
     if far >= len(text):
         return "grammar", f"the tale stops in sentence {number}, after {_quote(text[-40:])}"
     word = rest.rfind(" ", 0, shared + 1) + 1  # where the first word that differs begins
-    near = [option[word:].strip() for option in reader.expected if option.startswith(rest[:shared])]
+    near = [option[word:].strip() for option in parser.expected if option.startswith(rest[:shared])]
     instead = f"expected {_some(near)} but found {_quote(rest[word:].strip())}"
     matches = [(form, found.groups()) for form in _forms() if (found := form.pattern.fullmatch(sentence))]
     if not matches:
@@ -618,8 +624,8 @@ def _some(options: Sequence[str]) -> str:
     return " or ".join(map(_quote, options[:3])) + (f" or {len(options) - 3} more" if len(options) > 3 else "")
 
 
-def _quote(text: str, longest: int = 50) -> str:
-    return f'"{text}"' if len(text) <= longest else f'"{text[: longest - 3]}..."'
+def _quote(text: str, max_chars: int = 50) -> str:
+    return f'"{text}"' if len(text) <= max_chars else f'"{text[: max_chars - 3]}..."'
 
 
 def _common_prefix(one: str, two: str) -> int:

@@ -1,7 +1,7 @@
 """The words of the tales: scenes to say, and tables of what fits what.
 
-`tales.py` holds the rules; this file holds the writing. A scene is a tuple of sentences that may be told at that point.
-In a sentence, `{role}` is filled once and remembered for the rest of the tale, `{~list}` is filled afresh each time,
+`grammar.py` has the rules, this file the writing. A scene is a tuple of sentences that may be told at that point. In a
+sentence, `{role}` is filled once and remembered for the rest of the tale, `{~list}` is filled afresh each time,
 `{a role}` puts the right article before it, and a capital (`{He}`, `{A role}`) begins a sentence.
 
 Two habits keep every tale readable in exactly one way: the sentences of a scene (and of scenes offered together) must

@@ -1,0 +1,87 @@
+"""Token files: the documents come back in order, and a missing or damaged file is told in one line."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from helpers import build_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tale_jax.data.prepare import prepare
+from tale_jax.data.token_files import document_starts, iter_documents, load_manifest, load_tokens
+
+BOS = 1
+
+
+@given(st.lists(st.integers(1, 9), max_size=20), st.integers(1, 30))
+def test_document_starts_do_not_depend_on_the_blocks(lengths, block):
+    tokens = np.concatenate([np.array([BOS] + [7] * (length - 1), np.uint16) for length in [*lengths, 1]])
+    starts = document_starts(tokens, BOS, block)
+    assert starts.tolist() == np.cumsum([0, *lengths]).tolist()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "book.txt").write_text("".join(f"Chapter {n}. A fox – went over hill {n}.\n\n" for n in range(900)))
+    changes = {"corpus.name": "files", "corpus.path": str(folder / "book.txt"), "tokenizer.vocab_size": 320}
+    return prepare(build_config(**changes), folder / "work")
+
+
+@pytest.fixture
+def workdir(prepared, tmp_path):
+    """A copy of the prepared workdir, to be damaged."""
+    for file in prepared.workdir.rglob("*.*"):
+        copy = tmp_path / file.relative_to(prepared.workdir)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def test_documents_come_back_in_order(prepared):
+    tokens, manifest = load_tokens(prepared.workdir, "train")
+    texts = list(iter_documents(tokens, prepared.tokenizer))
+    assert len(texts) == manifest.documents > 1
+    numbers = [int(text.split()[1].rstrip(".")) for text in texts]
+    assert numbers == sorted(numbers)
+    assert all(text.startswith("Chapter") for text in texts)
+
+
+def test_a_manifest_is_read_as_it_was_written(prepared):
+    assert load_manifest(prepared.workdir, "valid") == prepared.manifests["valid"]
+
+
+def test_a_split_that_was_not_prepared(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^workdir=.* has no prepared train split; run launch/prepare.py on it first$"
+    ):
+        load_tokens(tmp_path, "train")
+
+
+@pytest.mark.parametrize("cut", [1, 2, None])
+def test_a_token_file_of_another_size(workdir, cut):
+    file = workdir / "windows" / "train.bin"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-cut]) if cut else file.unlink()
+    size = len(whole) - cut if cut else 0
+    with pytest.raises(
+        ValueError, match=rf"train\.bin must have {len(whole)} bytes, but has {size}; remove .*train.json"
+    ):
+        load_tokens(workdir, "train")
+
+
+def test_a_damaged_manifest(workdir, prepared):
+    values = dataclasses.asdict(prepared.manifests["train"])
+    for text, part in (
+        (json.dumps(values | {"format_version": 0}), "train.json must have format_version=1; remove .* prepare again"),
+        ("{", r"train.json is damaged \(.*\); remove .* prepare again"),
+        ("{}", "train.json is damaged"),
+        ("[]", "train.json is damaged"),
+        (json.dumps(values | {"new": 1}), "train.json is damaged"),
+    ):
+        (workdir / "windows" / "train.json").write_text(text)
+        with pytest.raises(ValueError, match=part) as caught:
+            load_tokens(workdir, "train")
+        assert "\n" not in str(caught.value)
