@@ -1,15 +1,34 @@
-"""What tests share: the tiny config, launch scripts as a user starts them, and where the repository lies."""
+"""What tests share: the tiny config and trainer, trees compared, launch scripts as a user starts them."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from configs import tales
 from tale_jax.config import Config
+from tale_jax.hardware.backend import start_backend
+from tale_jax.training.state import TrainState
+from tale_jax.training.step import Trainer, make_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Of `tiny_trainer` and `tiny_batches`.
+VOCAB_SIZE, BOS, SEQ_LEN = 64, 1, 16
+# Adam divides by |gradient| + eps: with an eps this large updates are proportional to gradients, so that a gradient of
+# the wrong size shows in the weights. Clipping would hide it again.
+LIKE_SGD = {
+    "optimizer.eps": 10.0,
+    "optimizer.learning_rate": 3.0,
+    "optimizer.clip_norm": 0.0,
+    "optimizer.weight_decay": 0.0,
+}
 
 
 def build_config(**changes: Any) -> Config:
@@ -17,6 +36,61 @@ def build_config(**changes: Any) -> Config:
     config = tales.get_config("tiny")
     config.update_from_flattened_dict(changes)
     return Config.build(config)
+
+
+def tiny_trainer(
+    devices: int = 1, data: int = 0, fsdp: int = 1, dtype: Any = jnp.float32, donate: bool = False, **changes: Any
+) -> Trainer:
+    """A trainer of 100 steps of a model with 64 token ids, on so many of the simulated devices."""
+    small = {
+        "optimizer.learning_rate": 1e-4,
+        "optimizer.eps": 1e-4,  # where gradients vanish Adam divides by rounding noise, which no order of sums repeats
+        "model.num_layers": 2,
+        "model.embed_dim": 32,
+        "model.num_heads": 4,
+        "model.seq_len": SEQ_LEN,
+        "batch_size": 8,
+        "total_steps": 20,
+        "tokenizer.vocab_size": VOCAB_SIZE,
+        "tokenizer.path": "none.model",  # with a tokenizer of its own a model may have so few ids
+        "mesh.data": data,
+        "mesh.fsdp": fsdp,
+    }
+    config = build_config(**(small | changes)).with_total_steps()
+    backend = dataclasses.replace(
+        start_backend("cpu"), devices=tuple(jax.devices()[:devices]), materialize_transposes=True, donate=donate
+    )
+    return make_trainer(config, backend, dtype, BOS)
+
+
+def tiny_batches(count: int, size: int = 8) -> list[np.ndarray]:
+    """Batches of random windows [size, SEQ_LEN + 1]; the next batch does not depend on how many are asked for."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, VOCAB_SIZE, (size, SEQ_LEN + 1), dtype=np.int32) for _ in range(count)]
+
+
+def take_steps(trainer: Trainer, steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
+    """The state after so many steps from the first one, and each metric of all steps."""
+    state, rows = trainer.init(), []
+    for windows in tiny_batches(steps):
+        state, metrics = trainer.step(state, trainer.place(windows))
+        rows.append(jax.device_get(metrics))
+    return state, {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def losses(trainer: Trainer, steps: int = 20) -> np.ndarray:
+    """The loss of each of so many steps from the first one."""
+    return take_steps(trainer, steps)[1]["loss"]
+
+
+def assert_trees_equal(found: Any, wanted: Any) -> None:
+    """Every array equal, to the bit."""
+    jax.tree_util.tree_map(np.testing.assert_array_equal, found, wanted)
+
+
+def assert_trees_close(found: Any, wanted: Any, **tolerance: float) -> None:
+    """Every array equal, within `rtol` and `atol`."""
+    jax.tree_util.tree_map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), found, wanted)
 
 
 def start_script(name: str, *flags: str, cwd: Path = ROOT) -> subprocess.Popen:

@@ -1,4 +1,4 @@
-"""The cudnn_attention head against the plain one: the same nats and gradients, however the positions are cut."""
+"""The head in chunks against the plain one: the same nats and gradients; and which tokens count."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from tale_jax.model.loss import Head, cross_entropy, logits, weighted_cross_entropy
+from tale_jax.model.loss import Head, cross_entropy, logits, loss_mask, weighted_cross_entropy
 
 B, T, D, V = 3, 13, 16, 40
 
 
-class Cut(Head):
+class InChunks(Head):
     """Few logits at once, so that the positions of this test fall into chunks."""
 
     chunk_logits = B * V * 5
@@ -25,17 +25,14 @@ def inputs(tied: bool):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("materialize_transposes", [False, True])
-@pytest.mark.parametrize("kind", [Head, Cut])
-def test_losses_and_gradients_are_those_of_optax(tied, softcap, materialize_transposes, kind):
-    head = kind(tied, softcap, materialize_transposes)
+@pytest.mark.parametrize("kind", [Head, InChunks])
+def test_losses_and_gradients_are_those_of_optax(tied, materialize_transposes, kind):
+    head = kind(tied, materialize_transposes)
     x, table, targets, weights = inputs(tied)
 
     def plain(x, table):
-        raw = x @ (table.T if tied else table)
-        capped = softcap * jnp.tanh(raw / softcap) if softcap else raw
-        return optax.losses.softmax_cross_entropy_with_integer_labels(capped, targets)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(x @ (table.T if tied else table), targets)
 
     np.testing.assert_allclose(cross_entropy(x, table, targets, head), plain(x, table), rtol=1e-5, atol=1e-5)
     scale = 0.5  # the gradient of the loss itself is not always 1
@@ -60,7 +57,7 @@ def test_large_logits_stay_finite():
 def test_bfloat16_keeps_the_gradient_of_the_table_in_float32():
     x, table, targets, weights = inputs(tied=True)
     wide = jax.grad(weighted_cross_entropy, 1)(x, table, targets, weights, Head(True))
-    narrow = jax.grad(weighted_cross_entropy, 1)(x.astype(jnp.bfloat16), table, targets, weights, Cut(True, 0.0, True))
+    narrow = jax.grad(weighted_cross_entropy, 1)(x.astype(jnp.bfloat16), table, targets, weights, InChunks(True, True))
     assert narrow.dtype == jnp.float32
     assert jnp.abs(narrow - wide).max() < 0.03 * jnp.abs(wide).max()
 
@@ -69,6 +66,13 @@ def test_no_array_of_all_logits_is_made():
     """In the whole training program the largest array with an axis V has no more rows than one chunk."""
     x, table, targets, weights = inputs(tied=False)
     program = jax.jit(jax.grad(weighted_cross_entropy, (0, 1)), static_argnums=4)
-    text = program.lower(x, table, targets, weights, Cut(False)).as_text()
+    text = program.lower(x, table, targets, weights, InChunks(False)).as_text()
     assert f"{B}x5x{V}x" in text and f"{B}x{T}x{V}x" not in text
     assert f"{B}x{T}x{V}x" in program.lower(x, table, targets, weights, Head(False)).as_text()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_every_target_counts_but_bos(kind):
+    np.testing.assert_array_equal(
+        loss_mask(kind([[1, 5, 2], [0, 1, 3]]), 1), [[False, True, True], [True, False, True]]
+    )
