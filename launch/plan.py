@@ -33,7 +33,7 @@ def main(_: list[str]) -> None:
 
     backend = start_backend(config.backend.platform)
     if TABLE.value:
-        runs = calibrate.variants(config).items()
+        runs = calibrate.calibration_configs(config).items()
         calibrate.print_calibrations({name: calibrate.calibrate(run, backend.platform) for name, run in runs})
         return
     memory = parse_bytes(MEMORY.value)
