@@ -384,8 +384,8 @@ class RunHooks(Hooks):
             config.prompt, settings, num_samples=config.num_samples, seed=seed, params=params
         )
         lines = JsonLines(self._workdir / "samples.jsonl")
-        for sample in samples:
-            record = {"step": step, "prompt": config.prompt, "text": sample.text}
+        for number, sample in enumerate(samples):
+            record = {"step": step, "number": number, "prompt": config.prompt, "text": sample.text}
             lines.append(record | {"temperature": config.temperature, "seed": seed})
         self._progress.print(f"step {step}: {config.prompt}{samples[0].text.strip()}")
 
