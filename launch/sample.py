@@ -1,4 +1,4 @@
-"""Writes text with a trained model: streams it to the terminal, or prints one JSON object.
+"""Generates text with a trained model: streams it to the terminal, or prints one JSON object.
 
     python launch/sample.py --workdir=experiments/tales
     python launch/sample.py --workdir=experiments/tales --prompt="Once upon a time" --temperature=0.7 --num_samples=3
