@@ -321,9 +321,9 @@ class RunHooks(Hooks):
         return self._stop.number > 0 or any(self._due(step).values())
 
     def _due(self, step: int) -> dict[str, bool]:
-        groups = {"evaluate": self._config.evaluate, "sample": self._config.sample, "save": self._config.checkpoint}
-        last = step == self._config.total_steps
-        return {name: last or (each.every_steps > 0 and step % each.every_steps == 0) for name, each in groups.items()}
+        c, last = self._config, step == self._config.total_steps
+        every = {"evaluate": c.evaluate.every_steps, "sample": c.sample.every_steps, "save": c.checkpoint.every_steps}
+        return {name: last or (steps > 0 and step % steps == 0) for name, steps in every.items()}
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
         if not np.isfinite(metrics["loss"]):
