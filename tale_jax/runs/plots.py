@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 else:  # matplotlib is imported where plots are made: slow to import, and the run-time checks of the tests need a type
     Axes = Figure = Any
 
-FIRST_DOCUMENTS_NOTE = """A training window begins with a document and goes on with the opening of the next one, which
-nothing before it announces. The training loss counts these openings; validation has none, so training lies above it.
-The dashed line counts the same tokens as validation: it is the first document of some training windows, scored in the
-same way. Where it lies below validation, the model has memorised training text."""
+FIRST_DOCUMENTS_NOTE = """A training window holds a document and then the opening of the next one, which no model can
+predict from what stands before. The training loss counts these openings; validation has none, so training lies above
+it. The dashed line is measured as validation is, on the first document of some training windows: the same tokens in
+both. Where it lies below validation, the model fits its training text better than new text."""
 
 NUM_COLORS = 6  # --color-0 to --color-5 in the page's style sheet
 INK, MUTED, GRID = "#010101", "#020202", "#030303"  # stand for CSS variables while matplotlib draws

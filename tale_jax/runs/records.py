@@ -1,4 +1,4 @@
-"""What a workdir tells about its run, read for reports: config, records, samples, evaluations.
+"""The records of a run, read from its workdir for reports: config, records, samples, evaluations.
 
 run = read_run(Path("experiments/tales"))
 steps, losses = run.column("train", "loss")

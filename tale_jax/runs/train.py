@@ -296,10 +296,10 @@ class RunHooks(Hooks):
         self._train_spans: list[Span] = []
 
     def score_training_text(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """From now on, scores with the valid split the first document of some training windows, as it stands in them.
+        """From now on every evaluation also scores the first document of some training windows.
 
-        A training window goes on with the opening of the next document, which nothing before it announces; validation
-        has no such tokens. So the training loss is no measure of what was memorised, and this one is.
+        The rest of such a window is the opening of the next document, which no model can predict from what stands
+        before. Validation has no such tokens, so it compares with this number and not with the training loss.
         """
         count = min(len(starts), max(MIN_TRAIN_WINDOWS, len(self._evaluation.spans) // 4))
         chosen = starts[np.arange(count) * len(starts) // count]
