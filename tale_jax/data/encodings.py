@@ -14,7 +14,8 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-SAMPLE_BYTES = 1 << 16  # enough to tell one encoding from another
+SAMPLE_BYTES = 1 << 16  # of a file, looked at before it is decoded
+SCORED_BYTES = 1 << 14  # enough to tell one encoding from another
 
 # How a file of each format begins, what it is, and what makes text of it. {file} is quoted for a shell.
 FORMATS: tuple[tuple[bytes, str, str], ...] = (
@@ -133,11 +134,18 @@ def wide_encoding_of(data: bytes) -> str:
     for encoding, empty in (("utf-32-le", (2, 3)), ("utf-32-be", (0, 1))):
         if all(counts[place] > 0.9 * quarter for place in empty) and _decodes_to_text(data, encoding):
             return encoding
-    for encoding, high, low in (("utf-16-le", (1, 3), (0, 2)), ("utf-16-be", (0, 2), (1, 3))):
-        in_high, in_low = sum(counts[i] for i in high), sum(counts[i] for i in low)
-        if in_high > 20 * in_low and in_high > 0.01 * quarter and _decodes_to_text(data, encoding):
-            return encoding
-    return ""
+    frequent = {encoding: _share_of_frequent(data, encoding) for encoding in ("utf-16-le", "utf-16-be")}
+    best, other = sorted(frequent, key=lambda encoding: -frequent[encoding])
+    found = frequent[best] > 0.02 and frequent[best] > 5 * frequent[other] and _decodes_to_text(data, best)
+    return best if found else ""
+
+
+_FREQUENT = set(" \t\r\n.,;:!?\"'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789，。、！？「」　")
+
+
+def _share_of_frequent(data: bytes, encoding: str) -> float:
+    text = data.decode(encoding, "replace")
+    return sum(map(_FREQUENT.__contains__, text)) / len(text)
 
 
 def _decodes_to_text(data: bytes, encoding: str) -> bool:
@@ -163,10 +171,10 @@ def encoding_of(data: bytes) -> str:
     """The encoding, other than Unicode's, that bytes are probably in; "" where none fits.
 
     Args:
-      data: from the start of a line on, `SAMPLE_BYTES` are enough; the last character may be cut.
+      data: from the start of a line on, `SCORED_BYTES` are enough; the last character may be cut.
     """
     best, best_score = "", MIN_SCORE
-    for encoding, score in _scores(data[:SAMPLE_BYTES]):
+    for encoding, score in _scores(data[:SCORED_BYTES]):
         if score > best_score + 1e-9:
             best, best_score = encoding, score
     return best

@@ -8,6 +8,7 @@ a book are cut alike (as files are cut for storage in Muthitacharoen et al., "A 
 
 import csv
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from tale_jax.data.encodings import format_of
 from tale_jax.data.text_files import (
@@ -135,14 +136,14 @@ def split_passages(blocks: Iterator[bytes], target: int) -> Iterator[bytes]:
 
 
 _CONTEXT_BYTES = 64  # after a boundary, of which the letters are hashed
+_MAX_BOUNDARIES = 64  # that are compared for one passage
 
 
 def _best(boundary: re.Pattern[bytes], buffer: bytes, low: int, high: int) -> int:
     """The end of the boundary in [low, high) with the lowest hash of what follows; 0 without one."""
-    ends = (match.end() for match in boundary.finditer(buffer, low, high))
-    return min(((_hash(buffer[end : end + _CONTEXT_BYTES]), end) for end in ends if end < len(buffer)), default=(0, 0))[
-        1
-    ]
+    matches = itertools.islice(boundary.finditer(buffer, low, high), _MAX_BOUNDARIES)
+    ends = (match.end() for match in matches if match.end() < len(buffer))
+    return min(((_hash(buffer[end : end + _CONTEXT_BYTES]), end) for end in ends), default=(0, 0))[1]
 
 
 def _hash(context: bytes) -> int:
@@ -342,11 +343,11 @@ def parquet_rows(path: Path, field: str, encoding: str = "") -> Iterator[str]:
     except ImportError:
         raise ValueError(f"corpus.path={name} needs pyarrow to be read; pip install pyarrow") from None
     with open_binary(path) as packed, tempfile.TemporaryFile() as temporary:
-        file: BinaryIO = packed
+        file: Any = packed
         if path.suffix.lower() != ".parquet":  # compressed as a whole, and read from its end
             shutil.copyfileobj(packed, temporary)
             temporary.seek(0)
-            file = temporary  # pyright: ignore[reportAssignmentType]
+            file = temporary
         head = file.read(SAMPLE_BYTES)
         file.seek(0)
         if not head.startswith(b"PAR1"):

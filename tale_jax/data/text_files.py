@@ -24,7 +24,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from tale_jax.data.encodings import (
     SAMPLE_BYTES,
@@ -237,7 +237,7 @@ class _Walk:
             parts = ", ".join(f"{count:,} {what}" for what, count in sorted(self.left_out.items()))
             were = "1 file was" if total == 1 else f"{total:,} files were"
             lines.append(f"{were} not read: {parts} (hidden files are left out)")
-        for folder in self._workdirs:
+        for folder in sorted(set(self._workdirs)):
             lines.append(f"{printable(folder)} is the folder of a run: what the run wrote there is left out")
         return lines
 
@@ -298,7 +298,7 @@ def _content_digest(path: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def open_binary(path: Path) -> Iterator[BinaryIO]:
+def open_binary(path: Path) -> Iterator[io.BufferedReader]:
     """The bytes of a file, decompressed where its name says so.
 
     Raises ValueError, in one line, for a compressed file that is damaged or only called so, and a missing library.
@@ -321,22 +321,14 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
         try:
             with _decompressor(raw, compression, path) as file:
                 yield file
-        except (EOFError, OSError, ValueError, lzma.LZMAError) as error:
-            if isinstance(error, UnicodeError) or not _is_damage(error):
-                raise
+        except _Damaged as error:
             raise ValueError(
-                f"{printable(path)} is damaged or not whole ({one_line(error)}); download or compress it again"
+                f"{printable(path)} is damaged or not whole ({error}); download or compress it again"
             ) from None
 
 
 class _Damaged(ValueError):
     """What a decompressor raised."""
-
-
-def _is_damage(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno is None
-    return isinstance(error, _Damaged | EOFError | lzma.LZMAError)
 
 
 class _Guarded(io.RawIOBase):
@@ -348,15 +340,17 @@ class _Guarded(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def read(self, size: int = -1) -> bytes:
+    def readinto(self, buffer: Any) -> int:
         try:
-            return self._file.read(size)
+            data = self._file.read(len(buffer))
         except OSError as error:
-            if error.errno is not None and error.errno > 0 and error.filename is not None:
+            if error.errno:  # of the system, which reads the compressed file
                 raise
             raise _Damaged(one_line(error)) from None
         except Exception as error:  # zlib.error, EOFError, LZMAError, ZstdError, ArrowInvalid, …
             raise _Damaged(one_line(error)) from None
+        buffer[: len(data)] = data
+        return len(data)
 
     def close(self) -> None:
         if not self.closed:
@@ -364,17 +358,21 @@ class _Guarded(io.RawIOBase):
         super().close()
 
 
-def _decompressor(raw: BinaryIO, compression: str, path: Path) -> Any:
+def _guarded(file: Any) -> io.BufferedReader:
+    return io.BufferedReader(_Guarded(file))
+
+
+def _decompressor(raw: io.BufferedReader, compression: str, path: Path) -> io.BufferedReader:
     if compression == ".gz":
-        return _Guarded(gzip.GzipFile(fileobj=raw, mode="rb"))
+        return _guarded(gzip.GzipFile(fileobj=raw, mode="rb"))
     if compression == ".bz2":
-        return _Guarded(bz2.BZ2File(raw))
+        return _guarded(bz2.BZ2File(raw))
     if compression == ".xz":
-        return _Guarded(lzma.LZMAFile(raw))
+        return _guarded(lzma.LZMAFile(raw))
     with contextlib.suppress(ImportError):
         from compression import zstd  # pyright: ignore[reportMissingImports] # of Python 3.14
 
-        return _Guarded(zstd.ZstdFile(raw))
+        return _guarded(zstd.ZstdFile(raw))
     try:
         import pyarrow
     except ImportError:
@@ -382,7 +380,7 @@ def _decompressor(raw: BinaryIO, compression: str, path: Path) -> Any:
             f"corpus.path={printable(path)} needs Python 3.14 or pyarrow to be read; pip install pyarrow, "
             f"or unzstd {quoted(path)}"
         ) from None
-    return _Guarded(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"))
+    return _guarded(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"))
 
 
 def read_text(path: Path, encoding: str) -> Iterator[str]:
@@ -424,7 +422,7 @@ def read_text(path: Path, encoding: str) -> Iterator[str]:
                 yield text
 
 
-def _read(file: BinaryIO, size: int) -> bytes:
+def _read(file: io.BufferedReader, size: int) -> bytes:
     """`size` bytes, fewer only at the end of the file."""
     parts, wanted = [], size
     while wanted and (part := file.read(wanted)):
