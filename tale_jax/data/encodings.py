@@ -136,7 +136,7 @@ def wide_encoding_of(data: bytes) -> str:
             return encoding
     frequent = {encoding: _share_of_frequent(data, encoding) for encoding in ("utf-16-le", "utf-16-be")}
     best, other = sorted(frequent, key=lambda encoding: -frequent[encoding])
-    found = frequent[best] > 0.02 and frequent[best] > 5 * frequent[other] and _decodes_to_text(data, best)
+    found = frequent[best] > 0.02 and frequent[best] > 2 * frequent[other] and _decodes_to_text(data, best)
     return best if found else ""
 
 

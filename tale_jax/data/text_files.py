@@ -134,7 +134,7 @@ def find_files(pattern: str, workdir: Path | None = None) -> Found:
             raise ValueError(f"{field} does not exist{_near(path)}; give a file, a folder or a glob")
         for name in names:
             if os.path.isdir(name):
-                walk.add_folder(Path(name))
+                walk.add_folder(Path(name), named=False)
             else:
                 walk.add_file(Path(name))
     files = sorted(set(walk.files), key=lambda file: [os.fsencode(part) for part in file.parts])
@@ -180,11 +180,12 @@ class _Walk:
         self._workdirs: list[Path] = []
         self._seen: set[tuple[int, int]] = set()
 
-    def add_folder(self, root: Path) -> None:
-        """All files below `root`: those of real folders first, so that a link to one of them adds nothing."""
-        top = _identity(root)
-        if top in self._seen:
-            return
+    def add_folder(self, root: Path, named: bool = True) -> None:
+        """All files below `root`: those of real folders first, so that a link to one of them adds nothing.
+
+        A folder that is `named` is read even where it is a workdir, but for what runs write.
+        """
+        top = _identity(root) if named else None
         above = {_identity(parent) for parent in Path(os.path.realpath(root)).parents}
         queue, links = [root], []
         while queue or links:
