@@ -36,7 +36,7 @@ ROOMS = {
     "grain": ("tale_jax/data/loader.py", "tale_jax/training/checkpoint.py"),
     "matplotlib": ("tale_jax/runs/plots.py", "tale_jax/runs/report.py"),
     "datasets": ("tale_jax/data/readers.py",),
-    "pyarrow": ("tale_jax/data/readers.py",),
+    "pyarrow": ("tale_jax/data/readers.py", "tale_jax/data/text_files.py"),
     "wandb": ("tale_jax/training/metrics.py",),
     "tensorboardX": ("tale_jax/training/metrics.py",),
     "subprocess": ("tale_jax/utils/subprocesses.py", "tale_jax/bench/compare.py"),
