@@ -38,7 +38,9 @@ def test_a_finished_run_says_so(finished):
 
 
 def test_evaluate(finished):
-    done = run_script("evaluate", f"--workdir={finished}", "--json", "--num_samples=4", "--split=test", "--weights=mean:2")
+    done = run_script(
+        "evaluate", f"--workdir={finished}", "--json", "--num_samples=4", "--split=test", "--weights=mean:2"
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["split"] == "test" and result["step"] == 20 and result["nats_per_token"] > 0
