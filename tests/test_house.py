@@ -37,6 +37,7 @@ ROOMS = {
     "matplotlib": ("tale_jax/runs/plots.py", "tale_jax/runs/report.py"),
     "datasets": ("tale_jax/data/readers.py",),
     "pyarrow": ("tale_jax/data/readers.py", "tale_jax/data/text_files.py"),
+    "datasketch": ("tale_jax/data/duplicates.py",),
     "wandb": ("tale_jax/training/metrics.py",),
     "tensorboardX": ("tale_jax/training/metrics.py",),
     "subprocess": ("tale_jax/utils/subprocesses.py", "tale_jax/bench/compare.py"),

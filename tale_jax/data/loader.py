@@ -150,7 +150,8 @@ class Batches:
             if state.get(field, value) != value:
                 raise ValueError(
                     f"{field}={value} must be {state[field]}, as when the data position was saved; "
-                    "resume with the windows, the seed and the model.seq_len of that run"
+                    "resume with the windows, the seed and the model.seq_len of that run, or, where the text was "
+                    "prepared again, set --config.corpus.changed=continue"
                 )
         self._examples = int(state["examples"])
         self._iterator.set_state({"global_next_index": self._examples})

@@ -28,7 +28,7 @@ ENCODINGS = (
     "shift_jis",
     "gb18030",
     "utf-7",
-    "unicode_escape",
+    "raw_unicode_escape",
     "ascii",
     "idna",
 )
