@@ -14,7 +14,7 @@ import errno
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from tale_jax.data.text_files import expand, printable
 from tale_jax.data.token_files import Manifest, document_starts, iter_documents, load_manifest, load_tokens
 from tale_jax.data.tokenizer import Tokenizer, check_tokenizer, fillable_vocab_size, tokenizer_file, train_tokenizer
 from tale_jax.utils.files import atomic_writer, write_atomically
+from tale_jax.utils.locks import writer_lock
 from tale_jax.utils.progress import Progress
 
 MIN_VOCAB_SIZE, MAX_VOCAB_SIZE = 512, 8192  # of a vocabulary that is chosen here
@@ -69,7 +70,21 @@ def prepare(config: Config, workdir: Path, log: Path | None = None) -> Prepared:
         used.
       OSError: one line, when `workdir` cannot be written or its disk is full. Splits that were whole still are.
     """
-    present = [split for split in SPLITS if (workdir / "windows" / f"{split}.json").is_file()]
+    if config.corpus.changed != "continue" and len(_present(workdir)) == len(SPLITS):
+        return _prepare(config, workdir, log)  # nothing is written, so that a run beside it does no harm
+    with ExitStack() as held:
+        with _disk_errors_explained(workdir):
+            held.enter_context(writer_lock(workdir, "prepare"))
+        return _prepare(config, workdir, log)
+
+
+def _present(workdir: Path) -> list[str]:
+    """The splits that are whole."""
+    return [split for split in SPLITS if (workdir / "windows" / f"{split}.json").is_file()]
+
+
+def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
+    present = _present(workdir)
     if len(present) < len(SPLITS):
         with _disk_errors_explained(workdir):
             for name in ("tokenizer", "windows"):

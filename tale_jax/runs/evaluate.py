@@ -80,6 +80,7 @@ def _sample_quality(experiment: Experiment, split: str, seed: int) -> list[dict[
 def describe(result: Mapping[str, Any]) -> str:
     """The result of `evaluate`, human-readable, in lines."""
     numbers = {name: value for name, value in result.items() if name != "quality"}
+    numbers = {name: "–" if value is None else value for name, value in numbers.items()}
     lines = [f"{k:>29}  {v:,.4f}" if isinstance(v, float) else f"{k:>29}  {v}" for k, v in numbers.items()]
     for quality in result.get("quality", ()):
         header, rows = quality_rows(quality)

@@ -10,7 +10,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from tale_jax.training.state import TrainState
 from tale_jax.training.step import Trainer, make_trainer
 from tale_jax.utils.files import JsonLines
 from tale_jax.utils.format import format_bytes
+from tale_jax.utils.locks import writer_lock
 from tale_jax.utils.progress import Progress
 
 MIN_TRAIN_WINDOWS = 16  # scored at each evaluation of a run with windows=document; else a quarter of those of valid
@@ -77,6 +78,12 @@ def train(
     """
     if config.minutes:
         config = autotune(config, workdir, backend, start_time or time.monotonic(), overrides)
+    with ExitStack() as held:
+        from_main_process(lambda: held.enter_context(writer_lock(workdir, "train")))
+        return _train(config, workdir, backend)
+
+
+def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
     prepared = open_workdir(workdir, config)
     tokenizer, tokens = prepared.tokenizer, prepared.tokens("train")
     starts = window_starts(tokens, config.model.seq_len, tokenizer.bos_id if config.windows == "document" else None)
@@ -97,7 +104,7 @@ def train(
             checkpoints.close()
             raise ValueError(refusal(plan, config))
         with (
-            _batches(config, tokens, starts, backend) as batches,
+            _batches(config, prepared, tokens, starts, backend) as batches,
             _errors_after_saving(plan, config, checkpoints),
             _open_sinks(config, workdir) as sinks,
             _received_signals() as signals,
@@ -108,7 +115,10 @@ def train(
                 state = trainer.init()
             else:
                 state, position = checkpoints.restore(trainer.abstract_state, trainer.state_shardings)
-                batches.set_state(position)
+                if config.corpus.changed == "continue" and not batches.is_in_this_text(position):
+                    progress.print("the text has changed: training goes on with the weights, at the start of it")
+                else:
+                    batches.set_state(position)
             release_memory()
             record = _run_record(config, prepared, backend, plan, step)
             sinks.write(record)
@@ -164,7 +174,9 @@ def _check_workdir(workdir: Path, config: Config) -> None:
 
 
 @contextmanager
-def _batches(config: Config, tokens: np.ndarray, starts: np.ndarray, backend: Backend) -> Iterator[Batches]:
+def _batches(
+    config: Config, prepared: Prepared, tokens: np.ndarray, starts: np.ndarray, backend: Backend
+) -> Iterator[Batches]:
     """The batches of this process; their threads end with the `with`."""
     batches = Batches(
         tokens,
@@ -175,6 +187,7 @@ def _batches(config: Config, tokens: np.ndarray, starts: np.ndarray, backend: Ba
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_threads=2 if backend.overlap_io else 0,
+        text=prepared.manifests["train"].corpus.get("contents", ""),
     )
     try:
         yield batches
@@ -367,7 +380,7 @@ class RunHooks(Hooks):
         excess = f", {result['excess_nats_per_token']:.4f} over the floor" if "excess_nats_per_token" in result else ""
         self._progress.print(
             f"step {step}: validation {result['nats_per_token']:.4f} nats/token, "
-            f"{result['bits_per_byte']:.3f} bits/byte{excess}"
+            f"{'–' if result['bits_per_byte'] is None else format(result['bits_per_byte'], '.3f')} bits/byte{excess}"
         )
         return result["nats_per_token"]
 
