@@ -32,7 +32,9 @@ def test_a_plugin_that_aborts_is_refused_before_it_ends_the_process(tmp_path):
     for platform in ("metal", "auto"):
         done = fake_plugins.run_python(tmp_path, "-c", START, platform)
         assert done.returncode == 1, done
-        assert "jax-mps fails (" in done.stderr and "signal 6: " in done.stderr and "pip uninstall jax-mps" in done.stderr
+        assert (
+            "jax-mps fails (" in done.stderr and "signal 6: " in done.stderr and "pip uninstall jax-mps" in done.stderr
+        )
 
 
 def test_two_plugins_are_refused(tmp_path):
