@@ -17,11 +17,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+MAX_NAME_BYTES = 240  # of a name that still has room for the end of a temporary one
+
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, under the name `path` only when it is whole and on disk; an error leaves nothing of it."""
-    partial = path.with_name(path.name + ".partial")
+    """A file to write, under the name `path` only when it is whole and on disk; an error leaves nothing of it.
+
+    What is no regular file, such as /dev/null, is written to and not replaced.
+    """
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
+    name = path.name if len(os.fsencode(path.name)) < MAX_NAME_BYTES else path.name[:60]
+    partial = path.with_name(name + ".partial")
     try:
         with partial.open("wb", buffering=1 << 20) as file:
             yield file
