@@ -7,13 +7,16 @@ python launch/plan.py --config=configs/tales.py --json
 
 import dataclasses
 import json
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under `python -P`
+from cli import define_path, run
 from absl import flags
-from cli import run
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/m2_air.py:tuned")
-WORKDIR = flags.DEFINE_string("workdir", "", "folder with prepared text, from which the length of a pass is known")
+WORKDIR = define_path("workdir", "folder", "folder with prepared text, from which the length of a pass is known")
 MEMORY = flags.DEFINE_string("memory", "", "budget, as 8GB; empty: what this machine has")
 MAC = flags.DEFINE_bool("mac", False, "plan for the GPU of a Mac with --memory (8GB), on whatever machine this is")
 TIME = flags.DEFINE_bool("time", True, "time a few steps")

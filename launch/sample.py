@@ -9,12 +9,15 @@ An interactive session ends with an empty line; Ctrl-C stops the sample under wa
 
 import dataclasses
 import functools
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under `python -P`
+from cli import define_path, run
 from absl import flags
-from cli import run
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "folder of the experiment", required=True)
+define_path("workdir", "folder", "folder of the experiment", required=True)
 flags.DEFINE_string("prompt", "", "text to continue; empty: the start of a document")
 flags.DEFINE_integer("max_tokens", 256, "new tokens of a sample, at most")
 flags.DEFINE_float("temperature", 0.8, "logits are divided by it; 0: greedy, 1: as trained")

@@ -7,26 +7,30 @@ python launch/train.py --config=configs/files.py --config.corpus.path=my-texts/ 
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under `python -P`
+from cli import START_TIME, define_path, overrides, run
 from absl import flags
-from cli import START_TIME, overrides, run
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/tales.py:tiny")
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of the experiment; it is made when missing, else resumed")
-flags.mark_flags_as_required(["config", "workdir"])
+WORKDIR = define_path(
+    "workdir", "folder to write", "folder of the experiment; it is made when missing, else resumed", required=True
+)
+flags.mark_flag_as_required("config")
 
 
 def main(_: list[str]) -> None:
     from tale_jax.config import Config
 
-    config, workdir = Config.build(CONFIG.value), Path(WORKDIR.value)
+    config, workdir = Config.build(CONFIG.value), WORKDIR.value
     from tale_jax.hardware.backend import start_backend  # JAX is imported when the config is known to be right
     from tale_jax.runs.train import train
+    from tale_jax.utils.streams import say
 
     outcome = train(config, workdir, start_backend(config.backend.platform), overrides("config"), START_TIME)
     if outcome.signal:
         sys.exit(128 + outcome.signal)
-    print(f"{workdir} has finished its {outcome.total_steps} steps; the model: {workdir}/checkpoints/{outcome.step}")
+    say(f"{workdir} has finished its {outcome.total_steps} steps; the model: {workdir}/checkpoints/{outcome.step}")
 
 
 if __name__ == "__main__":

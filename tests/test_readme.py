@@ -85,15 +85,21 @@ def script_flags(script: str) -> set[str]:
     """The flags that a launch script defines."""
     flags = {"help", "verbosity"}
     for node in ast.walk(ast.parse((ROOT / "launch" / f"{script}.py").read_text(encoding="utf-8"))):
-        function = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
-        if isinstance(node, ast.Call) and function.startswith("DEFINE_") and isinstance(node.args[0], ast.Constant):
+        function = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+        if not isinstance(node, ast.Call) or not node.args or not isinstance(node.args[0], ast.Constant):
+            continue
+        if function.startswith("DEFINE_") or function == "define_path":
             flags.add(str(node.args[0].value))
             if function == "DEFINE_bool":
                 flags.add(f"no{node.args[0].value}")
     return flags
 
 
-SCRIPTS = {path.stem: script_flags(path.stem) for path in (ROOT / "launch").glob("*.py") if path.stem != "cli"}
+SCRIPTS = {
+    path.stem: script_flags(path.stem)
+    for path in (ROOT / "launch").glob("*.py")
+    if path.stem not in ("cli", "command_line")
+}
 SETTINGS = settings()
 GROUPS = {name.rpartition(".")[0] for name in SETTINGS if "." in name}
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
