@@ -34,6 +34,8 @@ from tale_jax.data.encodings import (
     is_binary,
     wide_encoding_of,
 )
+from tale_jax.utils.extras import has_library, missing_extra
+from tale_jax.utils.paths import expanded, printable_path
 
 TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".text")
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -66,15 +68,7 @@ class Found(NamedTuple):
     notes: list[str]
 
 
-def printable(path: Path | str) -> str:
-    """A path for a message: one line, without control characters, and bytes that are no UTF-8 as \\xNN."""
-    return "".join(c if c.isprintable() else _escaped(c) for c in str(path))
-
-
-def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
+printable = printable_path
 
 
 def quoted(path: Path | str) -> str:
@@ -97,10 +91,7 @@ def _suffixes(path: Path) -> tuple[str, str]:
 
 def expand(path: str, field: str = "corpus.path") -> Path:
     """A path of the command line, with `~` at its start expanded. Raises ValueError where no home is known."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError(f"{field}={printable(path)}: ~ has no meaning here (HOME is not set); write it out") from None
+    return expanded(path, field) if path else Path()
 
 
 def find_files(pattern: str, workdir: Path | None = None) -> Found:
@@ -142,7 +133,24 @@ def find_files(pattern: str, workdir: Path | None = None) -> Found:
         what = f"; it has {', '.join(notes)}" if (notes := walk.notes()) else ""
         empty = "that are not empty " if walk.left_out["empty"] else ""
         raise ValueError(f"{field} must hold {READABLE} {empty}to learn from{what}; add text, or rename or convert it")
+    _check_libraries(files)
     return Found(files, walk.notes())
+
+
+def _check_libraries(files: list[Path]) -> None:
+    """Raises ValueError where a library is missing that one of the files needs: before the first is read."""
+    for file in files:
+        kind, compression = _suffixes(file)
+        if compression == ".zst":
+            _check_zstd(file)
+        if kind == ".parquet" and not has_library("pyarrow"):
+            raise ValueError(missing_extra(f"corpus.path={printable(file)}", "pyarrow", "hub"))
+
+
+def _check_zstd(path: Path) -> None:
+    if not has_library("compression.zstd") and not has_library("pyarrow"):
+        missing = missing_extra(f"corpus.path={printable(path)}", "Python 3.14 or pyarrow", "hub")
+        raise ValueError(f"{missing}, or unzstd {quoted(path)}")
 
 
 def _check_single_file(path: Path, field: str) -> None:
@@ -374,13 +382,9 @@ def _decompressor(raw: io.BufferedReader, compression: str, path: Path) -> io.Bu
         from compression import zstd  # pyright: ignore[reportMissingImports] # of Python 3.14
 
         return _guarded(zstd.ZstdFile(raw))
-    try:
-        import pyarrow
-    except ImportError:
-        raise ValueError(
-            f"corpus.path={printable(path)} needs Python 3.14 or pyarrow to be read; pip install pyarrow, "
-            f"or unzstd {quoted(path)}"
-        ) from None
+    _check_zstd(path)
+    import pyarrow
+
     return _guarded(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"))
 
 

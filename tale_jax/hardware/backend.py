@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tale_jax.hardware import machine
+from tale_jax.hardware import environment, machine
+from tale_jax.utils.streams import notice
 
 # JAX's setting for random bits that do not depend on the mesh. It needs 64-bit counters, which no Metal plugin is known
 # to support, so it is off there, and the same seed gives other numbers than on a CPU.
@@ -60,9 +61,14 @@ def start_backend(platform: str) -> Backend:
     """Starts JAX on a platform: auto, cpu, metal or cuda. Call it before anything else uses JAX.
 
     `auto` takes an Apple or NVIDIA GPU whose plugin is installed and starts, else the CPU, and says so in `note`.
-    Raises ValueError, in one line, when a platform asked for by name is not possible here.
+    Raises ValueError, in one line, when a platform asked for by name is not possible here, or a variable of the
+    environment keeps JAX from starting.
     """
     _quiet_libraries()
+    if fault := environment.xla_flags_fault():
+        raise ValueError(fault)
+    for line in environment.settle_jax_settings():
+        notice(line)
     _cache_compilations()
     machine.keep_freed_memory()
     _set_xla_flags()
@@ -85,6 +91,10 @@ def start_backend(platform: str) -> Backend:
         devices = jax.devices()
     except Exception as error:  # a plugin may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
+        if chosen := environment.platform_variables():
+            raise ValueError(
+                f"{chosen} keeps JAX from starting ({reason}); unset it, or set JAX_PLATFORMS=cpu"
+            ) from None
         if platform != "auto":
             raise ValueError(f"backend.platform={platform} does not start here ({reason}); try auto or cpu") from None
         note = f"falls back to the CPU: {plugin or 'the GPU'} does not start ({reason})"
@@ -93,9 +103,9 @@ def start_backend(platform: str) -> Backend:
     first = jax.local_devices()[0]  # a process knows nothing of the memory of another one's
     name = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}.get(first.platform, "metal")
     if platform not in ("auto", name):
-        raise ValueError(
-            f"backend.platform={platform} is not what JAX starts here ({first.platform}); unset JAX_PLATFORMS"
-        )
+        chosen = environment.platform_variables()
+        remedy = f"unset {chosen.partition('=')[0]} (it is {chosen.partition('=')[2]})" if chosen else "try auto"
+        raise ValueError(f"backend.platform={platform} is not what JAX starts here ({first.platform}); {remedy}")
     jax.config.update(PARTITIONABLE_RANDOM_BITS, name != "metal")
     backend = Backend(
         platform=name,
@@ -202,8 +212,9 @@ def _usable_memory(platform: str, plugin: str, device: Any) -> int:
 
 def _cache_compilations() -> None:
     """Keeps compiled programs for the next start, in the user's cache folder (or JAX_COMPILATION_CACHE_DIR)."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(machine.cache_folder() / "xla"))
+    folder = machine.cache_file("xla")
+    if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

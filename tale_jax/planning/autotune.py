@@ -173,10 +173,12 @@ def autotune(
     log = workdir / "log.txt"
     with Progress("autotune", log=log) as progress:
         if "tokenizer.vocab_size" not in overrides:
-            config, reason = with_vocab_size(config, workdir)
+            with progress.part("reading the text"):
+                config, reason = with_vocab_size(config, workdir)
             progress.print(reason)
         prepared = prepare(config, workdir, log)
-        best, others = find_best(config, prepared, backend, start_time + 60 * config.minutes, overrides)
+        with progress.part("compiling and timing models of several sizes"):
+            best, others = find_best(config, prepared, backend, start_time + 60 * config.minutes, overrides)
         for line in explain(best, others, prepared):
             progress.print(line)
     return best.config

@@ -34,7 +34,7 @@ from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.plan import Plan, headline, plan_run, refusal, remedies
 from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes
 from tale_jax.training.loop import Hooks, fit
-from tale_jax.training.metrics import Meter, Sinks, open_sinks
+from tale_jax.training.metrics import Meter, Sinks, check_extras, open_sinks
 from tale_jax.training.schedule import scheduled_batches
 from tale_jax.training.state import TrainState
 from tale_jax.training.step import Trainer, make_trainer
@@ -76,6 +76,7 @@ def train(
       MemoryError: memory ran out all the same; older checkpoints are intact.
       OSError: the workdir cannot be written, or its disk is full; older checkpoints are intact.
     """
+    check_extras(config.metrics)
     if config.minutes:
         config = autotune(config, workdir, backend, start_time or time.monotonic(), overrides)
     with ExitStack() as held:
@@ -90,15 +91,17 @@ def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
     config = config.with_total_steps(len(starts))
     log = workdir / "log.txt" if is_main_process() else None
     with Progress("train", total=config.total_steps, unit="steps", log=log, show=is_main_process()) as progress:
-        precision, reason = from_main_process(lambda: _choose_precision(config, backend))
+        with progress.part("timing matrix products"):
+            precision, reason = from_main_process(lambda: _choose_precision(config, backend))
         trainer = make_trainer(config, backend, jnp.dtype(precision), tokenizer.bos_id)
         throttle = max_concurrent_bytes(trainer.abstract_state, backend.overlap_io)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle)
         if (step := checkpoints.latest or 0) >= config.total_steps:
             checkpoints.close()
             return Outcome(step, config.total_steps, 0)
-        compiled = trainer.compile()
-        plan = plan_run(config, trainer, compiled, backend, memory_budget(config, backend), reason, len(starts))
+        with progress.part("compiling the training step"):
+            compiled = trainer.compile()
+            plan = plan_run(config, trainer, compiled, backend, memory_budget(config, backend), reason, len(starts))
         progress.print(headline(plan))
         if any_process(not (config.backend.ignore_memory or plan.fits)):
             checkpoints.close()
@@ -112,9 +115,11 @@ def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
             if is_main_process():
                 config.save(workdir)
             if checkpoints.latest is None:
-                state = trainer.init()
+                with progress.part("drawing initial weights"):
+                    state = trainer.init()
             else:
-                state, position = checkpoints.restore(trainer.abstract_state, trainer.state_shardings)
+                with progress.part(f"restoring checkpoint {checkpoints.latest}"):
+                    state, position = checkpoints.restore(trainer.abstract_state, trainer.state_shardings)
                 if config.corpus.changed == "continue" and not batches.is_in_this_text(position):
                     progress.print("the text has changed: training goes on with the weights, at the start of it")
                 else:
@@ -358,12 +363,14 @@ class RunHooks(Hooks):
         with self._meter.paused():
             loss = self._evaluate(state.eval_params, step) if due["evaluate"] else None
             if due["save"] or self._stop.number:
-                self._checkpoints.save(step, state, self._batches.get_state(), loss)
+                with self._progress.part("saving"):
+                    self._checkpoints.save(step, state, self._batches.get_state(), loss)
             if due["sample"]:
-                params = self._on_this_process(state.eval_params)
-                if is_main_process():
-                    self._sample(params, step)
-                wait_for_processes()
+                with self._progress.part("sampling"):
+                    params = self._on_this_process(state.eval_params)
+                    if is_main_process():
+                        self._sample(params, step)
+                    wait_for_processes()
             release_memory()
 
     def _evaluate(self, params: Any, step: int) -> float:
