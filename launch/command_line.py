@@ -7,6 +7,7 @@ traceback), 3 memory ran out (one line, with what to do), 130 interrupted, 141 n
 
 import contextlib
 import difflib
+import logging as logging_of_python
 import os
 import re
 import sys
@@ -147,7 +148,17 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{printable_path(os.fsdecode(error.filename))}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split()) + _jax_variables(error) or type(error).__name__
+
+
+def _jax_variables(error: BaseException) -> str:
+    """Where JAX refuses a value of its configuration: which variables of the environment may have set it."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if not files or Path(files[-1]).parts[-3:] != ("jax", "_src", "config.py"):
+        return ""
+    from tale_jax.hardware.environment import variables_of_jax
+
+    return f"; correct or unset what is set in the environment: {variables_of_jax()}"
 
 
 def _parse(args: list[str]) -> list[str]:
@@ -179,6 +190,7 @@ def _parse(args: list[str]) -> list[str]:
     # Of jax 0.4.34 beside newer libraries; nothing here needs it, and an error is to be one line.
     logging.get_absl_logger().addFilter(lambda record: "Failed to load jax profiler" not in record.getMessage())
     if FLAGS["verbosity"].using_default_value:
+        logging_of_python.getLogger("matplotlib").setLevel("ERROR")  # it warns where it cannot keep its cache
         FLAGS.verbosity = logging.WARNING  # what libraries log would break the progress bar
     return rest
 

@@ -31,6 +31,7 @@ from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.timing import NUM_SPECIAL_TOKENS, timed_step
 from tale_jax.training.state import TrainState
 from tale_jax.training.step import Trainer, make_trainer
+from tale_jax.utils.progress import Progress
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 200  # of one generation
 
@@ -226,7 +227,11 @@ class Report:
 
 def measure(bench: Bench, kinds: Sequence[str], seconds: float) -> Report:
     """Rates of all `kinds` (see `Bench.rate`), each measured for about `seconds`."""
-    rates = {kind: bench.rate(kind, seconds) for kind in kinds}
+    rates = {}
+    with Progress("bench", total=len(kinds), unit="measurements") as progress:
+        for kind in kinds:
+            with progress.stage(f"compiling and measuring {kind}"):
+                rates[kind] = bench.rate(kind, seconds)
     return Report(
         device=bench.backend.device,
         precision=bench.dtype.name,

@@ -120,6 +120,7 @@ class Evaluation:
       windows: "stream" or "document", as `windows` in the config.
       stride: tokens between windows; 0: the context length.
       max_windows: spans scored at most, spread evenly over the split; 0: all.
+      advance: gets the number of tales whose entropy is newly known.
 
     Raises:
       ValueError: one line, for a split that is not prepared, or a stride longer than the context.
@@ -134,6 +135,7 @@ class Evaluation:
         windows: str,
         stride: int = 0,
         max_windows: int = 0,
+        advance: Callable[[int], None] = lambda n: None,
     ):
         self.split, self.scorer, self.stride = split, scorer, stride or scorer.context
         if not 0 < self.stride <= scorer.context:
@@ -152,7 +154,7 @@ class Evaluation:
         self.spans = spans
         self.grammar_nats: dict[int, float] | None = None  # of the scored documents, by number
         if self.manifest.corpus["name"] == "tales" and windows == "document":
-            self.grammar_nats = grammar_nats(self.tokens, starts, {span.document for span in spans}, tokenizer)
+            self.grammar_nats = grammar_nats(self.tokens, starts, {span.document for span in spans}, tokenizer, advance)
 
     def __call__(self, params: Any, advance: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
         """The measures of the split, by name. Where not all of it is scored, words and bytes are estimated from its

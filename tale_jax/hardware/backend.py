@@ -90,7 +90,7 @@ def start_backend(platform: str) -> Backend:
     try:
         devices = jax.devices()
     except Exception as error:  # a plugin may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or "JAX finds no such device"
         if chosen := environment.platform_variables():
             raise ValueError(
                 f"{chosen} keeps JAX from starting ({reason}); unset it, or set JAX_PLATFORMS=cpu"

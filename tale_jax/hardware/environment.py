@@ -6,12 +6,12 @@ needed only, since an odd value of a variable of its own is an error of that imp
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 
 from tale_jax.hardware import machine
+from tale_jax.utils.paths import printable_path
 from tale_jax.utils.settings import format_value
-from tale_jax.utils.subprocesses import run_code
+from tale_jax.utils.subprocesses import ProcessResult, run_code
 
 START_XLA = "import jax; jax.devices()"
 PLATFORM_VARIABLES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
@@ -22,6 +22,7 @@ JAX_SETTINGS = {
     "jax_default_prng_impl": ("threefry2x32", "it would change what is learned"),
     "jax_numpy_dtype_promotion": ("standard", "the model is written for the standard one"),
     "jax_numpy_rank_promotion": ("allow", "the model is written for the standard one"),
+    "jax_default_device": (None, "backend.platform chooses the devices"),
 }
 TIMEOUT = 120  # seconds
 
@@ -47,14 +48,21 @@ def xla_flags_fault() -> str:
         START_XLA, env={"JAX_PLATFORMS": "cpu", "JAX_PLATFORM_NAME": "", "XLA_FLAGS": ""}, timeout=TIMEOUT
     ).reason:
         return ""  # something else is wrong, which the start of JAX will tell
-    unknown = re.search(r"Unknown flags? in XLA_FLAGS: *(.+)", result.stderr)
-    reason = f"XLA does not know {' '.join(unknown[1].split())}" if unknown else result.reason
-    return f"XLA_FLAGS={format_value(flags)} keeps XLA from starting ({reason}); correct it, or unset XLA_FLAGS"
+    return f"XLA_FLAGS={format_value(flags)} keeps XLA from starting ({_said(result, flags)}); correct it or unset it"
+
+
+def _said(result: ProcessResult, flags: str) -> str:
+    """What XLA printed about its flags before it ended, without time and place; the last line where it said nothing."""
+    names = ["XLA_FLAGS", *(flag.partition("=")[0].lstrip("-") for flag in flags.split())]
+    lines = [line for line in result.stderr.splitlines() if any(name and name in line for name in names)]
+    return " ".join((lines or [result.reason])[0].rpartition("] ")[2].split())
 
 
 def platform_variables() -> str:
     """The first variable of the user that chooses JAX's platform, as NAME=value; "" where none does."""
-    return next((f"{name}={os.environ[name]}" for name in PLATFORM_VARIABLES if os.environ.get(name)), "")
+    return next(
+        (f"{name}={printable_path(os.environ[name])}" for name in PLATFORM_VARIABLES if os.environ.get(name)), ""
+    )
 
 
 def settle_jax_settings() -> Iterator[str]:
@@ -65,6 +73,11 @@ def settle_jax_settings() -> Iterator[str]:
         if (value := getattr(jax.config, name, wanted)) != wanted:
             jax.config.update(name, wanted)
             yield f"{name.upper()}={value} is not used: {reason}"
+
+
+def variables_of_jax() -> str:
+    """The variables of the user that JAX reads, as NAME=value, for a message; "" where there are none."""
+    return " ".join(f"{name}={printable_path(os.environ[name])}" for name in sorted(os.environ) if name[:4] == "JAX_")
 
 
 def changed_variables() -> dict[str, str]:

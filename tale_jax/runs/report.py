@@ -23,6 +23,7 @@ from tale_jax.runs.plots import NUM_COLORS, compact, plots
 from tale_jax.runs.records import RunRecords, read_run
 from tale_jax.utils.files import write_atomically
 from tale_jax.utils.format import format_clock
+from tale_jax.utils.progress import Progress
 
 MAX_SAMPLE_STEPS = 6
 
@@ -48,7 +49,9 @@ def write_report(workdirs: Sequence[Path], out: Path | None = None) -> Path:
     if out is None:
         out = workdirs[0] / "report.html" if len(runs) == 1 else workdirs[0].parent / "comparison.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, _page(runs).encode("utf-8", errors="replace"))
+    with Progress("drawing plots", every_seconds=math.inf):
+        page = _page(runs)
+    write_atomically(out, page.encode("utf-8", errors="replace"))
     return out
 
 

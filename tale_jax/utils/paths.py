@@ -45,20 +45,35 @@ def fault_of(path: Path, kind: str) -> str:
     to_write, wants_folder = kind.endswith("to write"), kind.startswith("folder")
     try:
         there = _exists(path)
+        if wants_folder and not _is_utf8(path):
+            return "must have a name in UTF-8, as the folders above it: no other can hold checkpoints; rename it"
         if there and wants_folder and not os.path.isdir(path):
             return "must be a folder, and it is a file; give the folder"
         if there and not wants_folder and os.path.isdir(path):
             return "must be a file, and it is a folder; give the path of a file"
         if not there and not to_write:
-            return f"must be a {kind}, and there is none; check its path"
+            return f"must be a {kind}, and does not exist; check its path"
         if not there or (to_write and not wants_folder and os.path.isfile(path)):
             return _fault_of_parents(path.parent if there else path)
         mode = os.W_OK | os.X_OK if to_write and wants_folder else os.W_OK if to_write else os.R_OK
-        if not os.access(path, mode | (os.X_OK if wants_folder else 0)):
+        if not _may(path, mode | (os.X_OK if wants_folder else 0)):
             return f"may not be {'written to' if to_write else 'read'} (permission denied); give another, or chmod it"
     except OSError as error:
         return _in_words(error)
     return ""
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _may(path: Path, mode: int) -> bool:
+    """Whether this process may do so with its rights of now."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _exists(path: Path) -> bool:
@@ -79,7 +94,7 @@ def _fault_of_parents(path: Path) -> str:
     name = printable_path(path)
     if not os.path.isdir(path):
         return f"cannot be made, since {name} is no folder; give another path"
-    if not os.access(path, os.W_OK | os.X_OK):
+    if not _may(path, os.W_OK | os.X_OK):
         return f"cannot be made, since {name} may not be written to; give another path, or chmod it"
     if longest > os.pathconf(path, "PC_NAME_MAX"):
         return _in_words(OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)))

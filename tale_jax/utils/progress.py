@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -65,7 +65,7 @@ class Progress:
     Args:
       title: what is going on, in a word or two.
       total: how much there is to do, in `unit`; 0 if unknown. It is never shown as exceeded.
-      unit: "steps", "windows", "tokens", "bytes" (shown as MB), …
+      unit: "steps", "windows", "tokens", "bytes" (shown as MB or kB), …
       start: how much was done before, by a run that is resumed.
       log: file that the plain lines are appended to, with the time, whatever stderr is.
       show: False shows nothing; the log is still written.
@@ -85,7 +85,8 @@ class Progress:
         every_seconds: float | int = 5.0,
         clock: Callable[[], float] | None = None,
     ):
-        self._title, self._total, self._unit, self._done = printable(title), total, unit, start
+        self._title, self._total, self._unit = printable(title), total, unit
+        self._start = self._done = start
         self._log_path, self._show, self._every_seconds = log, show, every_seconds
         self._clock = clock or (lambda: time.monotonic())
         self._parent: Progress | None = None
@@ -114,7 +115,8 @@ class Progress:
 
     def __exit__(self, error: object, *_: object) -> None:
         _BOTTOM.remove(self)
-        if error is None and self._unlogged:
+        moved = self._live and self._parent is None and (self._done != self._start or bool(self._fields))
+        if error is None and (self._unlogged or moved):
             self._refresh(self._clock(), last=self._parent is None)
         if self._log is not None and self._parent is None:
             with contextlib.suppress(OSError):
@@ -140,6 +142,13 @@ class Progress:
             self._rate_samples.append((now, self._done))  # the first one after the first step, which compiles
         if now - self._last_draw_time >= 0.1:
             self._refresh(now)
+
+    @contextlib.contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        """A `part` without a total that counts as 1 of this one when it is done."""
+        with self.part(title):
+            yield
+        self.advance()
 
     def set_fields(self, record: Mapping[str, Any]) -> None:
         """Fields of a record to show beside the count from now on: see `FIELD_FORMATS`."""
@@ -171,14 +180,16 @@ class Progress:
         if self._live and not last:
             _BOTTOM.draw()
         if last or now - self._last_line_time >= self._every_seconds:
-            self._last_line_time, self._unlogged = now, False
+            self._last_line_time = now
             self._beat = max(FIRST_BEAT, self._every_seconds)
             line = f"{self._title} {self._text(now)}"
             if self._live and last:
                 _BOTTOM.print(f"{self._title} {self._text(now, terminal_width() - len(self._title) - 2)}")
-            elif self._show and not self._live and math.isfinite(self._every_seconds):
+            elif self._show and not self._live and self._unlogged and math.isfinite(self._every_seconds):
                 write_line(line)
-            self._write_log(line)
+            if self._unlogged:
+                self._write_log(line)
+            self._unlogged = False
 
     def beat(self) -> None:
         """Says that this still runs, where no line has said so for a while and there is no terminal to draw on."""
@@ -198,16 +209,19 @@ class Progress:
         if self._total:
             filled = BAR_WIDTH * min(self._done, self._total) // self._total
             bar = ("━" if modern else "=") * filled + ("─" if modern else "-") * (BAR_WIDTH - filled)
-        parent = self._parent
+        parent, left = self._parent, ""
         if parent and parent._total:
             longer = f"{spinner} {parent._title} {parent._counts(now)[-1]}  {self._title}"
             title = longer if len(longer) + 24 <= width else title
+            left = "" if self._total else parent._time_left(now)
         text = self._text(now, width - len(title) - 1, bar)
+        if left and len(title) + len(text) + len(left) + 3 <= width:
+            text += f"  {left}"
         return f"{title} {text}"[: max(0, width)]
 
     def _text(self, now: float, width: float | int = math.inf, bar: str = "") -> str:
         """Count, fields and time left, with as many of them as fit into `width` characters."""
-        scale, unit = (1e6, "MB") if self._unit == "bytes" else (1, self._unit)
+        scale, _, unit = self._scale()
         present = {name: value for name, value in self._fields.items() if value is not None}
         items = [Item(RANKS["bar"], bar)] if bar else []
         place = len(items)  # of the count
@@ -217,9 +231,9 @@ class Progress:
         sample_time, sample_done = self._rate_samples[0] if self._rate_samples else (now, self._done)
         if now > sample_time and (rate := (self._done - sample_done) / (now - sample_time)):
             if "tokens_per_second" not in self._fields:
-                items.append(Item(RANKS["rate"], f"{rate / scale:,.3g} {unit}/s"))
-            if self._done < self._total:
-                items.append(Item(RANKS["left"], f"ETA {format_clock((self._total - self._done) / rate)}"))
+                items.append(Item(RANKS["rate"], f"{_three_digits(rate / scale)} {unit}/s"))
+        if left := self._time_left(now):
+            items.append(Item(RANKS["left"], left))
         counts = self._counts(now)
         needed = [item.text for item in items if item.rank == 0]
         count = next((text for text in counts if len("  ".join([text, *needed])) <= width), counts[-1])
@@ -230,9 +244,22 @@ class Progress:
                 kept.add(index)
         return "  ".join(items[i].text for i in sorted(kept))
 
+    def _time_left(self, now: float) -> str:
+        """ETA 1:36, at the rate since the first advance; "" while that is not known."""
+        sample_time, sample_done = self._rate_samples[0] if self._rate_samples else (now, self._done)
+        if now <= sample_time or self._done <= sample_done or self._done >= self._total:
+            return ""
+        return f"ETA {format_clock((self._total - self._done) * (now - sample_time) / (self._done - sample_done))}"
+
+    def _scale(self) -> tuple[float, int, str]:
+        """What a count is divided by, its digits, and its unit."""
+        if self._unit != "bytes":
+            return 1.0, 0, self._unit
+        return (1e6, 1, "MB") if max(self._total, self._done) >= 1e6 else (1e3, 0, "kB")
+
     def _counts(self, now: float) -> list[str]:
         """How much is done, in words, the longest first; where nothing is counted, the time since the start."""
-        scale, digits, unit = (1e6, 1, "MB") if self._unit == "bytes" else (1, 0, self._unit)
+        scale, digits, unit = self._scale()
         done = min(self._done, self._total) if self._total else self._done  # a total may be an estimate
         count = f"{done / scale:,.{digits}f}"
         if self._total:
@@ -240,6 +267,10 @@ class Progress:
             count = f"{count}/{self._total / scale:,.{digits}f}"
             return [f"{count} {unit} ({share})", f"{count} ({share})", share]
         return [f"{count} {unit}", count] if done else [format_duration(now - self._start_time)]
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def show_start(title: str) -> Progress:

@@ -40,8 +40,8 @@ def test_paths_that_mean_nothing(path, words):
         ("file", "folder to write", "it is a file"),
         ("folder", "file", "it is a folder"),
         ("folder", "file to write", "it is a folder"),
-        ("none", "folder", "there is none"),
-        ("none", "file", "there is none"),
+        ("none", "folder", "does not exist"),
+        ("none", "file", "does not exist"),
         ("file/x", "folder to write", "a part of it is a file"),
         ("file/x/y", "file to write", "a part of it is a file"),
         ("file/x", "file", "a part of it is a file"),
@@ -80,8 +80,13 @@ def test_permissions_count(tmp_path, kind):
 @given(NAMES)
 def test_any_name_can_be_used_and_told(tmp_path_factory, name):
     path = tmp_path_factory.mktemp("names") / f"a{name}"
-    assert fault_of(path, "folder to write") == ""
-    path.mkdir()
-    assert fault_of(path, "folder") == "" and fault_of(path, "file")
+    assert fault_of(path, "file to write") == ""
+    path.touch()
+    assert fault_of(path, "file") == "" and fault_of(path, "folder")
+    is_utf8 = not any("\udc80" <= character <= "\udcff" for character in name)
+    folder = path.with_name(f"b{name}")  # with any other name checkpoints could not be written there
+    assert (fault_of(folder, "folder to write") == "") == is_utf8
+    folder.mkdir()
+    assert (fault_of(folder, "folder") == "") == is_utf8 and fault_of(folder, "file")
     shown = printable_path(path)
     assert shown.isprintable() and shown.encode()  # no lone surrogates
