@@ -4,7 +4,6 @@ python launch/doctor.py
 python launch/doctor.py --json
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
@@ -16,10 +15,11 @@ JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line"
 
 def main(_: list[str]) -> None:
     from tale_jax.planning import doctor
+    from tale_jax.utils.files import json_line
 
     found = doctor.examine(Path(FOLDER.value))
     if JSON.value:
-        print(json.dumps(found))
+        print(json_line(found))
     else:
         doctor.print_findings(found)
 

@@ -5,8 +5,6 @@ python launch/evaluate.py --workdir=experiments/wikitext2 --stride=64 --json
 python launch/evaluate.py --workdir=experiments/wikitext2 --quality
 """
 
-import json
-
 from absl import flags
 from cli import run
 
@@ -31,6 +29,7 @@ def main(_: list[str]) -> None:
     from tale_jax.planning.numerics import choose_precision
     from tale_jax.runs.evaluate import describe, evaluate
     from tale_jax.runs.experiment import open_experiment
+    from tale_jax.utils.files import json_line
 
     backend = start_backend("auto")
     dtype = choose_precision(backend, PRECISION.value)[0]
@@ -44,7 +43,7 @@ def main(_: list[str]) -> None:
         with_quality=QUALITY.value,
     )
     if JSON.value:
-        print(json.dumps(result))
+        print(json_line(result))
     else:
         print(describe(result))
         print(f"The result is kept in {WORKDIR.value}/evaluations.jsonl")

@@ -93,9 +93,9 @@ def start_backend(platform: str) -> Backend:
     first = jax.local_devices()[0]  # a process knows nothing of the memory of another one's
     name = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}.get(first.platform, "metal")
     if platform not in ("auto", name):
-        raise ValueError(
-            f"backend.platform={platform} is not what JAX starts here ({first.platform}); unset JAX_PLATFORMS"
-        )
+        chosen = os.environ.get("JAX_PLATFORMS")
+        remedy = f"unset JAX_PLATFORMS (it is {chosen})" if chosen else "try auto"
+        raise ValueError(f"backend.platform={platform} is not what JAX starts here ({first.platform}); {remedy}")
     jax.config.update(PARTITIONABLE_RANDOM_BITS, name != "metal")
     backend = Backend(
         platform=name,
