@@ -7,7 +7,6 @@ python launch/bench.py --config=configs/m2_air.py --profile
 python launch/bench.py --config=configs/tales.py --startup
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -33,6 +32,7 @@ flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 def main(_: list[str]) -> None:
     from tale_jax.bench.run import BenchRequest, bench
     from tale_jax.config import Config
+    from tale_jax.utils.files import json_line
 
     request = BenchRequest(
         kinds=tuple(FLAGS.only),
@@ -46,7 +46,7 @@ def main(_: list[str]) -> None:
     )
     record = bench(Config.build(CONFIG.value), request, PLOT.value, quiet=FLAGS.json)
     if FLAGS.json:
-        print(json.dumps(record))
+        print(json_line(record))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ python launch/doctor.py
 python launch/doctor.py --json
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -20,10 +19,11 @@ JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line"
 
 def main(_: list[str]) -> None:
     from tale_jax.planning import doctor
+    from tale_jax.utils.files import json_line
 
     found = doctor.examine(FOLDER.value)
     if JSON.value:
-        print(json.dumps(found))
+        print(json_line(found))
     else:
         doctor.print_findings(found)
 

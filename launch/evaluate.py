@@ -5,7 +5,6 @@ python launch/evaluate.py --workdir=experiments/wikitext2 --stride=64 --json
 python launch/evaluate.py --workdir=experiments/wikitext2 --quality
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -33,6 +32,7 @@ def main(_: list[str]) -> None:
     from tale_jax.planning.numerics import choose_precision
     from tale_jax.runs.evaluate import describe, evaluate
     from tale_jax.runs.experiment import open_experiment
+    from tale_jax.utils.files import json_line
     from tale_jax.utils.streams import say
 
     backend = start_backend("auto")
@@ -47,7 +47,7 @@ def main(_: list[str]) -> None:
         with_quality=QUALITY.value,
     )
     if JSON.value:
-        print(json.dumps(result))
+        print(json_line(result))
     else:
         say(describe(result))
         say(f"The result is kept in {WORKDIR.value}/evaluations.jsonl")

@@ -6,7 +6,6 @@ python launch/plan.py --config=configs/tales.py --json
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -32,6 +31,7 @@ def main(_: list[str]) -> None:
     config = Config.build(CONFIG.value)
     from tale_jax.hardware.backend import start_backend
     from tale_jax.planning import calibrate, plan
+    from tale_jax.utils.files import json_line
     from tale_jax.utils.format import parse_bytes
 
     backend = start_backend(config.backend.platform)
@@ -51,7 +51,7 @@ def main(_: list[str]) -> None:
         result["calibration"] = calibrate.calibrate(config, backend.platform)
         calibrate.print_calibrations({"this run": result["calibration"]})
     if JSON.value:
-        print(json.dumps(result))
+        print(json_line(result))
 
 
 if __name__ == "__main__":

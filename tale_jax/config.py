@@ -409,6 +409,12 @@ class SampleConfig(Group):
     max_tokens: int = setting(120, "length of a sample, in tokens at most", positive, at_most(1 << 20))
     temperature: float = setting(0.7, "what logits are divided by", not_negative, off="always the likeliest token")
 
+    def broken(self) -> Broken:
+        if self.prompt and not self.prompt.strip():
+            yield "prompt", "hold more than white space", 'set sample.prompt="" to start documents'
+        if any("\ud800" <= character <= "\udfff" for character in self.prompt):
+            yield "prompt", "be text (half a surrogate pair is none)", 'set sample.prompt="" to start documents'
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Group):
@@ -484,6 +490,8 @@ class Config(Group):
         batch, micro, length = self.batch_size, self.micro_batch_size, self.model.seq_len
         if not self.total_steps and self.passes <= 0:
             yield "passes", "be positive when total_steps=0", "try passes=1.0, or set total_steps"
+        if 0 < self.total_steps < self.schedule.warmup_steps:
+            yield "schedule.warmup_steps", *_warmup_rule(self.total_steps)
         if micro and batch % micro:
             yield "micro_batch_size", f"divide batch_size={batch}", f"try {nearest_divisor(batch, micro)}"
         if self.schedule.short_seq_fraction and length % self.schedule.seq_len_divisor:
@@ -536,8 +544,7 @@ class Config(Group):
         total = self.total_steps or max(1, int(min(by_passes, UNKNOWN_TOTAL_STEPS)))
         warmup = self.schedule.warmup_steps or _default_warmup(total)
         if warmup > total:
-            remedy = "try schedule.warmup_steps=0 (2 % of the run)"
-            raise mistake("schedule.warmup_steps", warmup, f"not exceed total_steps={total}", remedy)
+            raise mistake("schedule.warmup_steps", warmup, *_warmup_rule(total))
         schedule = dataclasses.replace(self.schedule, warmup_steps=warmup)
         return dataclasses.replace(self, total_steps=total, schedule=schedule)
 
@@ -682,6 +689,10 @@ def _similar_encodings(name: str) -> str:
     known = {alias.replace("_", "-") for pair in encodings.aliases.aliases.items() for alias in pair}
     near = difflib.get_close_matches(name.lower().replace("_", "-"), sorted(filter(is_text_encoding, known)))
     return f"did you mean {' or '.join(near)}?" if near else "try cp1252 or utf-16"
+
+
+def _warmup_rule(total_steps: int) -> tuple[str, str]:
+    return f"not exceed total_steps={total_steps}", "try schedule.warmup_steps=0 (2 % of the run)"
 
 
 def _default_warmup(total_steps: int) -> int:

@@ -9,7 +9,7 @@ import rich.console
 
 from tale_jax.bench.compare import compare, startup, sweep, sweep_variants
 from tale_jax.bench.profile import profile
-from tale_jax.bench.throughput import Bench, describe_record, measure, tables
+from tale_jax.bench.throughput import Bench, describe_record, measure, num_streams, tables
 from tale_jax.config import Config
 from tale_jax.hardware.backend import start_backend
 
@@ -28,10 +28,13 @@ class BenchRequest:
     flags: tuple[str, ...] = ()
 
     def __post_init__(self):
-        chosen = {name for name in ("sweeps", "peer", "profile", "startup") if getattr(self, name)}
+        flags = {"sweep": self.sweeps, "peer": self.peer, "profile": self.profile, "startup": self.startup}
+        chosen = sorted(flag for flag, value in flags.items() if value)
         if len(chosen) > 1:
-            raise ValueError(f"--{' and --'.join(sorted(chosen))} cannot be measured together; give one of them")
+            raise ValueError(f"--{' and --'.join(chosen)} cannot be measured together; give one of them")
         list(sweep_variants(self.sweeps))
+        for kind in self.kinds:  # before the first of them is measured
+            num_streams(kind)
 
 
 def bench(config: Config, request: BenchRequest, plot: Path | None = None, quiet: bool = False) -> dict[str, Any]:

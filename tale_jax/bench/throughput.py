@@ -12,6 +12,7 @@ matrix products in the same dtype, measured in the same run.
 
 import dataclasses
 import functools
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -161,13 +162,10 @@ class Bench:
 
         Raises ValueError, in one line, for another kind.
         """
-        name, _, streams = kind.partition("_")
-        if name == "decode" and (not streams or (streams.isdigit() and int(streams) > 0)):
-            tokens, timing = self._decode(int(streams or 1), seconds)
-        elif kind in ("train", "score"):
-            tokens, timing = self._train(seconds) if kind == "train" else self._score(seconds)
+        if streams := num_streams(kind):
+            tokens, timing = self._decode(streams, seconds)
         else:
-            raise ValueError(f"kind={kind} must be train, score, decode or decode_N for N streams; try decode_16")
+            tokens, timing = self._train(seconds) if kind == "train" else self._score(seconds)
         return Rate(tokens, timing, self.flops if kind == "train" else self.flops / 3, self.peaks[self.dtype.name])
 
     def _train(self, seconds: float) -> tuple[int, Timing]:
@@ -205,6 +203,16 @@ class Bench:
             self.sampler.sample(prompt, settings, num_samples=streams)
 
         return streams * settings.max_tokens, repeat(generate, seconds, min_repetitions=3, warmup=1)
+
+
+def num_streams(kind: str) -> int:
+    """N of decode_N, 1 of decode, 0 of train and score. Raises ValueError, in one line, for another kind."""
+    found = re.fullmatch(r"decode(?:_([1-9][0-9]{0,5}))?", kind)
+    if found is None and kind not in ("train", "score"):
+        raise ValueError(
+            f"--only={kind} must be train, score, decode or decode_N for N streams; try --only=train,decode_16"
+        )
+    return int(found[1] or 1) if found else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,7 +140,8 @@ class Evaluation:
         self.split, self.scorer, self.stride = split, scorer, stride or scorer.context
         if not 0 < self.stride <= scorer.context:
             raise ValueError(
-                f"stride={stride} must be at most the context of {scorer.context} tokens; try {scorer.context // 2}"
+                f"stride={stride} must be at most the context of {scorer.context} tokens; "
+                f"try --stride={max(1, scorer.context // 2)}"
             )
         self.tokens, self.manifest = load_tokens(workdir, split)
         starts = document_starts(self.tokens, tokenizer.bos_id)
@@ -171,10 +172,10 @@ class Evaluation:
             "tokens": tokens,
             "words": manifest.words if self.whole else round(manifest.words * share),
             "bytes": manifest.bytes if self.whole else round(manifest.bytes * share),
-            "nats_per_token": total / tokens,
-            "token_perplexity": _exp(total / tokens),
-            "word_perplexity": _exp(_per(total, manifest.words if self.whole else manifest.words * share)),
-            "bits_per_byte": _per(total / math.log(2), manifest.bytes if self.whole else manifest.bytes * share),
+            "nats_per_token": per(total, tokens),
+            "token_perplexity": _exp(per(total, tokens)),
+            "word_perplexity": _exp(per(total, manifest.words if self.whole else manifest.words * share)),
+            "bits_per_byte": per(total / math.log(2), manifest.bytes if self.whole else manifest.bytes * share),
         }
         result["context"], result["stride"] = self.scorer.context, self.stride
         if self.grammar_nats is not None:
@@ -185,7 +186,7 @@ class Evaluation:
             result |= {
                 "excess_nats_per_token": excess,
                 "excess_nats_per_token_stderr": error,
-                "floor_nats_per_token": float(grammar.sum() / lengths.sum()),
+                "floor_nats_per_token": per(float(grammar.sum()), float(lengths.sum())),
             }
         return result
 
@@ -201,7 +202,7 @@ def _batches(items: Iterable[Span], size: int) -> Iterator[list[Span]]:
         yield batch
 
 
-def _per(total: float, count: float | int) -> float | None:
+def per(total: float | int, count: float | int) -> float | None:
     """None, which JSON writes as null, where there is nothing to divide by: text without a word, say."""
     return total / count if count else None
 

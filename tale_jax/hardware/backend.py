@@ -103,9 +103,10 @@ def start_backend(platform: str) -> Backend:
     first = jax.local_devices()[0]  # a process knows nothing of the memory of another one's
     name = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}.get(first.platform, "metal")
     if platform not in ("auto", name):
-        chosen = environment.platform_variables()
-        remedy = f"unset {chosen.partition('=')[0]} (it is {chosen.partition('=')[2]})" if chosen else "try auto"
-        raise ValueError(f"backend.platform={platform} is not what JAX starts here ({first.platform}); {remedy}")
+        line = f"backend.platform={platform} is not what JAX starts here ({first.platform})"
+        if chosen := environment.platform_variables():
+            raise ValueError(f"{line}; unset {chosen.partition('=')[0]} (it is {chosen.partition('=')[2]})")
+        raise ValueError(f"{line}; try auto, which takes what there is")
     jax.config.update(PARTITIONABLE_RANDOM_BITS, name != "metal")
     backend = Backend(
         platform=name,

@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from tale_jax.inference.sampler import Generation
+from tale_jax.utils.files import json_line
 
 
 def print_samples(generation: Generation, as_json: bool = False, **facts: Any) -> None:
@@ -16,7 +16,7 @@ def print_samples(generation: Generation, as_json: bool = False, **facts: Any) -
         samples = [dataclasses.asdict(delta.sample) for delta in generation if delta.sample]
         result = {"prompt": generation.prompt, "samples": samples, "seed": generation.seed}
         result |= {"prompt_tokens": len(generation.ids), "seconds": generation.seconds}
-        print(json.dumps(result | {"tokens_per_second": generation.tokens_per_second} | facts), flush=True)
+        print(json_line(result | {"tokens_per_second": generation.tokens_per_second} | facts), flush=True)
         return
     starts_sample = True
     for number, text, sample in generation:

@@ -80,6 +80,12 @@ class SampleSettings:
                 raise ValueError(f"{name}={getattr(self, name)} must {rule}; try --{name}={example}")
 
 
+def check_seed(seed: int) -> None:
+    """Raises ValueError, in one line, for a seed that `Sampler.stream` cannot take."""
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed={seed} must be at least 0 and below 2^32; try --seed=0")
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """One text.
@@ -181,8 +187,7 @@ class Sampler:
         """
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} must be at least 1; try --num_samples=1")
-        if not 0 <= seed < 1 << 32:
-            raise ValueError(f"seed={seed} must be at least 0 and below 2^32; try --seed=0")
+        check_seed(seed)
         ids = self._encode_prompt(prompt, settings.long_prompt)
         weights = self._weights if params is None else self.load(params)
         return Generation(self, weights, prompt, ids, settings, num_samples, seed)

@@ -284,7 +284,11 @@ def remedies(config: Config) -> str:
         smaller = _largest_divisor(config.batch_size, config.micro_batch_size - 1)
         flags.append(f"--config.micro_batch_size={smaller}")
     more = "launch/plan.py tells what each change saves and costs"
-    return f"try {' or '.join(flags)} ({more})" if flags else f"make the model smaller ({more})"
+    return f"try {' or '.join(flags)} ({more})" if flags else f"{_smaller_model()} ({more})"
+
+
+def _smaller_model() -> str:
+    return "make the model smaller: lower model.embed_dim, model.num_layers, model.seq_len or tokenizer.vocab_size"
 
 
 def print_plan(plan: Plan) -> None:
@@ -337,4 +341,4 @@ def print_plan(plan: Plan) -> None:
         console.print(f"  {flags}: {format_bytes(advice.peak_bytes)}{price}", soft_wrap=True)
     if not plan.fits and not plan.advice:
         all_tried = "no change of remat, micro-batch, precision or scan_layers is enough"
-        console.print(f"  {all_tried}: make the model smaller", soft_wrap=True)
+        console.print(f"  {all_tried}: {_smaller_model()}", soft_wrap=True)

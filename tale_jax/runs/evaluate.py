@@ -4,16 +4,17 @@ python launch/evaluate.py --workdir=experiments/tales --split=test --json
 python launch/evaluate.py --workdir=experiments/wikitext2 --quality
 """
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from tale_jax.data.token_files import load_tokens
-from tale_jax.evaluation.quality_samples import BATCH_SIZE, measure_quality, write_samples
+from tale_jax.evaluation.quality_samples import BATCH_SIZE, measure_quality, texts_to_compare, write_samples
 from tale_jax.evaluation.scoring import Evaluation, Scorer
 from tale_jax.evaluation.tales import judge_samples
 from tale_jax.evaluation.text_quality import quality_rows
-from tale_jax.inference.sampler import Sampler
+from tale_jax.inference.sampler import Sampler, check_seed
 from tale_jax.model.transformer import count_parameters
 from tale_jax.runs.experiment import Experiment
 from tale_jax.utils.files import JsonLines
@@ -50,10 +51,18 @@ def evaluate(
     """
     config, tokenizer, log = experiment.config, experiment.tokenizer, experiment.workdir / "log.txt"
     scorer = Scorer(experiment.model, tokenizer, config.evaluate.batch_size)
+    # What can be refused is refused before the split is scored.
+    check_seed(seed)
+    if not 0 <= sample_temperature < math.inf:
+        rule = "be finite and at least 0"
+        raise ValueError(f"sample_temperature={sample_temperature} must {rule}; try --sample_temperature=0.7")
     with Progress(f"read {split}", total=load_tokens(experiment.workdir, split)[1].documents, unit="tales") as progress:
         evaluation = Evaluation(
             experiment.workdir, split, scorer, tokenizer, config.windows, stride, advance=progress.advance
         )
+    evaluation = Evaluation(experiment.workdir, split, scorer, tokenizer, config.windows, stride)
+    if with_quality:
+        texts_to_compare(evaluation.tokens, tokenizer, config.model.seq_len)
     with Progress(f"evaluate {split}", total=len(evaluation.spans), unit="windows", log=log) as progress:
         result = evaluation(experiment.params, progress.advance)
     result |= {"step": experiment.step, "weights": experiment.weights, "params": count_parameters(experiment.params)}

@@ -7,6 +7,7 @@ the first one alone writes everything else.
 
 import dataclasses
 import json
+import shlex
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -23,7 +24,7 @@ from tale_jax.config import Config
 from tale_jax.data.loader import Batches, window_starts
 from tale_jax.data.prepare import Prepared, prepare
 from tale_jax.data.tokenizer import Tokenizer
-from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans
+from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans, per
 from tale_jax.hardware.backend import Backend, matmul_peak
 from tale_jax.hardware.distributed import any_process, from_main_process, is_main_process, wait_for_processes
 from tale_jax.hardware.machine import release_memory
@@ -42,7 +43,9 @@ from tale_jax.utils.files import JsonLines
 from tale_jax.utils.format import format_bytes
 from tale_jax.utils.locks import writer_lock
 from tale_jax.utils.progress import Progress
+from tale_jax.utils.settings import mistake
 
+MAX_SAMPLE_ROWS = 32  # samples decoded together while training
 MIN_TRAIN_WINDOWS = 16  # scored at each evaluation of a run with windows=document; else a quarter of those of valid
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "bad_alloc", "Insufficient Memory")
 
@@ -87,6 +90,7 @@ def train(
 def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
     prepared = open_workdir(workdir, config)
     tokenizer, tokens = prepared.tokenizer, prepared.tokens("train")
+    _check_prompt(config, tokenizer)
     starts = window_starts(tokens, config.model.seq_len, tokenizer.bos_id if config.windows == "document" else None)
     config = config.with_total_steps(len(starts))
     log = workdir / "log.txt" if is_main_process() else None
@@ -174,8 +178,17 @@ def _check_workdir(workdir: Path, config: Config) -> None:
         name, mine, theirs = other
         raise ValueError(
             f"{name}={json.dumps(mine)} must be {json.dumps(theirs)} to go on with the experiment in {workdir}; "
-            f"set --config.{name}={theirs} to resume it, or give another --workdir"
+            f"set --config.{name}={shlex.quote(str(theirs))} to resume it, or give another --workdir"
         )
+
+
+def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises ValueError, in one line, for a prompt that no sample could follow: now, and not at the first sample."""
+    count, context = len(tokenizer.encode(config.sample.prompt)) + 1, config.model.seq_len  # with BOS
+    if count > context:
+        rule = f"be at most {context - 1} tokens, but is {count - 1} (model.seq_len={context}, with BOS before it)"
+        remedy = "shorten it, or leave it out to start documents"
+        raise mistake("sample.prompt", config.sample.prompt, rule, remedy)
 
 
 @contextmanager
@@ -296,7 +309,7 @@ class RunHooks(Hooks):
         )
         # Decoding is limited by memory bandwidth and by small products: on a CPU float32 is the faster dtype for it.
         decoder = trainer.model.clone(dtype=jnp.float32)
-        self._sampler = Sampler(decoder, None, tokenizer, batch_size=config.sample.num_samples)
+        self._sampler = Sampler(decoder, None, tokenizer, batch_size=min(config.sample.num_samples, MAX_SAMPLE_ROWS))
         self._replicate = jax.jit(lambda tree: tree, out_shardings=trainer.replicated)
         self._bos_id = tokenizer.bos_id
         self._scorer = Scorer(
@@ -346,10 +359,12 @@ class RunHooks(Hooks):
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
         if not np.isfinite(metrics["loss"]):
             self._checkpoints.wait()
+            latest, rate = self._checkpoints.latest, self._config.optimizer.learning_rate
+            kept = f"the last checkpoint is intact (step {latest})" if latest else "no checkpoint was written before"
             raise ValueError(
-                f"the loss is {metrics['loss']} at step {step}: training diverged; the last checkpoint is intact "
-                f"(step {self._checkpoints.latest}). Try a smaller optimizer.learning_rate than "
-                f"{self._config.optimizer.learning_rate} in a new workdir, or precision=float32"
+                f"the loss is {metrics['loss']} at step {step}: training diverged; {kept}; try "
+                f"--config.optimizer.learning_rate={rate / 3:.2g} (a third) or --config.precision=float32 in a new "
+                "workdir"
             )
         self._meter.add(**metrics)
         self._progress.advance()
@@ -373,22 +388,23 @@ class RunHooks(Hooks):
                     wait_for_processes()
             release_memory()
 
-    def _evaluate(self, params: Any, step: int) -> float:
+    def _evaluate(self, params: Any, step: int) -> float | None:
         num_windows = len(self._evaluation.spans) + len(self._train_spans)
         with self._progress.part("evaluate", total=num_windows, unit="windows") as part:
             result = self._evaluation(params, part.advance)
             if self._train_tokens is not None:
                 nats, counts, _ = self._scorer(params, self._train_tokens, self._train_spans, part.advance)
-                result["train_nats_per_token"] = float(nats.sum() / counts.sum())
+                result["train_nats_per_token"] = per(float(nats.sum()), float(counts.sum()))
         keep = ("nats_per_token", "bits_per_byte", "tokens", "excess_nats_per_token", "train_nats_per_token")
         self._sinks.write(
             {"kind": "valid", "step": step, "time": time.time()} | {k: result[k] for k in keep if k in result}
         )
         excess = f", {result['excess_nats_per_token']:.4f} over the floor" if "excess_nats_per_token" in result else ""
-        self._progress.print(
-            f"step {step}: validation {result['nats_per_token']:.4f} nats/token, "
-            f"{'–' if result['bits_per_byte'] is None else format(result['bits_per_byte'], '.3f')} bits/byte{excess}"
+        nats, bits = (
+            "–" if result[name] is None else format(result[name], form)
+            for name, form in (("nats_per_token", ".4f"), ("bits_per_byte", ".3f"))
         )
+        self._progress.print(f"step {step}: validation {nats} nats/token, {bits} bits/byte{excess}")
         return result["nats_per_token"]
 
     def _on_this_process(self, params: Any) -> Any:

@@ -107,8 +107,8 @@ class WandbSink:
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except wandb.errors.Error as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"metrics.wandb={mode}: {reason}; metrics.wandb=offline needs no network") from error
+            reason, other = " ".join(str(error).split()), "offline" if mode == "online" else "off"
+            raise ValueError(f"metrics.wandb={mode} does not start ({reason}); try metrics.wandb={other}") from error
         self._run.define_metric("*", step_metric="step")  # wandb's own step may not go back, a restarted run's does
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -80,7 +80,7 @@ class JsonLines:
 
     def append(self, record: Mapping[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
+            file.write(json_line(record) + "\n")
 
 
 def _end_last_line(path: Path) -> None:
@@ -109,7 +109,17 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def to_json(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`record` in JSON's types: scalars of numpy and JAX become Python's, numbers that are not finite become None."""
-    plain = {field: value.item() if hasattr(value, "item") else value for field, value in record.items()}
-    return {f: None if isinstance(v, float) and not math.isfinite(v) else v for f, v in plain.items()}
+def to_json(value: Any) -> Any:
+    """`value` in JSON's types, whatever is nested in it: scalars of numpy and JAX become Python's, tuples lists, and
+    numbers that are not finite None."""
+    if isinstance(value, Mapping):
+        return {field: to_json(inner) for field, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(inner) for inner in value]
+    plain = value.item() if hasattr(value, "item") else value
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
+
+
+def json_line(value: Any) -> str:
+    """One line of JSON that every reader takes: what has no value is null, never NaN or Infinity."""
+    return json.dumps(to_json(value), allow_nan=False)

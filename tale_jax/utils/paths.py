@@ -30,7 +30,7 @@ def expanded(path: str, field: str) -> Path:
     if "\0" in path:
         raise ValueError(f"{shown} must not hold a NUL character; no file system has it in a name")
     try:
-        return Path(path).expanduser()
+        return Path(path).expanduser() if path.startswith("~") else Path(path)  # ./~x is a name
     except RuntimeError:
         user = re.split("/", path)[0][1:]
         why = f"there is no user {printable_path(user)}" if user else "HOME is not set"

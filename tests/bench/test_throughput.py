@@ -68,7 +68,7 @@ def test_the_sampler_makes_as_many_tokens_as_are_counted(subject):
 
 @pytest.mark.parametrize("kind", ["trains", "decode_x", "decode_0", "score_2"])
 def test_an_unknown_kind_is_refused(subject, kind):
-    with pytest.raises(ValueError, match=rf"^kind={kind} must be train, score, decode or decode_N"):
+    with pytest.raises(ValueError, match=rf"^--only={kind} must be train, score, decode or decode_N"):
         subject.rate(kind, 0.0)
 
 

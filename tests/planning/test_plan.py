@@ -158,7 +158,7 @@ def test_micro_batches_divide_the_batch(number, bound, divisor):
         ({}, "try --config.remat=block --config.model.scan_layers=True or --config.micro_batch_size=2 ("),
         ({"remat": "block", "model.scan_layers": True}, "try --config.micro_batch_size=2 ("),
         ({"remat": "block", "micro_batch_size": 1}, "try --config.remat=block --config.model.scan_layers=True ("),
-        ({"remat": "block", "model.scan_layers": True, "micro_batch_size": 1}, "make the model smaller ("),
+        ({"remat": "block", "model.scan_layers": True, "micro_batch_size": 1}, "make the model smaller: lower "),
     ],
 )
 def test_remedies_are_flags_that_change_something(changes, words):
