@@ -229,9 +229,9 @@ class Progress:
             if name in present:
                 items.append(Item(RANKS.get(name, 4 + number), formatted(present[name])))
         sample_time, sample_done = self._rate_samples[0] if self._rate_samples else (now, self._done)
-        if now > sample_time and (rate := (self._done - sample_done) / (now - sample_time)):
-            if "tokens_per_second" not in self._fields:
-                items.append(Item(RANKS["rate"], f"{_three_digits(rate / scale)} {unit}/s"))
+        rate = (self._done - sample_done) / (now - sample_time) if now > sample_time else 0.0
+        if rate and "tokens_per_second" not in self._fields:
+            items.append(Item(RANKS["rate"], f"{_three_digits(rate / scale)} {unit}/s"))
         if left := self._time_left(now):
             items.append(Item(RANKS["left"], left))
         counts = self._counts(now)
