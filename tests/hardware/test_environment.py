@@ -9,7 +9,7 @@ START = "import sys; from tale_jax.hardware.backend import start_backend; print(
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("XLA_FLAGS", "--foo", "Unknown flags in XLA_FLAGS: --foo"),
+        ("XLA_FLAGS", "--foo", "keeps XLA from starting (Unknown flag"),
         ("JAX_PLATFORMS", "nonsense", "JAX_PLATFORMS=nonsense keeps JAX from starting"),
     ],
 )
