@@ -591,3 +591,12 @@ def test_numbers_are_built_or_refused_until_remedies_are_followed(changes, flags
             assert len(line.splitlines()) == 1 and " must " in line
         changes |= suggested(line, line.partition("=")[0])
     pytest.fail(f"remedies lead nowhere: {line}")
+
+
+def test_words_of_other_programs_lead_to_settings():
+    from tale_jax.config import COMMON_NAMES, advice, setting_meant_by, settings
+
+    assert set(COMMON_NAMES.values()) <= set(settings())
+    assert advice("optimizer.lr", "--config.") == "did you mean --config.optimizer.learning_rate?"
+    for name, meant in {"model.n-layer": "model.num_layers", "block_size": "model.seq_len", "bs": "batch_size"}.items():
+        assert setting_meant_by(name) == meant

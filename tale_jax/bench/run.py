@@ -12,6 +12,7 @@ from tale_jax.bench.profile import profile
 from tale_jax.bench.throughput import Bench, describe_record, measure, num_streams, tables
 from tale_jax.config import Config
 from tale_jax.hardware.backend import start_backend
+from tale_jax.utils.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,9 @@ def bench(config: Config, request: BenchRequest, plot: Path | None = None, quiet
         raise ValueError(f"--plot={plot} shows rates of a config or of a --sweep; leave it out here")
     out = rich.console.Console(quiet=quiet, highlight=False, width=None if sys.stdout.isatty() else 160)
     if request.startup:
-        return _show(out, startup([flag for flag in request.flags if flag.startswith("--config")]))
+        with Progress("starting to train and to sample, each with an empty and with a full cache"):
+            measured = startup([flag for flag in request.flags if flag.startswith("--config")])
+        return _show(out, measured)
     if request.sweeps:
         tell = rich.console.Console(stderr=True, highlight=False)
         records = sweep(request.flags, request.sweeps, tell.print)
