@@ -30,6 +30,7 @@ LIBRARY = f"{DATA}test_a_library_that_is_installed_as_told_reads"
 USABLE = f"{ENVIRONMENT}test_a_path_that_is_corrected_as_told_can_be_used"
 PERMITTED = f"{ENVIRONMENT}test_a_path_whose_permissions_are_changed_as_told_can_be_used"
 HOME = f"{ENVIRONMENT}test_a_home_that_is_set_or_written_out_is_found"
+DOCTOR = f"{ENVIRONMENT}test_what_the_doctor_finds_is_gone_when_it_is_done"
 INTERNAL = "tests/remedies/test_runs.py::test_calls_of_python_are_corrected_as_they_are_told"
 
 REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
@@ -223,7 +224,10 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
             f"{MACHINE}test_another_platform_starts_as_told",
         ),
         "keeps JAX from starting": f"{ENVIRONMENT}test_variables_that_are_unset_as_told_are_no_harm",
-        "unset {} (it is {})": f"{MACHINE}test_another_platform_starts_as_told",
+        "unset {} (it is {})": (
+            f"{MACHINE}test_another_platform_starts_as_told",
+            "tests/hardware/test_backend.py::test_the_platform_of_the_environment_is_not_changed_behind_ones_back",
+        ),
     },
     "tale_jax/hardware/machine.py": {
         "HOME is not set": HOME,
@@ -252,6 +256,10 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "must leave time to train": "tests/planning/test_autotune.py::test_too_little_time_is_one_line_with_a_remedy",
     },
     "tale_jax/planning/doctor.py": {
+        "give another --folder or --workdir": DOCTOR,
+        "set XDG_CACHE_HOME to a folder": DOCTOR,
+        "set LC_ALL=C.UTF-8": DOCTOR,
+        "measured now; to check again": "tests/planning/test_doctor.py::test_tables_show_what_was_found",
         "make env EXTRAS=dev,{}": MAKE,
         "make clean, then make env": MAKE,
         "python launch/plan.py --config=configs/tales.py": MAKE,

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import io
 import os
 import pwd
 import re
@@ -17,6 +18,7 @@ import pytest
 from helpers import ROOT
 
 from tale_jax.hardware import machine
+from tale_jax.planning import doctor
 from tale_jax.utils.paths import expanded, fault_of
 
 START = "from tale_jax.hardware.backend import start_backend; print(start_backend('cpu').platform, end='')"
@@ -112,6 +114,30 @@ def test_from_a_folder_that_exists_a_script_runs(tmp_path):
     done = subprocess.run(["bash", "-c", script], cwd=gone, capture_output=True, text=True)
     assert mistake(done).endswith("go to one that exists, with cd, and try again")
     assert run_python(str(ROOT / "launch" / "plan.py"), "--help", cwd=tmp_path).returncode == 0
+
+
+def test_what_the_doctor_finds_is_gone_when_it_is_done(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    problems: list[str] = []
+    assert doctor._measure_disk(tmp_path / "file" / "x", problems) == (0.0, 0)
+    assert problems[0].endswith("give another --folder or --workdir")
+    assert min(doctor._measure_disk(tmp_path, problems)) > 0 and len(problems) == 1
+
+    def problem() -> str:
+        return "\n".join(doctor._problems_of_the_environment())
+
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    assert problem().endswith("set XDG_CACHE_HOME to a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert problem() == ""
+    script = "from tale_jax.planning import doctor; print(*doctor._problems_of_the_environment())"
+    told = run_python("-c", script, PYTHONIOENCODING="ascii", LC_ALL="C", XDG_CACHE_HOME=str(tmp_path)).stdout
+    advised = re.search(r"set (LC_ALL)=(\S+) and unset PYTHONIOENCODING", told)
+    assert advised, told
+    clean = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": "", advised[1]: advised[2]}
+    assert run_python("-c", script, **clean).stdout == "\n"
 
 
 # Paths.
