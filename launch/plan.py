@@ -9,7 +9,7 @@ import dataclasses
 import json
 
 from absl import flags
-from cli import run
+from cli import overrides, run
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/m2_air.py:tuned")
@@ -26,7 +26,7 @@ flags.mark_flag_as_required("config")
 def main(_: list[str]) -> None:
     from tale_jax.config import Config
 
-    config = Config.build(CONFIG.value)
+    config = Config.build(CONFIG.value, overrides("config"))
     from tale_jax.hardware.backend import start_backend
     from tale_jax.planning import calibrate, plan
     from tale_jax.utils.format import parse_bytes
