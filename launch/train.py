@@ -27,12 +27,13 @@ flags.mark_flag_as_required("workdir")
 def main(_: list[str]) -> None:
     from tale_jax.config import Config
 
-    given, workdir = overrides("config"), Path(WORKDIR.value)
+    workdir = Path(WORKDIR.value)
     if CONFIG.value is None:
         raise ValueError(
             f"workdir={workdir} holds no run to go on with (no config.json there); give a recipe for a new one: "
             "--config=configs/NAME.py, or --config=configs/files.py --config.corpus.path=TEXTS for your own text"
         )
+    given = overrides("config")
     config = Config.build(CONFIG.value, given)
     from tale_jax.hardware.backend import start_backend  # JAX is imported when the config is known to be right
     from tale_jax.runs.train import train

@@ -57,7 +57,7 @@ def evaluate(
     evaluation = Evaluation(experiment.workdir, split, scorer, tokenizer, config.windows, stride)
     with Progress(f"evaluate {split}", total=len(evaluation.spans), unit="windows", log=log) as progress:
         result = evaluation(experiment.params, progress.advance)
-    del result["split_windows"]  # all of them
+    result.pop("split_windows", None)  # all of them
     result |= {"step": experiment.step, "weights": experiment.weights, "params": count_parameters(experiment.params)}
     if evaluation.manifest.corpus["name"] == "tales" and num_samples:
         with Progress("judge samples", total=num_samples, unit="tales", log=log) as progress:

@@ -7,6 +7,7 @@ the first one alone writes everything else.
 
 import dataclasses
 import json
+import shlex
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -191,7 +192,7 @@ def _check_workdir(workdir: Path, config: Config) -> None:
         name, mine, theirs = other
         raise ValueError(
             f"{name}={json.dumps(mine)} must be {json.dumps(theirs)} to go on with the experiment in {workdir}; "
-            f"set --config.{name}={theirs} to resume it, or give another --workdir"
+            f"set --config.{name}={shlex.quote(str(theirs))} to resume it, or give another --workdir"
         )
 
 

@@ -55,4 +55,4 @@ def test_a_result_is_described_line_by_line():
     assert lines[4].split() == ["samples", "held-out", "ratio", "by", "chance", "range", "verdict"]
     values = ["0.500", "0.000", "–", "1.25", "0.000", "to", "0.020", "too", "high:", "repeats", "itself"]
     assert lines[5].endswith("too high: repeats itself") and lines[5].split()[-len(values) :] == values
-    assert len({line.index(word) for line, word in zip(lines[4:], ("verdict", "too high"), strict=True)}) == 1
+    assert len({line.index(word) for line, word in zip(lines[4:6], ("verdict", "too high"), strict=True)}) == 1
