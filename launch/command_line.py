@@ -25,6 +25,7 @@ from tale_jax.utils.streams import mend_streams, printable, say, write_line
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).resolve().parents[1]
+SAVED_CONFIG = ROOT / "tale_jax" / "runs" / "saved_config.py"
 OURS = ("tale_jax", "configs", "launch")  # a module of ours that is missing is a bug, any other an environment
 
 flags.disclaim_key_flags()  # what `define_path` defines belongs to the script that calls it
@@ -68,6 +69,17 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 def overrides(name: str) -> set[str]:
     """The dotted names of the settings of a config flag that have flags of their own on the command line."""
     return set(config_flags.get_override_values(FLAGS[name]))
+
+
+def use_saved_config(args: list[str]) -> None:
+    """Adds the config that the workdir was trained with, where the arguments name none."""
+    workdir = re.search(r"\0--?workdir[=\0]([^\0]+)", "\0".join(["", *args[1:]]))
+    if workdir is None or any(re.match(r"--?config(=|$)", arg) for arg in args):
+        return
+    folder = os.path.expanduser(workdir[1])
+    if os.path.isfile(os.path.join(folder, "config.json")):
+        recipe = str(SAVED_CONFIG) if ":" not in str(SAVED_CONFIG) else os.path.relpath(SAVED_CONFIG)
+        args.insert(1, f"--config={recipe}:{folder}")  # its settings must stand behind it
 
 
 def define_path(

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under `python -P`
-from cli import define_path, run
+from cli import define_path, overrides, run
 from absl import flags
 from ml_collections import config_flags
 
@@ -28,7 +28,7 @@ flags.mark_flag_as_required("config")
 def main(_: list[str]) -> None:
     from tale_jax.config import Config
 
-    config = Config.build(CONFIG.value)
+    config = Config.build(CONFIG.value, overrides("config"))
     from tale_jax.hardware.backend import start_backend
     from tale_jax.planning import calibrate, plan
     from tale_jax.utils.files import json_line

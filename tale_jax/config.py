@@ -18,7 +18,7 @@ import functools
 import json
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -511,14 +511,27 @@ class Config(Group):
         """Whether `total_steps` is the length of the run."""
         return 0 < self.total_steps < UNKNOWN_TOTAL_STEPS
 
+    @property
+    def has_default_warmup(self) -> bool:
+        """Whether warmup takes as long as it does where nothing is said about it."""
+        return self.schedule.warmup_steps == _default_warmup(self.total_steps)
+
     @classmethod
-    def build(cls, values: ml_collections.ConfigDict | Mapping[str, Any]) -> "Config":
+    def build(cls, values: ml_collections.ConfigDict | Mapping[str, Any], overrides: Collection[str] = ()) -> "Config":
         """Builds the run from an ml_collections config or a plain mapping, checks every rule, and derives what is 0.
+
+        Args:
+          values: of every setting.
+          overrides: dotted names of those that the user gave: `passes` among them decide the length, even where the
+            recipe, or the run that goes on, has a number of steps.
 
         Raises:
           ValueError: one line with the field, its value, the rule and a remedy.
         """
-        config = _read(cls, values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values)
+        values = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values
+        if "passes" in overrides and "total_steps" not in overrides and isinstance(values, Mapping):
+            values = {**values, "total_steps": 0}
+        config = _read(cls, values)
         parts = {f"{field.name}.": getattr(config, field.name) for field in dataclasses.fields(cls)}
         for prefix, part in {"": config, **parts}.items():
             for field, rule, remedy in part.broken() if isinstance(part, Group) else ():
@@ -550,7 +563,7 @@ class Config(Group):
 
     def difference(self, other: "Config") -> tuple[str, Any, Any] | None:
         """What makes this another experiment than `other`, a run of known length: the first field and both values."""
-        derived = not self.schedule.warmup_steps and other.schedule.warmup_steps == _default_warmup(other.total_steps)
+        derived = not self.schedule.warmup_steps and other.has_default_warmup
         for (name, mine, known), (_, theirs, _) in zip(iter_settings(self), iter_settings(other), strict=True):
             if mine != theirs and not known.free and not (derived and name == "schedule.warmup_steps"):
                 return name, mine, theirs

@@ -140,8 +140,9 @@ def measure_quality(
       advance: gets the number of samples that are newly done; there are at most `NUM_SAMPLES` for each temperature.
 
     Returns:
-      for each temperature `temperature num_samples words passes measures`, the measures by name with the fields of
-      `QualityMeasure` and `control_ratio`, the ratio of other held-out text; and all samples (see `sample_records`).
+      for each temperature `temperature num_samples words in_range not_tested measures`: whether all measures are in
+      range, and what none of them tests; the measures by name with the fields of `QualityMeasure` and `control_ratio`,
+      the ratio of other held-out text. And all samples (see `sample_records`).
 
     Raises:
       ValueError: one line, when the held-out text is too short.
@@ -163,7 +164,8 @@ def measure_quality(
         measures = quality_measures(group, references, ngram_model, tokenizer.encode, found)
         result: dict[str, Any] = {"temperature": temperature, "num_samples": len(group)}
         result["words"] = sum(len(sample.text.split()) for sample in group)
-        result["passes"] = all(measure.passes for measure in measures.values())
+        result["in_range"] = all(measure.in_range for measure in measures.values())
+        result["not_tested"] = "sense"
         result["measures"] = {name: quality_record(measure, by_chance[name]) for name, measure in measures.items()}
         results.append(result)
     return results, [record for group in records for record in group]

@@ -14,12 +14,13 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from tale_jax.hardware import environment, machine
+from tale_jax.hardware.cpu_times import CpuTimes
 from tale_jax.utils.streams import notice
 
 # JAX's setting for random bits that do not depend on the mesh. It needs 64-bit counters, which no Metal plugin is known
@@ -162,9 +163,10 @@ def tracing_for_metal() -> Iterator[None]:
 def matmul_peak(dtype: Any) -> float:
     """FLOP/s of large matrix products in `dtype` on the first device, measured once in a process.
 
-    The dtype of a run is chosen by it, and the speed of its steps is shown as a share of it.
+    The dtype of a run is chosen by it. What else computes at the same time makes it lower: see `peak.py` for a peak
+    that speeds can be compared with.
     """
-    return _matmul_peak(jnp.dtype(dtype).name)
+    return matmul_speed(jnp.dtype(dtype).name).flops
 
 
 def memory_bandwidth(size: int = 64 << 20, seconds: float = 0.5, repeats: int = 8) -> float:
@@ -180,19 +182,29 @@ def memory_bandwidth(size: int = 64 << 20, seconds: float = 0.5, repeats: int = 
     return best
 
 
+class MatmulSpeed(NamedTuple):
+    """FLOP/s of matrix products, and whether no other program disturbed the measurement."""
+
+    flops: float
+    undisturbed: bool
+
+
 @functools.cache
-def _matmul_peak(dtype: str, size: int = 1024, seconds: float = 0.2) -> float:
+def matmul_speed(dtype: str, size: int = 1024, seconds: float = 0.2) -> MatmulSpeed:
+    """Of large products on the first device. What other programs do on a GPU cannot be seen: taken for nothing."""
     x = jnp.ones((size * 2, size), dtype)
     w = jnp.ones((size, size * 2), dtype)
     product = jax.jit(jnp.matmul)
     float(product(x, w)[0, 0])  # a host read: block_until_ready is a no-op on some plugins
     best, count, end = 0.0, 4, time.perf_counter() + seconds
+    before = CpuTimes.now()
     while time.perf_counter() < end:
         start_time = time.perf_counter()
         products = [product(x, w) for _ in range(count)]
         float(products[-1][0, 0])
         best = max(best, count * 8 * size**3 / (time.perf_counter() - start_time))
-    return best
+    on_cpu = jax.local_devices()[0].platform == "cpu"
+    return MatmulSpeed(best, not on_cpu or CpuTimes.now().is_undisturbed_since(before))
 
 
 def _jax_platforms(platform: str, plugin: str) -> str | None:

@@ -321,10 +321,26 @@ class Generation:
     _chunks: list["_ChunkTime"] = dataclasses.field(default_factory=list)
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all samples so far, also of those that are not finished."""
+        return sum(chunk.tokens for chunk in self._chunks)
+
+    @property
     def tokens_per_second(self) -> float:
-        """Tokens of all samples per second of decoding; chunks that compiled count only if there are no others."""
-        chunks = [chunk for chunk in self._chunks if not chunk.compiled] or self._chunks
-        return sum(chunk.tokens for chunk in chunks) / max(1e-9, sum(chunk.seconds for chunk in chunks))
+        """`tokens` over `seconds`: reading the prompt and compiling take their time, too."""
+        return self.tokens / max(1e-9, self.seconds)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether a part of `seconds` went into compiling, as the first time for texts of a length."""
+        return any(chunk.compiled for chunk in self._chunks)
+
+    @property
+    def decoding(self) -> dict[str, float | int]:
+        """`tokens seconds tokens_per_second` of decoding alone, in the chunks that did not compile; {} without any."""
+        chunks = [chunk for chunk in self._chunks if not chunk.compiled]
+        tokens, seconds = sum(chunk.tokens for chunk in chunks), sum(chunk.seconds for chunk in chunks)
+        return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds} if seconds else {}
 
     def __iter__(self) -> Iterator[TextDelta]:
         start_time = time.perf_counter()

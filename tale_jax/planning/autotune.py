@@ -163,8 +163,7 @@ def autotune(
       ValueError: one line, when the time is too short to train, or the length was given as well.
     """
     if (workdir / "config.json").is_file():
-        saved = dict(leaves(Config.load(workdir)))
-        return change(config, {name: saved[name] for name in CHOSEN_SETTINGS if name not in overrides})
+        return with_choices(config, Config.load(workdir), overrides)
     for name in ("total_steps", "passes"):
         if name in overrides:
             raise ValueError(f"{name} must not be given where minutes={config.minutes:g} decide it; leave out one")
@@ -182,6 +181,12 @@ def autotune(
         for line in explain(best, others, prepared):
             progress.print(line)
     return best.config
+
+
+def with_choices(config: Config, saved: Config, overrides: Collection[str] = ()) -> Config:
+    """The config with what minutes decided for the run `saved`, but for what the user gave."""
+    choices = dict(leaves(saved))
+    return change(config, {name: choices[name] for name in CHOSEN_SETTINGS if name not in overrides})
 
 
 def find_best(

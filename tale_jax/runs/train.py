@@ -21,18 +21,21 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tale_jax.config import Config
+from tale_jax.data.corpus import SPLITS
 from tale_jax.data.loader import Batches, window_starts
 from tale_jax.data.prepare import Prepared, prepare
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans, per
-from tale_jax.hardware.backend import Backend, matmul_peak
+from tale_jax.hardware.backend import Backend
 from tale_jax.hardware.distributed import any_process, from_main_process, is_main_process, wait_for_processes
 from tale_jax.hardware.machine import release_memory
+from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, matmul_peak_of_all
 from tale_jax.inference.sampler import Sampler, SampleSettings
 from tale_jax.planning.autotune import autotune
 from tale_jax.planning.memory import memory_budget
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.plan import Plan, headline, plan_run, refusal, remedies
+from tale_jax.runs.resume import resumed_config
 from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes
 from tale_jax.training.loop import Hooks, fit
 from tale_jax.training.metrics import Meter, Sinks, check_extras, open_sinks
@@ -52,11 +55,23 @@ OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "bad_al
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How `train` ended: at which step, how many the run has, and the signal that stopped it (0: none)."""
+    """How `train` ended: at which step, how many the run has, the signal that stopped it (0: none), and at which step
+    it had started."""
 
     step: int
     total_steps: int
     signal: int
+    first_step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What was there when the command was given: `time.monotonic()`, whether the text was prepared, and what is to be
+    said first."""
+
+    time: float
+    was_prepared: bool
+    note: str
 
 
 def train(
@@ -80,14 +95,18 @@ def train(
       OSError: the workdir cannot be written, or its disk is full; older checkpoints are intact.
     """
     check_extras(config.metrics)
-    if config.minutes:
-        config = autotune(config, workdir, backend, start_time or time.monotonic(), overrides)
+    start_time, note = start_time or time.monotonic(), ""
+    was_prepared = (workdir / "windows" / f"{SPLITS[-1]}.json").is_file()
+    if (workdir / "config.json").is_file():
+        config, note = resumed_config(config, workdir, overrides)
+    elif config.minutes:
+        config = autotune(config, workdir, backend, start_time, overrides)
     with ExitStack() as held:
         from_main_process(lambda: held.enter_context(writer_lock(workdir, "train")))
-        return _train(config, workdir, backend)
+        return _train(config, workdir, backend, Start(start_time, was_prepared, note))
 
 
-def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
+def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Outcome:
     prepared = open_workdir(workdir, config)
     tokenizer, tokens = prepared.tokenizer, prepared.tokens("train")
     _check_prompt(config, tokenizer)
@@ -102,7 +121,10 @@ def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle)
         if (step := checkpoints.latest or 0) >= config.total_steps:
             checkpoints.close()
-            return Outcome(step, config.total_steps, 0)
+            return Outcome(step, config.total_steps, 0, step)
+        if start.note:
+            progress.print(start.note)
+        first_step = step
         with progress.part("compiling the training step"):
             compiled = trainer.compile()
             plan = plan_run(config, trainer, compiled, backend, memory_budget(config, backend), reason, len(starts))
@@ -130,6 +152,7 @@ def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
                     batches.set_state(position)
             release_memory()
             record = _run_record(config, prepared, backend, plan, step)
+            record |= {"startup_seconds": time.monotonic() - start.time, "was_prepared": start.was_prepared}
             sinks.write(record)
             progress.print(_description(config, record, backend, step))
             progress.advance(step)
@@ -145,7 +168,7 @@ def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
             progress.print(
                 f"stopped at step {step} of {config.total_steps}, saved; the same command goes on from there"
             )
-        return Outcome(step, config.total_steps, stop.number)
+        return Outcome(step, config.total_steps, stop.number, first_step)
 
 
 def _choose_precision(config: Config, backend: Backend) -> list[str]:
@@ -174,7 +197,7 @@ def _check_workdir(workdir: Path, config: Config) -> None:
     writable = workdir / ".writable"
     writable.touch()
     writable.unlink()
-    if (workdir / "config.json").exists() and (other := config.difference(Config.load(workdir))):
+    if (workdir / "config.json").exists() and (other := _difference(config, Config.load(workdir))):
         name, mine, theirs = other
         raise ValueError(
             f"{name}={json.dumps(mine)} must be {json.dumps(theirs)} to go on with the experiment in {workdir}; "
@@ -189,6 +212,12 @@ def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
         rule = f"be at most {context - 1} tokens, but is {count - 1} (model.seq_len={context}, with BOS before it)"
         remedy = "shorten it, or leave it out to start documents"
         raise mistake("sample.prompt", config.sample.prompt, rule, remedy)
+
+
+def _difference(config: Config, saved: Config) -> tuple[str, Any, Any] | None:
+    """What makes `config` another experiment than the saved one; other minutes only change its length."""
+    minutes = saved.minutes if config.minutes and saved.minutes else config.minutes
+    return dataclasses.replace(config, minutes=minutes).difference(saved)
 
 
 @contextmanager
@@ -231,7 +260,7 @@ def _run_record(config: Config, prepared: Prepared, backend: Backend, plan: Plan
         "precision_reason": plan.precision_reason,
         "params": plan.parameters,
         "flops_per_token": plan.flops_per_token,
-        "matmul_peak": matmul_peak(plan.precision) * len(backend.devices),
+        "matmul_peak": matmul_peak_of_all(backend, plan.precision) or None,
         "planned_peak_bytes": plan.peak_bytes,
         "tokens_per_step": config.tokens_per_step,
         "total_steps": config.total_steps,
@@ -248,6 +277,8 @@ def _description(config: Config, record: dict[str, Any], backend: Backend, step:
     ]
     if backend.note:
         lines.append(backend.note)
+    if not record["matmul_peak"]:
+        lines.append(UNKNOWN_PEAK_NOTE)
     if step:
         lines.append(f"resumes at step {step}")
     return "\n".join(lines)
@@ -304,7 +335,7 @@ class RunHooks(Hooks):
         self._meter = Meter(
             tokens_per_step=config.tokens_per_step,
             flops_per_token=record["flops_per_token"],
-            peak_flops=record["matmul_peak"],
+            peak_flops=record["matmul_peak"] or 0,
             tokens=record["step"] * config.tokens_per_step,
         )
         # Decoding is limited by memory bandwidth and by small products: on a CPU float32 is the faster dtype for it.
@@ -395,7 +426,8 @@ class RunHooks(Hooks):
             if self._train_tokens is not None:
                 nats, counts, _ = self._scorer(params, self._train_tokens, self._train_spans, part.advance)
                 result["train_nats_per_token"] = per(float(nats.sum()), float(counts.sum()))
-        keep = ("nats_per_token", "bits_per_byte", "tokens", "excess_nats_per_token", "train_nats_per_token")
+        keep = ("nats_per_token", "nats_per_token_stderr", "bits_per_byte", "tokens", "windows", "split_windows")
+        keep += ("excess_nats_per_token", "train_nats_per_token")
         self._sinks.write(
             {"kind": "valid", "step": step, "time": time.time()} | {k: result[k] for k in keep if k in result}
         )
@@ -404,7 +436,8 @@ class RunHooks(Hooks):
             "–" if result[name] is None else format(result[name], form)
             for name, form in (("nats_per_token", ".4f"), ("bits_per_byte", ".3f"))
         )
-        self._progress.print(f"step {step}: validation {nats} nats/token, {bits} bits/byte{excess}")
+        part = "" if self._evaluation.whole else f" ({result['windows']} of {result['split_windows']:,} windows)"
+        self._progress.print(f"step {step}: validation {nats} nats/token, {bits} bits/byte{excess}{part}")
         return result["nats_per_token"]
 
     def _on_this_process(self, params: Any) -> Any:

@@ -93,9 +93,9 @@ def test_samples_beside_held_out_text(tmp_path):
     """The last evaluation that has them is shown, a table for each temperature."""
     workdir = make_run(tmp_path / "tales")
     measure = {"samples": 0.5, "held_out": 0.0, "lower": 0.0, "upper": 0.02, "ratio": None, "control_ratio": 1.25,
-               "passes": False, "verdict": "too high: <repeats>"}  # fmt: skip
+               "in_range": False, "verdict": "too high: <repeats>"}  # fmt: skip
     quality = [
-        {"temperature": t, "num_samples": 64, "words": 6345, "passes": False, "measures": {"repetition": measure}}
+        {"temperature": t, "num_samples": 64, "words": 6345, "in_range": False, "measures": {"repetition": measure}}
         for t in (0.8, 1.0)
     ]
     with (workdir / "evaluations.jsonl").open("a") as file:
