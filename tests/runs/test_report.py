@@ -129,7 +129,8 @@ def test_samples_beside_held_out_text(tmp_path):
             file.write("\n" + json.dumps({"split": "valid", **record}))
     checker = check(write_report([workdir]))
     text = " ".join(checker.texts)
-    for words in ("step 40, temperature 0.8, 6,345 words", "Not tested: sense.", "temperature 1, 6,345", "too high: <repeats>", "0.500",
+    for words in ("step 40, temperature 0.8, 6,345 words", "Not tested: sense.",
+                  "temperature 1, 6,345", "too high: <repeats>", "0.500",
                   "1.25", "0.000 to 0.020", "4-grams that the text had before"):  # fmt: skip
         assert words in text, words
     assert "step 30, temperature" not in text
