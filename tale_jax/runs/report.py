@@ -39,6 +39,7 @@ def write_report(workdirs: Sequence[Path], out: Path | None = None) -> Path:
     Raises:
       ValueError: one line, when a workdir is missing or holds no metrics.
     """
+    first = workdirs[0] if workdirs else Path()
     workdirs = list(dict.fromkeys(path.resolve() for path in workdirs))
     if not workdirs:
         raise ValueError("no workdir is given; give at least one, as --workdir=experiments/NAME")
@@ -48,7 +49,7 @@ def write_report(workdirs: Sequence[Path], out: Path | None = None) -> Path:
         names = [str(path.relative_to(common)) for path in workdirs]
     runs = [read_run(path, name) for path, name in zip(workdirs, names, strict=True)]
     if out is None:
-        out = workdirs[0] / "report.html" if len(runs) == 1 else workdirs[0].parent / "comparison.html"
+        out = first / "report.html" if len(runs) == 1 else first.parent / "comparison.html"
     out.parent.mkdir(parents=True, exist_ok=True)
     with Progress("drawing plots", every_seconds=math.inf):
         page = _page(runs)

@@ -52,7 +52,7 @@ def resumed_config(config: Config, workdir: Path, overrides: Collection[str] = (
     return config, note
 
 
-def steps_within(config: Config, workdir: Path, seconds: float) -> int:
+def steps_within(config: Config, workdir: Path, seconds: float | int) -> int:
     """How many steps of the run in `workdir` fit into the time, with their share of evaluations and checkpoints."""
     rates = [r["tokens_per_second"] for r in read_metrics(workdir).get("train", ()) if r.get("tokens_per_second")]
     if rates:
