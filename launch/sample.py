@@ -51,10 +51,9 @@ def main(_: list[str]) -> None:
     sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, donate=backend.donate)
     stream = functools.partial(sampler.stream, num_samples=FLAGS.num_samples)
     show = functools.partial(print_samples, as_json=FLAGS.json, step=experiment.step, weights=experiment.weights)
-    if FLAGS.interactive:
-        prompt_loop(stream, show, settings, FLAGS.seed, FLAGS.prompt)
-    else:
-        show(stream(FLAGS.prompt, settings, seed=FLAGS.seed))
+    if not FLAGS.interactive:
+        return show(stream(FLAGS.prompt, settings, seed=FLAGS.seed))
+    prompt_loop(stream, show, settings, FLAGS.seed, FLAGS.prompt)
 
 
 if __name__ == "__main__":

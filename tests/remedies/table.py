@@ -31,6 +31,7 @@ USABLE = f"{ENVIRONMENT}test_a_path_that_is_corrected_as_told_can_be_used"
 PERMITTED = f"{ENVIRONMENT}test_a_path_whose_permissions_are_changed_as_told_can_be_used"
 HOME = f"{ENVIRONMENT}test_a_home_that_is_set_or_written_out_is_found"
 DOCTOR = f"{ENVIRONMENT}test_what_the_doctor_finds_is_gone_when_it_is_done"
+SESSION = "tests/inference/test_chat.py::"
 INTERNAL = "tests/remedies/test_runs.py::test_calls_of_python_are_corrected_as_they_are_told"
 
 REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
@@ -57,6 +58,18 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "the current folder is gone": f"{ENVIRONMENT}test_from_a_folder_that_exists_a_script_runs",
         "unset it to go on": f"{ENVIRONMENT}test_a_variable_of_jax_that_is_unset_as_told_is_no_harm",
         "unset what is set": f"{ENVIRONMENT}test_a_variable_of_jax_that_is_unset_as_told_is_no_harm",
+    },
+    "launch/train.py": {
+        "holds no run to go on with": "tests/runs/test_resume.py::test_the_script_goes_on_by_the_workdir_alone",
+        "--workdir={} --config.total_steps={}": "tests/runs/test_resume.py::test_the_script_goes_on_by_the_workdir_alone",
+        "to train longer": "tests/runs/test_resume.py::test_the_script_goes_on_by_the_workdir_alone",
+    },
+    "tale_jax/inference/chat.py": {
+        "in the encoding of the terminal": "tests/launch/test_interactive.py::test_a_pipe_of_prompts_with_a_line_that_is_no_text",
+        "is not a command": f"{SESSION}test_a_bad_line_is_one_line_and_the_session_goes_on",
+        "the model goes on from it": f"{SESSION}test_help_names_every_setting_and_its_value",
+        "must be a whole number": f"{SESSION}test_a_bad_line_is_one_line_and_the_session_goes_on",
+        "it stays {}, try": f"{SESSION}test_a_bad_line_is_one_line_and_the_session_goes_on",
     },
     "tale_jax/bench/compare.py": {
         "run it by itself": f"{RUNS}test_what_a_benchmark_could_not_run_can_be_run_by_itself",
@@ -285,6 +298,12 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "must be a checkpoint of {}; there is": f"{RUNS}test_weights_are_asked_for_as_it_is_told",
         "must be what the run kept": f"{RUNS}test_weights_are_asked_for_as_it_is_told",
         "try --weights=mean:2": f"{RUNS}test_weights_are_asked_for_as_it_is_told",
+    },
+    "tale_jax/runs/resume.py": {
+        "whose length was given in steps": (
+            "tests/runs/test_resume.py::test_minutes_of_a_run_of_steps_are_refused_with_the_steps_that_they_are"
+        ),
+        "must leave steps to take": "tests/runs/test_resume.py::test_less_minutes_end_a_run_earlier",
     },
     "tale_jax/runs/records.py": {
         "give the folder of an experiment": f"{RUNS}test_a_report_is_written_when_there_is_what_it_asks_for",
