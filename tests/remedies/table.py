@@ -31,6 +31,7 @@ USABLE = f"{ENVIRONMENT}test_a_path_that_is_corrected_as_told_can_be_used"
 PERMITTED = f"{ENVIRONMENT}test_a_path_whose_permissions_are_changed_as_told_can_be_used"
 HOME = f"{ENVIRONMENT}test_a_home_that_is_set_or_written_out_is_found"
 DOCTOR = f"{ENVIRONMENT}test_what_the_doctor_finds_is_gone_when_it_is_done"
+GOES_ON = "tests/runs/test_resume.py::test_the_script_goes_on_by_the_workdir_alone"
 SESSION = "tests/inference/test_chat.py::"
 INTERNAL = "tests/remedies/test_runs.py::test_calls_of_python_are_corrected_as_they_are_told"
 
@@ -60,12 +61,14 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "unset what is set": f"{ENVIRONMENT}test_a_variable_of_jax_that_is_unset_as_told_is_no_harm",
     },
     "launch/train.py": {
-        "holds no run to go on with": "tests/runs/test_resume.py::test_the_script_goes_on_by_the_workdir_alone",
-        "--workdir={} --config.total_steps={}": "tests/runs/test_resume.py::test_the_script_goes_on_by_the_workdir_alone",
-        "to train longer": "tests/runs/test_resume.py::test_the_script_goes_on_by_the_workdir_alone",
+        "holds no run to go on with": GOES_ON,
+        "--workdir={} --config.total_steps={}": GOES_ON,
+        "to train longer": GOES_ON,
     },
     "tale_jax/inference/chat.py": {
-        "in the encoding of the terminal": "tests/launch/test_interactive.py::test_a_pipe_of_prompts_with_a_line_that_is_no_text",
+        "in the encoding of the terminal": (
+            "tests/launch/test_interactive.py::test_a_pipe_of_prompts_with_a_line_that_is_no_text"
+        ),
         "is not a command": f"{SESSION}test_a_bad_line_is_one_line_and_the_session_goes_on",
         "the model goes on from it": f"{SESSION}test_help_names_every_setting_and_its_value",
         "must be a whole number": f"{SESSION}test_a_bad_line_is_one_line_and_the_session_goes_on",
