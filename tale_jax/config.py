@@ -51,6 +51,7 @@ REMAT = ("none", "block", *REMAT_POLICIES)  # those are names in jax.checkpoint_
 WANDB_MODES = ("off", "offline", "online")
 WINDOWS = ("stream", "document")
 OPTIMIZERS = ("adamw", "muon")
+ON_SPIKE = ("skip", "stop", "off")
 
 UNKNOWN_TOTAL_STEPS = 1 << 30  # of a run whose length is not known before its text is there; also the longest run
 WARMUP_SHARE = 0.02  # of the run, where schedule.warmup_steps is 0
@@ -281,6 +282,12 @@ class Config(Group):
     )
     precision: str = setting("auto", "dtype of the computation; weights stay float32", choices=PRECISIONS)
     windows: str = setting("stream", "end wherever they are full, or begin with a document", choices=WINDOWS)
+    on_spike: str = setting(
+        "skip",
+        "what a loss far above those before does: left out, ends the run, or counts",
+        choices=ON_SPIKE,
+        free=True,
+    )
     remat: str = setting("none", "what the backward pass recomputes, by jax.checkpoint", choices=REMAT, free=True)
     corpus: CorpusConfig = group(CorpusConfig)
     tokenizer: TokenizerConfig = group(TokenizerConfig)
@@ -363,6 +370,10 @@ class Config(Group):
             if mine != theirs and not known.free and not (derived and name == "schedule.warmup_steps"):
                 return name, mine, theirs
         return None
+
+    def fixed_settings(self) -> Iterator[tuple[str, Any]]:
+        """The settings that decide what is learned, which a run that goes on cannot change: dotted name and value."""
+        return ((name, value) for name, value, known in iter_settings(self) if not known.free)
 
     def to_config_dict(self) -> ml_collections.ConfigDict:
         """The settings as recipes and flags change them."""

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from tale_jax.config import Config
 from tale_jax.data.tokenizer import Tokenizer, tokenizer_file
 from tale_jax.model.transformer import Kernels, Transformer, make_model
-from tale_jax.training.checkpoint import SavedParams
+from tale_jax.training.checkpoint import SavedParams, check_identity
+from tale_jax.utils.manifests import digest_of
+from tale_jax.utils.progress import notice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,25 +57,59 @@ def open_experiment(
     saved = SavedParams(workdir)
     if not saved.steps:
         raise ValueError(
-            f"workdir={workdir} must hold a checkpoint (none in {saved.folder}); train first with launch/train.py"
+            f"workdir={workdir} must hold a checkpoint (none that is whole in {saved.folder}); train first with "
+            "launch/train.py"
         )
     if step and step not in saved.steps:
         there = ", ".join(map(str, saved.steps))
-        raise ValueError(f"step={step} must be a checkpoint of {saved.folder}; there is {there}")
+        raise ValueError(f"step={step} must be a whole checkpoint of {saved.folder}; there is {there}")
+    tokenizer = Tokenizer.load(tokenizer_file(workdir))
     model = make_model(dataclasses.replace(config, remat="none"), backend, dtype)
     with saved:
-        step = step or (saved.steps[-1] if count else saved.best())
-        has_ema = saved.has_ema(step)
-        chosen = [s for s in saved.steps if s <= step][-max(1, count) :]
-        if len(chosen) < count or (weights == "ema" and not has_ema):
-            means = f"mean:K of the {len(chosen)} checkpoints up to step {step}" if count else "mean:K"
-            raise ValueError(
-                f"weights={weights} must be what the run kept; there is {'ema, ' if has_ema else ''}last, and {means}"
-            )
-        weights = weights if weights != "auto" else "ema" if has_ema else "last"
-        params = saved.load(chosen, _abstract_params(model), ema=weights == "ema")
-    tokenizer = Tokenizer.load(tokenizer_file(workdir))
-    return Experiment(workdir, config, step, weights, tokenizer, model, params)
+        chosen = _choose(saved, step, count, weights)
+        kind = weights if weights != "auto" else "ema" if saved.has_ema(chosen[-1]) else "last"
+        check_identity(f"checkpoint {chosen[-1]}", saved.manifest(chosen[-1]), run_identity(config, tokenizer))
+        params = saved.load(chosen, _abstract_params(model), ema=kind == "ema")
+    return Experiment(workdir, config, chosen[-1], kind, tokenizer, model, params)
+
+
+def run_identity(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What ties a checkpoint to its run: digests of the settings that decide what is learned, and of the tokenizer."""
+    fixed = {name: value for name, value in config.fixed_settings() if name != "schedule.warmup_steps"}  # may be derived
+    return {"config": digest_of(fixed), "tokenizer": tokenizer.fingerprint}
+
+
+def _choose(saved: SavedParams, step: int, count: int, weights: str) -> list[int]:
+    """The steps to read, in order: the one asked for, or the best whose files are whole; for mean:K the newest K."""
+    candidates = [step] if step else list(reversed(saved.steps)) if count else saved.by_loss()
+    whole: list[int] = []
+    for candidate in candidates if not (step and count) else [s for s in reversed(saved.steps) if s <= step]:
+        has_ema = saved.has_ema(candidate)
+        if weights == "ema" and not has_ema:
+            raise _not_kept(weights, candidate, has_ema, saved)
+        try:
+            saved.check(candidate, ema=has_ema and weights in ("auto", "ema"))
+        except ValueError as error:
+            if candidate == step:
+                others = [s for s in saved.steps if s != step]
+                remedy = f"try --step={others[-1]}" if others else "restore it from a copy"
+                raise ValueError(f"checkpoint {step} of {saved.folder} is damaged: {error}; {remedy}") from None
+            notice(f"checkpoint {candidate} is not used: {error}")
+            continue
+        whole.append(candidate)
+        if len(whole) == max(1, count):
+            return sorted(whole)
+    if count and whole:
+        raise _not_kept(weights, whole[0], saved.has_ema(whole[0]), saved)
+    raise ValueError(
+        f"{saved.folder} must hold a checkpoint that is whole, and each is damaged; restore one from a copy"
+    )
+
+
+def _not_kept(weights: str, step: int, has_ema: bool, saved: SavedParams) -> ValueError:
+    up_to = len([s for s in saved.steps if s <= step])
+    kept = f"{'ema, ' if has_ema else ''}last, and mean:K of the {up_to} checkpoints up to step {step}"
+    return ValueError(f"weights={weights} must be what the run kept; there is {kept}")
 
 
 def _abstract_params(model: Transformer) -> Any:

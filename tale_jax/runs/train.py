@@ -30,6 +30,7 @@ from tale_jax.planning.autotune import autotune
 from tale_jax.planning.memory import memory_budget
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.plan import Plan, headline, plan_run, refusal, remedies
+from tale_jax.runs.experiment import run_identity
 from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes
 from tale_jax.training.loop import Hooks, fit
 from tale_jax.training.metrics import Meter, Sinks, open_sinks
@@ -80,7 +81,8 @@ def train(
         dtype, reason = choose_precision(backend, config.precision)
         trainer = make_trainer(config, backend, dtype, tokenizer.bos_id)
         throttle = max_concurrent_bytes(trainer.abstract_state, backend.overlap_io)
-        checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle)
+        identity = run_identity(config, tokenizer)
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle, identity)
         if (step := checkpoints.latest or 0) >= config.total_steps:
             checkpoints.close()
             return Outcome(step, config.total_steps, 0)

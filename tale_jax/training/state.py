@@ -9,6 +9,7 @@ import optax
 
 from tale_jax.model.initialization import with_induction_heads
 from tale_jax.model.transformer import Transformer
+from tale_jax.training.guard import first_guard
 from tale_jax.training.loss_scale import first_scale, needs_scale
 
 
@@ -20,6 +21,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
     key: Any  # raw PRNG key data, from which dropout at each step is derived
     ema_params: Any = None  # exponential moving average of params, where one is kept
+    guard: Any = None  # what tells steps that must not count (see `guard.py`)
     scale: Any = None  # of the loss, computing in float16 (see `loss_scale.py`)
 
     @property
@@ -43,5 +45,6 @@ def init_state(
         opt_state=optimizer.init(params),
         key=key,
         ema_params=params if with_ema else None,
+        guard=first_guard(),
         scale=first_scale() if needs_scale(model.dtype) else None,
     )

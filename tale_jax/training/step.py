@@ -16,7 +16,8 @@ from tale_jax.hardware.sharding import batch_sharding, make_mesh, shardings
 from tale_jax.model.loss import loss_mask
 from tale_jax.model.transformer import Transformer, make_model, token_losses
 from tale_jax.training.ema import update_ema
-from tale_jax.training.loss_scale import next_scale, where_finite
+from tale_jax.training.guard import max_loss, next_guard, where_counted
+from tale_jax.training.loss_scale import next_scale
 from tale_jax.training.optimizer import MatrixShape, make_optimizer
 from tale_jax.training.schedule import learning_rate
 from tale_jax.training.state import TrainState, init_state
@@ -66,16 +67,19 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(state.step)}
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         if scale is not None:
-            finite = jnp.isfinite(norm)
-            params, opt_state = where_finite(finite, (params, opt_state), (state.params, state.opt_state))
             scale = next_scale(scale, finite)
             metrics |= {"loss_scale": scale.value}
         ema = state.ema_params
         if ema is not None:
             ema = update_ema(ema, params, config.ema.decay, state.step)
-        new = {"params": params, "opt_state": opt_state, "ema_params": ema, "scale": scale}
-        return state.replace(step=state.step + 1, **new), metrics
+        counts = finite & (loss <= max_loss(state.guard)) if config.on_spike != "off" else finite
+        new = {"params": params, "opt_state": opt_state, "ema_params": ema}
+        new = where_counted(counts, new, {name: getattr(state, name) for name in new})
+        guard = next_guard(state.guard, loss, counts)
+        metrics |= {"skipped": guard.skipped - state.guard.skipped}
+        return state.replace(step=state.step + 1, **new, scale=scale, guard=guard), metrics
 
     return train_step
 

@@ -10,6 +10,7 @@ On a terminal this is one bar that stays at the bottom; in a log, a line every f
     train 120/1,000 steps (12%)  loss 3.214  lr 1.9e-03  9,100 tokens/s  ETA 1:36
 """
 
+import contextlib
 import math
 import os
 import sys
@@ -171,3 +172,14 @@ class Progress:
         while len(text := "  ".join(filter(None, [count, *fields, left]))) > width and fields:
             fields.pop()
         return text
+
+
+def notice(text: str) -> None:
+    """One line on stderr about something that was decided without asking; never the reason that a run ends."""
+    with contextlib.suppress(OSError, ValueError):  # closed, or a reader that went away
+        print(f"note: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which models and file names may hold, replaced."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
