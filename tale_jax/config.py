@@ -10,8 +10,10 @@ from other settings is derived here.
     settings()["schedule.warmup_steps"].help  # what it is, for people
 """
 
+import codecs
 import dataclasses
 import difflib
+import encodings.aliases
 import functools
 import json
 import math
@@ -53,12 +55,21 @@ WINDOWS = ("stream", "document")
 OPTIMIZERS = ("adamw", "muon")
 ON_SPIKE = ("skip", "stop", "off")
 
+MIN_VOCAB_SIZE = 256 + 4 + 1  # a token for each byte, four special tokens, a character of the text
 UNKNOWN_TOTAL_STEPS = 1 << 30  # of a run whose length is not known before its text is there; also the longest run
 WARMUP_SHARE = 0.02  # of the run, where schedule.warmup_steps is 0
 
-FORMAT = 1  # of config.json
-# From here on every format loads: an entry n makes values of format n into those of format n + 1.
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+FORMAT = 2  # of config.json
+
+
+def _with_encoding_and_changed(values: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 had no `corpus.encoding` and no `corpus.changed`."""
+    corpus = values.get("corpus")
+    return values | ({"corpus": {"encoding": "", "changed": ""} | corpus} if isinstance(corpus, dict) else {})
+
+
+# From format 1 on every format loads: an entry n makes values of format n into those of format n + 1.
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_encoding_and_changed}
 
 # Names from before format 1, for whoever still writes them.
 RENAMED = {
@@ -87,7 +98,9 @@ class CorpusConfig(Group):
 
     name: str = setting("tales", "which text", choices=CORPORA)
     path: str = setting("", "file, folder or glob to read", off="the Hugging Face hub, or nothing for tales")
-    field: str = setting("text", "name of the text in rows of .jsonl, .parquet and the hub")
+    field: str = setting("text", "name of the text in rows of .jsonl, .json, .csv, .tsv, .parquet and the hub")
+    encoding: str = setting("", "encoding of files that are not UTF-8, as cp1252 or utf-16", off="all must be UTF-8")
+    changed: str = setting("", "continue: prepare files anew that were added or changed", off="refuse them", free=True)
     hub_name: str = setting("", "dataset on the Hugging Face hub, for corpus.name=hub", off="none")
     hub_config: str = setting("", "configuration of that dataset", off="its default one")
     train_split: str = setting("train", "name of the training split on the hub")
@@ -104,8 +117,12 @@ class CorpusConfig(Group):
             yield "hub_name", "name a dataset when corpus.name=hub", "try ag_news"
         if self.name == "hub" and not self.train_split:
             yield "train_split", "name a split of the dataset", "try train"
-        if self.name == "files" and not self.path:
+        if self.name == "files" and not self.path.strip():
             yield "path", "name a file, folder or glob", "try corpus.path=my-texts/"
+        if self.encoding and not is_text_encoding(self.encoding):
+            yield "encoding", "be a text encoding that Python knows", _similar_encodings(self.encoding)
+        if self.changed not in ("", "continue"):
+            yield "changed", 'be "" or continue', "try corpus.changed=continue"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +134,9 @@ class TokenizerConfig(Group):
     sample_bytes: int = setting(50_000_000, "text the tokenizer is trained on, in bytes at most", positive)
 
     def broken(self) -> Broken:
-        if self.vocab_size < 300 and not self.path:
-            yield "vocab_size", "be at least 300 (256 bytes, special tokens, and some more)", "try 4096"
+        if self.vocab_size < MIN_VOCAB_SIZE and not self.path:
+            rule = f"be at least {MIN_VOCAB_SIZE} (256 bytes, 4 special tokens, a character)"
+            yield "vocab_size", rule, "try 4096"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -477,6 +495,21 @@ def _read(kind: Any, values: Any, prefix: str = "") -> Any:
         known = field.metadata.get("setting")
         built[key] = known.read(name, values[key]) if known else _read(field.type, values[key], f"{name}.")
     return kind(**built)
+
+
+def is_text_encoding(name: str) -> bool:
+    """Whether Python turns bytes into text by that name."""
+    try:
+        return codecs.lookup(name)._is_text_encoding and "a".encode(name).decode(name) == "a"
+    except (LookupError, ValueError):  # a name may hold any character
+        return False
+
+
+def _similar_encodings(name: str) -> str:
+    """What to write in place of a name that is no text encoding."""
+    known = {alias.replace("_", "-") for pair in encodings.aliases.aliases.items() for alias in pair}
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), sorted(filter(is_text_encoding, known)))
+    return f"did you mean {' or '.join(near)}?" if near else "try cp1252 or utf-16"
 
 
 def _default_warmup(total_steps: int) -> int:

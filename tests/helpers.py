@@ -24,8 +24,10 @@ VOCAB_SIZE, BOS, SEQ_LEN = 64, 1, 16
 # Adam divides by |gradient| + eps: with an eps this large updates are proportional to gradients, so that a gradient of
 # the wrong size shows in the weights. Clipping would hide it again.
 LIKE_SGD = {
+    "optimizer.name": "adamw",
     "optimizer.eps": 10.0,
     "optimizer.learning_rate": 3.0,
+    "optimizer.embedding_lr_multiplier": 1.0,
     "optimizer.clip_norm": 0.0,
     "optimizer.weight_decay": 0.0,
 }

@@ -98,6 +98,8 @@ OTHER = {
     "batch_size": 12,
     "micro_batch_size": 4,
     "corpus.name": "files",
+    "corpus.encoding": "cp1252",
+    "corpus.changed": "continue",
     "model.num_kv_heads": 2,
     "model.embed_dim": 768,
     "model.num_heads": 12,
@@ -247,7 +249,10 @@ def test_a_misspelled_choice_gets_the_nearest(name):
         ({"corpus.name": "files"}, 'corpus.path="" must name a file, folder or glob; try corpus.path=my-texts/'),
         ({"corpus.name": "hub"}, 'corpus.hub_name="" must name a dataset when corpus.name=hub; try ag_news'),
         ({"corpus.name": "hub", "corpus.hub_name": "x", "corpus.train_split": ""}, "name a split of the dataset; try"),
-        ({"tokenizer.vocab_size": 299}, "tokenizer.vocab_size=299 must be at least 300"),
+        ({"tokenizer.vocab_size": 260}, "tokenizer.vocab_size=260 must be at least 261"),
+        ({"corpus.encoding": "uft-16"}, 'corpus.encoding="uft-16" must be a text encoding that Python knows; did you'),
+        ({"corpus.encoding": "rot13"}, 'corpus.encoding="rot13" must be a text encoding that Python knows; try cp1252'),
+        ({"corpus.changed": "yes"}, 'corpus.changed="yes" must be "" or continue; try corpus.changed=continue'),
         ({"passes": 0.0}, "passes=0.0 must be positive when total_steps=0; try passes=1.0, or set total_steps"),
     ],
 )
@@ -358,7 +363,7 @@ def test_a_run_of_unknown_length_is_endless():
     assert build_config(total_steps=0, passes=1e308).with_total_steps(1 << 40).total_steps == UNKNOWN_TOTAL_STEPS
 
 
-FREE = {"total_steps", "passes", "micro_batch_size", "remat", "model.scan_layers"}
+FREE = {"corpus.changed", "total_steps", "passes", "micro_batch_size", "remat", "model.scan_layers"}
 FREE_GROUPS = {"evaluate", "sample", "checkpoint", "metrics", "mesh", "backend"}
 
 
@@ -405,7 +410,7 @@ def test_saved_and_loaded_config_is_the_same(tmp_path):
     config = build_config(**{"sample.prompt": "Не\n\ud800"})
     config.save(tmp_path)
     assert Config.load(tmp_path) == config
-    assert (tmp_path / "config.json").read_text().startswith('{\n  "format": 1,\n  "seed": 0,\n')
+    assert (tmp_path / "config.json").read_text().startswith('{\n  "format": 2,\n  "seed": 0,\n')
     assert read_config_json(tmp_path) == dataclasses.asdict(config)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     with pytest.raises(ValueError, match="must hold an experiment"):
@@ -422,7 +427,7 @@ def test_a_workdir_from_before_format_1_is_refused_with_what_to_do(tmp_path):
 def test_a_format_that_is_not_known_is_refused_with_what_to_do(tmp_path, number):
     (tmp_path / "config.json").write_text(json.dumps({"format": number} | dataclasses.asdict(build_config())))
     with pytest.raises(
-        ValueError, match=r"format=.* must be a number from 1 to 1; update tale_jax .* restore"
+        ValueError, match=rf"format=.* must be a number from 1 to {FORMAT}; update tale_jax .* restore"
     ) as error:
         Config.load(tmp_path)
     assert len(str(error.value).splitlines()) == 1
@@ -434,10 +439,17 @@ def test_an_older_format_is_brought_to_the_present_one(tmp_path, monkeypatch):
     saved = json.loads((tmp_path / "config.json").read_text())
     saved["sid"] = saved.pop("seed")
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    monkeypatch.setattr(config_module, "FORMAT", 2)
+    monkeypatch.setattr(config_module, "FORMAT", FORMAT + 1)
     upgrade = lambda values: {("seed" if k == "sid" else k): v for k, v in values.items()}  # noqa: E731
-    monkeypatch.setitem(config_module.UPGRADES, 1, upgrade)
+    monkeypatch.setitem(config_module.UPGRADES, FORMAT, upgrade)
     assert Config.load(tmp_path) == config
+
+
+def test_format_1_had_no_encoding_and_nothing_for_changed_text(tmp_path):
+    values = {"format": 1} | dataclasses.asdict(build_config())
+    del values["corpus"]["encoding"], values["corpus"]["changed"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert Config.load(tmp_path) == build_config()
 
 
 def test_every_format_from_1_on_has_an_upgrade():

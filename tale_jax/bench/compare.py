@@ -1,8 +1,8 @@
-"""Benchmarks that run other programs: sweeps, comparisons in turns, and the time it takes to start.
+"""Benchmarks that run other programs: sweeps, comparisons with a peer, and the time it takes to start.
 
 A sweep measures each variant in a process of its own, so that its peak memory is its own. A peer is any program that
-prints JSON objects, one a line, with `kind` (train, decode, ...), `mode` and `tokens_per_s`; it takes turns with us,
-since one machine is not equally fast at all times: what counts is the ratio within a round.
+prints JSON objects, one a line, with `kind` (train, decode, …), `mode` and `tokens_per_s`. It is run in turns with our
+benchmark, since one machine is not equally fast at all times: what counts is the ratio within a round.
 """
 
 import contextlib
@@ -28,27 +28,27 @@ from tale_jax.bench.throughput import Bench
 from tale_jax.utils.subprocesses import run
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-START_LIMIT = 600.0  # seconds a start may take
+START_TIMEOUT = 600.0  # seconds until a script must have started
 
 
-def json_lines(command: Sequence[str]) -> list[dict[str, Any]]:
+def run_json_lines(command: Sequence[str]) -> list[dict[str, Any]]:
     """Runs a command and returns the JSON objects among the lines of its stdout. Raises ValueError when it fails."""
-    answer = run(command)
+    result = run(command)
     objects = []
-    for line in answer.stdout.splitlines():
+    for line in result.stdout.splitlines():
         with contextlib.suppress(ValueError):
             objects.append(json.loads(line))
-    objects = [found for found in objects if isinstance(found, dict)]
-    if answer.reason or not objects:
-        raise ValueError(f"{shlex.join(command)} ended with {answer.reason or 'no JSON object on stdout'}")
+    objects = [record for record in objects if isinstance(record, dict)]
+    if result.reason or not objects:
+        raise ValueError(f"{shlex.join(command)} ended with {result.reason or 'no JSON object on stdout'}")
     return objects
 
 
 # ---------------------------------------------------------------------------------------------------------------- sweep
 
 
-def variants(sweeps: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Every combination of `name=value,value,...`. Raises ValueError for one that is not of this form."""
+def sweep_variants(sweeps: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Every combination of values of `name=value,value,...`. Raises ValueError for a sweep of another form."""
     axes = []
     for sweep in sweeps:
         name, _, values = sweep.partition("=")
@@ -58,14 +58,20 @@ def variants(sweeps: Sequence[str]) -> Iterator[dict[str, str]]:
     return (dict(choice) for choice in itertools.product(*axes))
 
 
-def sweep(flags: Sequence[str], sweeps: Sequence[str], told: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """The record of each variant, by its name. `flags` go to every run of `bench.py`; `told` hears which one runs."""
+def sweep(flags: Sequence[str], sweeps: Sequence[str], on_variant: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """The record of each variant, by its name.
+
+    Args:
+      flags: of every run of `bench.py`.
+      sweeps: see `sweep_variants`.
+      on_variant: called with the name of each variant before it runs.
+    """
     records = {}
-    for variant in variants(sweeps):
+    for variant in sweep_variants(sweeps):
         name = " ".join(f"{field}={value}" for field, value in variant.items())
-        told(name)
+        on_variant(name)
         changed = [f"--config.{field}={value}" for field, value in variant.items()]
-        [*_, records[name]] = json_lines([sys.executable, str(LAUNCH / "bench.py"), *flags, *changed, "--json"])
+        [*_, records[name]] = run_json_lines([sys.executable, str(LAUNCH / "bench.py"), *flags, *changed, "--json"])
     return records
 
 
@@ -74,7 +80,7 @@ def sweep(flags: Sequence[str], sweeps: Sequence[str], told: Callable[[str], Non
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One turn of each: our tokens a second, and the peer's by mode."""
+    """One turn of each: our tokens per second, and the peer's by mode."""
 
     kind: str
     ours: float
@@ -88,13 +94,13 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Rounds in turns with the program of `command`."""
+    """All rounds with the peer of `command`."""
 
     command: str
     rounds: tuple[Round, ...]
 
     def ratios(self) -> dict[str, list[float]]:
-        """Of every round, by kind."""
+        """The ratio of every round, by kind."""
         kinds = dict.fromkeys(turn.kind for turn in self.rounds)
         return {kind: [turn.ratio for turn in self.rounds if turn.kind == kind] for kind in kinds}
 
@@ -116,14 +122,14 @@ class Comparison:
 
 
 def compare(bench: Bench, command: str, rounds: int, seconds: float, kinds: Sequence[str]) -> Comparison:
-    """Ours, peer, ours, peer, ... for each of `kinds` that the peer prints. Raises ValueError when that is none."""
+    """Ours, peer, ours, peer, …: the rates of those `kinds` that the peer prints. Raises ValueError for none."""
     turns = []
     for _ in range(rounds):
         ours = {kind: bench.rate(kind, seconds).tokens_per_second for kind in kinds}
         theirs: dict[str, dict[str, float]] = {}
-        for found in json_lines(shlex.split(os.path.expanduser(command))):
-            if {"kind", "mode", "tokens_per_s"} <= found.keys():
-                theirs.setdefault(found["kind"], {})[found["mode"]] = found["tokens_per_s"]
+        for record in run_json_lines(shlex.split(os.path.expanduser(command))):
+            if {"kind", "mode", "tokens_per_s"} <= record.keys():
+                theirs.setdefault(record["kind"], {})[record["mode"]] = float(record["tokens_per_s"])
         if not (common := [kind for kind in kinds if kind in theirs]):
             raise ValueError(f"--peer={command} must print a kind of {', '.join(kinds)}; it printed {list(theirs)}")
         turns += [Round(kind, ours[kind], theirs[kind]) for kind in common]
@@ -138,7 +144,7 @@ class Startup:
     """Seconds from the command to the first finished step of training, and to the first sampled text.
 
     Attributes:
-      train, sample: with an empty cache of compiled programs ("cold") and with the cache of a start before ("warm").
+      train, sample: with an empty cache of compiled programs ("cold"), and with the cache of the first start ("warm").
     """
 
     train: dict[str, float]
@@ -176,12 +182,12 @@ def first_step(config_flags: Sequence[str], workdir: Path, cache: Path) -> float
     """Seconds until `train.py` has recorded its first step; it is then asked to save and stop."""
     metrics = workdir / "metrics.jsonl"
     flags = [*config_flags, "--config.metrics.every_steps=1", f"--workdir={workdir}"]
-    with _start("train", flags, cache) as (process, begin):
-        while process.poll() is None and time.perf_counter() - begin < START_LIMIT:
+    with _start("train", flags, cache) as (process, start_time):
+        while process.poll() is None and time.perf_counter() - start_time < START_TIMEOUT:
             if metrics.exists() and '"kind": "train"' in metrics.read_text():
-                seconds = time.perf_counter() - begin
+                seconds = time.perf_counter() - start_time
                 process.send_signal(signal.SIGTERM)
-                process.wait(START_LIMIT)
+                process.wait(START_TIMEOUT)
                 return seconds
             time.sleep(0.02)
     raise ValueError(f"--startup: launch/train.py made no step in {workdir}")
@@ -189,25 +195,25 @@ def first_step(config_flags: Sequence[str], workdir: Path, cache: Path) -> float
 
 def first_text(workdir: Path, cache: Path) -> float:
     """Seconds until `sample.py` has written something."""
-    with _start("sample", [f"--workdir={workdir}"], cache) as (process, begin):
+    with _start("sample", [f"--workdir={workdir}"], cache) as (process, start_time):
         assert process.stdout is not None
-        found = process.stdout.read(1)
-        seconds = time.perf_counter() - begin
+        first_byte = process.stdout.read(1)
+        seconds = time.perf_counter() - start_time
         process.stdout.read()
-    if not found:
+    if not first_byte:
         raise ValueError(f"--startup: launch/sample.py wrote nothing from {workdir}")
     return seconds
 
 
 @contextlib.contextmanager
 def _start(script: str, flags: Sequence[str], cache: Path) -> Iterator[tuple[subprocess.Popen, float]]:
-    """A launch script under way with its own cache of compiled programs, and when it began."""
+    """A running launch script, with its own cache of compiled programs, and its start time."""
     command = [sys.executable, str(LAUNCH / f"{script}.py"), *flags]
     env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    env["XDG_CACHE_HOME"] = str(cache)  # where `backend` keeps compiled programs when nobody says otherwise
-    begin = time.perf_counter()
+    env["XDG_CACHE_HOME"] = str(cache)  # compiled programs are kept in it
+    start_time = time.perf_counter()
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
-            yield process, begin
+            yield process, start_time
         finally:
             process.kill()

@@ -1,8 +1,8 @@
-"""What part of a training step is what: the blocks' products, attention, head and loss, optimizer, norms, the rest.
+"""The time of a training step by part: the blocks' products, attention, head and loss, optimizer, norms, the rest.
 
 A few steps run under `jax.profiler`. Each event of its trace has the name of an instruction of the compiled program,
-whose `op_name` says which module of the model it came from. A cudnn_attention instruction counts for the module it ends
-in, and on a backend whose traces do not name instructions there is nothing to say.
+whose `op_name` says which module of the model it came from. An instruction that fuses several modules counts for the
+last of them. Where a backend's traces do not name instructions, that is an error.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from rich.table import Table
 from tale_jax.bench.throughput import Bench
 
 NUM_STEPS = 3
-CONTAINERS = ("while", "call", "conditional")  # what runs inside them is counted by itself
-# The first pattern found in an op_name decides; what has none of these names came after the gradient.
+CONTAINERS = ("while", "call", "conditional")  # the instructions inside them are counted instead
+# The first pattern found in an op_name decides; an op_name without any of these names comes after the gradient.
 PARTS = (
     ("blocks: products", r"/(query|key|value|output|gate|up|down|\w*qkv\w*|gate_up)/.*(dot|matmul|transpose)"),
     ("blocks: norms", r"norm"),
@@ -63,9 +63,9 @@ def part_of(op_name: str) -> str:
 
 
 def profile(bench: Bench, num_longest: int = 12) -> Profile:
-    """Profiles training steps of a config. Raises ValueError when the trace of this backend names no instruction."""
+    """The profile of a config's training step. Raises ValueError when this backend's traces name no instruction."""
     state = bench.trainer.init()
-    op_names = instructions(bench.trainer.compile().as_text() or "")
+    op_names = instruction_op_names(bench.trainer.compile().as_text() or "")
     state = bench.step(bench.step(state))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
@@ -74,25 +74,27 @@ def profile(bench: Bench, num_longest: int = 12) -> Profile:
         [trace] = Path(folder).rglob("perfetto_trace.json.gz")
         with gzip.open(trace, "rt", encoding="utf-8") as file:
             events = json.load(file)["traceEvents"]
-    spent = Counter[str]()
+    milliseconds = Counter[str]()
     for event in events:
         if event.get("ph") == "X" and event["name"] in op_names:
-            spent[event["name"]] += event["dur"] / 1e3 / NUM_STEPS
-    if not spent:
+            milliseconds[event["name"]] += event["dur"] / 1e3 / NUM_STEPS
+    if not milliseconds:
         raise ValueError(f"--profile needs traces that name instructions, and {bench.backend.platform} gives none")
     parts = Counter[str]()
-    for name, ms in spent.items():
+    for name, ms in milliseconds.items():
         parts[part_of(op_names[name])] += ms
-    longest = [(name, part_of(op_names[name]), op_names[name], ms) for name, ms in spent.most_common(num_longest)]
+    longest = [
+        (name, part_of(op_names[name]), op_names[name], ms) for name, ms in milliseconds.most_common(num_longest)
+    ]
     return Profile(dict(parts), tuple(longest))
 
 
-def instructions(hlo: str) -> dict[str, str]:
-    """The instructions of a compiled program that do work themselves, and their `op_name` ("" where it has none)."""
-    found = {}
+def instruction_op_names(hlo: str) -> dict[str, str]:
+    """Instruction → its `op_name` ("" if none) in a compiled program, containers left out."""
+    op_names = {}
     for line in hlo.splitlines():
         match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = .*?[\])}] ([\w\-]+)\(", line)
         if match and match[2] not in CONTAINERS:
             op_name = re.search(r'op_name="([^"]*)"', line)
-            found[match[1]] = op_name[1] if op_name else ""
-    return found
+            op_names[match[1]] = op_name[1] if op_name else ""
+    return op_names

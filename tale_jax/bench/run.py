@@ -7,16 +7,16 @@ from typing import Any
 
 import rich.console
 
-from tale_jax.bench.compare import compare, startup, sweep, variants
+from tale_jax.bench.compare import compare, startup, sweep, sweep_variants
 from tale_jax.bench.profile import profile
-from tale_jax.bench.throughput import Bench, headline, measure, tables
+from tale_jax.bench.throughput import Bench, describe_record, measure, tables
 from tale_jax.config import Config
 from tale_jax.hardware.backend import start_backend
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchRequest:
-    """What to run: the flags of `launch/bench.py`, where they are explained; `flags` is what a sweep hands on."""
+    """What to measure: the flags of `launch/bench.py`, which explains them; `flags` are passed on by a sweep."""
 
     kinds: tuple[str, ...]
     seconds: float
@@ -30,8 +30,8 @@ class BenchRequest:
     def __post_init__(self):
         chosen = {name for name in ("sweeps", "peer", "profile", "startup") if getattr(self, name)}
         if len(chosen) > 1:
-            raise ValueError(f"--{' and --'.join(sorted(chosen))} are measured apart: give one of them")
-        list(variants(self.sweeps))
+            raise ValueError(f"--{' and --'.join(sorted(chosen))} cannot be measured together; give one of them")
+        list(sweep_variants(self.sweeps))
 
 
 def bench(config: Config, request: BenchRequest, plot: Path | None = None, quiet: bool = False) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def bench(config: Config, request: BenchRequest, plot: Path | None = None, quiet
             return _show(out, profile(subject))
         record = measure(subject, request.kinds, request.seconds).record()
         records = {"": record}
-        out.print(headline(record))
+        out.print(describe_record(record))
     for table in tables(records):
         out.print(table)
     if plot is not None:

@@ -1,11 +1,11 @@
-"""Tokens a second of training, scoring and decoding on this machine, and the share of its matmul peak.
+"""Tokens per second of training, scoring and decoding on this machine, and the share of its matmul peak.
 
 Measured through the very Trainer, Scorer and Sampler that the launch scripts use, on random tokens, so neither data nor
 a workdir is needed. A rate is tokens over the median time of many repetitions, with its quartiles; the FLOPs behind
 `peak_share` are the model's (`flops_per_token`), not those the compiler happens to need, and the peak is that of large
 matrix products in the same dtype, measured in the same run.
 
-    bench = Bench(config, backend.start("auto"))
+    bench = Bench(config, start_backend("auto"))
     report = measure(bench, ["train", "score", "decode", "decode_16"], seconds=10)
     print(report.record()["train"]["tokens_per_second"])
 """
@@ -28,16 +28,16 @@ from tale_jax.hardware.machine import peak_resident_memory
 from tale_jax.inference.sampler import Sampler, SampleSettings
 from tale_jax.model.transformer import count_parameters, flops_per_token
 from tale_jax.planning.numerics import choose_precision
+from tale_jax.planning.timing import NUM_SPECIAL_TOKENS, timed_step
 from tale_jax.training.state import TrainState
 from tale_jax.training.step import Trainer, make_trainer
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 200  # of one generation
-MARKS = 4  # the first ids stand for no text
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds that each of several repetitions took."""
+    """The seconds that each repetition took."""
 
     seconds: tuple[float, ...]
 
@@ -47,21 +47,21 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Between them lies the middle half."""
+        """The first and the third: half of the repetitions lie between them."""
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return low, high
 
 
-def repeat(call: Callable[[], Any], seconds: float, *, least: int = 5, warmup: int = 2) -> Timing:
-    """Times `call`, which must wait for its result, again and again for so many seconds, and `least` times."""
+def repeat(call: Callable[[], Any], seconds: float, *, min_repetitions: int = 5, warmup: int = 2) -> Timing:
+    """Times of `call`, which must wait for its result: for about `seconds`, and at least `min_repetitions` of them."""
     for _ in range(warmup):
         call()
     times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < end:
-        begin = time.perf_counter()
+    end_time = time.perf_counter() + seconds
+    while len(times) < min_repetitions or time.perf_counter() < end_time:
+        start_time = time.perf_counter()
         call()
-        times.append(time.perf_counter() - begin)
+        times.append(time.perf_counter() - start_time)
     return Timing(tuple(times))
 
 
@@ -70,15 +70,15 @@ class Rate:
     """How fast something goes.
 
     Attributes:
-      tokens: in one repetition.
-      timing: of the repetitions.
+      tokens: of one repetition.
+      timing: of all repetitions.
       flops: of the model, for one token.
-      peak: FLOP/s of matrix products on the devices together.
+      peak: FLOP/s of matrix products, of all devices together.
     """
 
     tokens: int
     timing: Timing
-    flops: float
+    flops: float | int
     peak: float
 
     @property
@@ -90,8 +90,8 @@ class Rate:
         return self.tokens_per_second * self.flops / self.peak
 
     def record(self) -> dict[str, Any]:
-        """As JSON: `low` and `high` are the quartiles of tokens a second."""
-        slow, fast = reversed(self.timing.quartiles)
+        """As JSON: `low` and `high` are the quartiles of tokens per second."""
+        fast, slow = self.timing.quartiles
         return {
             "tokens_per_second": self.tokens_per_second,
             "low": self.tokens / slow,
@@ -101,8 +101,8 @@ class Rate:
         }
 
 
-class Numbers(Tokenizer):
-    """Text that is numbers, "17 4 9": a tokenizer for models that have learned nothing. It has no end mark."""
+class NumbersTokenizer(Tokenizer):
+    """Text that is the ids themselves, "17 4 9": a tokenizer for untrained models. It has no EOS, so no text ends."""
 
     def __init__(self, vocab_size: int):
         self.vocab_size, self.unk_id, self.bos_id, self.eos_id, self.pad_id = vocab_size, 0, 1, -1, 3
@@ -113,20 +113,20 @@ class Numbers(Tokenizer):
 
 
 class Bench:
-    """A config made ready to be measured. Its programs compile when they are first asked for.
+    """A config, ready to be measured. Its programs are compiled when they are first needed.
 
     Args:
-      config: what runs; its corpus is not read.
-      backend: where.
+      config: of the run; its corpus is not read.
+      backend: where it runs.
     """
 
     def __init__(self, config: Config, backend: Backend):
         self.config, self.backend = config.with_total_steps(), backend
         self.dtype, self.reason = choose_precision(backend, config.precision)
         self.vocab_size = config.tokenizer.vocab_size
-        self.tokenizer = Numbers(self.vocab_size)
+        self.tokenizer = NumbersTokenizer(self.vocab_size)
         self.flops = flops_per_token(config.model, self.vocab_size)
-        self._tokens = np.random.default_rng(0)
+        self._rng = np.random.default_rng(0)
 
     @functools.cached_property
     def peaks(self) -> dict[str, float]:
@@ -149,13 +149,11 @@ class Bench:
     def windows(self, batch_size: int) -> np.ndarray:
         """Random tokens [batch_size, seq_len + 1]."""
         shape = batch_size, self.config.model.seq_len + 1
-        return self._tokens.integers(MARKS, self.vocab_size, shape, np.int32)
+        return self._rng.integers(NUM_SPECIAL_TOKENS, self.vocab_size, shape, np.int32)
 
     def step(self, state: TrainState) -> TrainState:
-        """One whole step of training, waited for."""
-        state, metrics = self.trainer.step(state, self.trainer.place(self.windows(self.config.batch_size)))
-        float(metrics["loss"])
-        return state
+        """The state after one training step on new windows, waited for."""
+        return timed_step(self.trainer, state, self.trainer.place(self.windows(self.config.batch_size)))[0]
 
     def rate(self, kind: str, seconds: float) -> Rate:
         """Measures one of `train`, `score`, `decode` (one stream) or `decode_N` (N streams) for about `seconds`.
@@ -181,33 +179,41 @@ class Bench:
         return self.config.tokens_per_step, repeat(step, seconds)
 
     def _score(self, seconds: float) -> tuple[int, Timing]:
-        batch_size, length = self.config.evaluate.batch_size, self.config.model.seq_len
-        scorer = Scorer(self.trainer.model, self.tokenizer, batch_size, self.trainer.place)
-        tokens = self.windows(batch_size).reshape(-1)
-        spans = [Span(start, start + 1, start + length + 1) for start in range(0, batch_size * length, length)]
-        return batch_size * length, repeat(lambda: scorer(self.params, tokens, spans), seconds)
+        trainer, length = self.trainer, self.config.model.seq_len
+        scorer = Scorer(
+            trainer.model,
+            self.tokenizer,
+            self.config.evaluate.batch_size,
+            trainer.place_same,
+            trainer.batch_sharding.mesh.size,
+            trainer.replicated,
+        )
+        num_tokens = scorer.batch_size * length
+        tokens = self.windows(scorer.batch_size).reshape(-1)
+        spans = [Span(start, start + 1, start + length + 1, 0) for start in range(0, num_tokens, length)]
+        return num_tokens, repeat(lambda: scorer(self.params, tokens, spans), seconds)
 
     def _decode(self, streams: int, seconds: float) -> tuple[int, Timing]:
-        """Greedy text after a short prompt, as much as the context holds, reading the prompt included."""
-        context = self.config.model.seq_len
-        prompt = " ".join(map(str, range(MARKS, MARKS + min(PROMPT_TOKENS, context // 4))))
-        settings = SampleSettings(max_tokens=min(NEW_TOKENS, context), temperature=0.0)
+        """Greedy decoding after a short prompt, of at most a whole window; the time includes the prefill."""
+        seq_len = self.config.model.seq_len
+        prompt = " ".join(map(str, range(NUM_SPECIAL_TOKENS, NUM_SPECIAL_TOKENS + min(PROMPT_TOKENS, seq_len // 4))))
+        settings = SampleSettings(max_tokens=min(NEW_TOKENS, seq_len), temperature=0.0)
         self.sampler.batch_size = max(self.sampler.batch_size, streams)
 
         def generate() -> None:
             self.sampler.sample(prompt, settings, num_samples=streams)
 
-        return streams * settings.max_tokens, repeat(generate, seconds, least=3, warmup=1)
+        return streams * settings.max_tokens, repeat(generate, seconds, min_repetitions=3, warmup=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was measured of one config. `peak_bytes` is the largest resident memory of the process so far."""
+    """All measurements of one config. `peak_bytes` is the peak resident memory of the process so far."""
 
     device: str
     precision: str
     params: int
-    flops_per_token: float
+    flops_per_token: float | int
     matmul_peak: dict[str, float]
     rates: dict[str, Rate]
     peak_bytes: int
@@ -219,7 +225,7 @@ class Report:
 
 
 def measure(bench: Bench, kinds: Sequence[str], seconds: float) -> Report:
-    """Measures each of the kinds (see `Bench.rate`) for about `seconds`."""
+    """Rates of all `kinds` (see `Bench.rate`), each measured for about `seconds`."""
     rates = {kind: bench.rate(kind, seconds) for kind in kinds}
     return Report(
         device=bench.backend.device,
@@ -233,7 +239,7 @@ def measure(bench: Bench, kinds: Sequence[str], seconds: float) -> Report:
 
 
 def tables(records: dict[str, dict[str, Any]]) -> list[Table]:
-    """For people: the rates of one or several records, by name."""
+    """Human-readable rates of one or several records, by name."""
     table = Table("", "", "tokens/s", "middle half", "of matmul peak", "peak memory", box=None, header_style="bold")
     for column in table.columns[2:]:
         column.justify = "right"
@@ -251,8 +257,8 @@ def tables(records: dict[str, dict[str, Any]]) -> list[Table]:
     return [table]
 
 
-def headline(record: dict[str, Any]) -> str:
-    """What a record is about, in a line."""
+def describe_record(record: dict[str, Any]) -> str:
+    """Config and device of a record, in one line."""
     peaks = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in record["matmul_peak"].items())
     return (
         f"{record['params']:,} parameters, {record['flops_per_token'] / 1e6:.1f} MFLOP a token, "

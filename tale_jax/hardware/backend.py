@@ -1,10 +1,8 @@
-"""The only place that names cpu, metal and cuda: picks the platform, and says what it is good at.
+"""The only place that names cpu, metal and cuda: chooses the platform, and with it what is fast and possible there.
 
-JAX settles its platform once in a process, so `start_backend` must come before the first array. Choices that depend on
-the platform (layout of products, donation, counters of random bits) are fields of the result or set here, and travel
-from
-here as plain arguments: no other module asks where it runs. Which dtype to compute in is for `planning/numerics.py` to
-find out.
+JAX chooses its platform once in a process, so `start_backend` must come before the first array. Choices that depend on
+the platform (layout of products, donation, how random bits are counted) are fields of the result or set here; other
+modules get them as plain arguments, and none asks where it runs. `planning/numerics.py` chooses the dtype.
 """
 
 import dataclasses
@@ -23,9 +21,9 @@ import jax.numpy as jnp
 
 from tale_jax.hardware import machine
 
-# Random bits from 64-bit counters do not depend on the mesh; no Metal plugin is known to take 64-bit numbers, and there
-# is one device, so draws of a seed are others there than on a CPU.
-COUNTERS = "jax_threefry_partitionable"
+# JAX's setting for random bits that do not depend on the mesh. It needs 64-bit counters, which no Metal plugin is known
+# to support, so it is off there, and the same seed gives other numbers than on a CPU.
+PARTITIONABLE_RANDOM_BITS = "jax_threefry_partitionable"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +35,13 @@ class Backend:
       plugin: distribution that provides an Apple GPU, or "".
       device: the device's own name.
       devices: all of them.
-      materialize_transposes: products with materialised transposes pay off (XLA on CPU from jaxlib 0.11, see
-      `model/layers.py`).
-      cudnn_attention: attention in half precision by cuDNN.
-      overlap_io: the host's cores have nothing to do while the device computes, so that batches are read, and
-        checkpoints written, beside the steps.
-      donate: buffers given to a step are reused for its results; elsewhere asking for it warns at every compilation.
-      memory: bytes that the program may fill, 0 if unknown: of the machine, of its GPU's working set, or of the GPU.
-      note: why `auto` chose this platform, "" when it was asked for.
+      materialize_transposes: products are faster with materialised transposes (XLA on CPU from jaxlib 0.11, see
+        `model/layers.py`).
+      cudnn_attention: attention in half precision is computed by cuDNN.
+      overlap_io: batches are read, and checkpoints written, while the device computes, since the host's cores are idle.
+      donate: the buffers given to a step are reused for its results; where that is not possible, JAX would warn.
+      memory: bytes that a run may fill, of the machine or of its GPU; 0 if unknown.
+      note: why `auto` did not choose a GPU, "" when there is nothing to say.
     """
 
     platform: str
@@ -60,10 +57,10 @@ class Backend:
 
 
 def start_backend(platform: str) -> Backend:
-    """Settles JAX on a platform: auto, cpu, metal or cuda. Call it before anything else uses JAX.
+    """Starts JAX on a platform: auto, cpu, metal or cuda. Call it before anything else uses JAX.
 
-    `auto` takes an Apple or NVIDIA GPU whose plugin is installed and starts, and says so when it falls back to the CPU.
-    Raises ValueError when a platform asked for by name is not possible here.
+    `auto` takes an Apple or NVIDIA GPU whose plugin is installed and starts, else the CPU, and says so in `note`.
+    Raises ValueError, in one line, when a platform asked for by name is not possible here.
     """
     _quiet_libraries()
     _cache_compilations()
@@ -71,9 +68,9 @@ def start_backend(platform: str) -> Backend:
     _set_xla_flags()
     plugin = machine.metal_plugin() if platform in ("auto", "metal") else ""
     if platform == "metal" and not plugin:
-        raise ValueError(f"backend.platform=metal is not possible here: {machine.why_no_metal()}")
-    note = f"runs on the CPU: {machine.why_no_metal()}" if machine.is_apple_silicon() and not plugin else ""
-    if plugin and (reason := machine.trial(plugin)):
+        raise ValueError(f"backend.platform=metal is not possible here: {machine.no_plugin_reason()}")
+    note = f"runs on the CPU: {machine.no_plugin_reason()}" if machine.is_apple_silicon() and not plugin else ""
+    if plugin and (reason := machine.start_failure(plugin)):
         if platform == "metal" or not machine.starts_on_cpu():
             raise ValueError(
                 f"backend.platform={platform} does not start here: {plugin} fails ({reason}); "
@@ -81,8 +78,8 @@ def start_backend(platform: str) -> Backend:
             )
         note, plugin, platform = f"falls back to the CPU: {plugin} does not start ({reason})", "", "cpu"
     if not os.environ.get("JAX_PLATFORMS"):
-        jax.config.update("jax_platforms", _names(platform, plugin))
-    if plugin == "jax-mps":  # its own default is 1.5 times the working set
+        jax.config.update("jax_platforms", _jax_platforms(platform, plugin))
+    if plugin == "jax-mps":  # its own default is 1.5 repeats the working set
         os.environ.setdefault("JAX_MPS_CACHE_LIMIT_BYTES", str(machine.gpu_working_set(plugin) // 2))
     try:
         devices = jax.devices()
@@ -93,32 +90,32 @@ def start_backend(platform: str) -> Backend:
         note = f"falls back to the CPU: {plugin or 'the GPU'} does not start ({reason})"
         jax.config.update("jax_platforms", "cpu")
         devices = jax.devices()
-    first = devices[0]
+    first = jax.local_devices()[0]  # a process knows nothing of the memory of another one's
     name = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}.get(first.platform, "metal")
     if platform not in ("auto", name):
         raise ValueError(
             f"backend.platform={platform} is not what JAX starts here ({first.platform}); unset JAX_PLATFORMS"
         )
-    jax.config.update(COUNTERS, name != "metal")
+    jax.config.update(PARTITIONABLE_RANDOM_BITS, name != "metal")
     backend = Backend(
         platform=name,
         plugin=plugin if name == "metal" else "",
         device=machine.cpu_name() if name == "cpu" else first.device_kind,
         devices=tuple(devices),
         materialize_transposes=False,
-        cudnn_attention=name == "cuda" and _cudnn_attends(),
+        cudnn_attention=name == "cuda" and _cudnn_attention_works(),
         overlap_io=False,
         donate=False,
-        memory=_memory(name, plugin, first),
+        memory=_usable_memory(name, plugin, first),
         note=note,
     )
-    return on_platform(backend, name)
+    return for_platform(backend, name)
 
 
-def on_platform(backend: Backend, platform: str) -> Backend:
-    """The choices that `platform` asks for, on whatever devices: what a program for it looks like can be seen anywhere.
+def for_platform(backend: Backend, platform: str) -> Backend:
+    """`backend` with the choices that suit `platform`, so that programs for it can be made on any machine.
 
-    Donation is honoured by XLA on CPU and CUDA, and by no Metal plugin that we know of.
+    Donation works with XLA on CPU and CUDA, and with no Metal plugin that we know of.
     """
     version = _jax_version()
     materialize_transposes = platform == "cpu" and version >= (0, 11)
@@ -134,41 +131,41 @@ def on_platform(backend: Backend, platform: str) -> Backend:
 
 
 def for_mac(backend: Backend, memory: int) -> Backend:
-    """What `backend` would be on a Mac with so many bytes of memory, for plans that are made elsewhere."""
-    there = on_platform(backend, "metal")
+    """What `backend` would be on a Mac with `memory` bytes, for plans that are made on another machine."""
+    mac = for_platform(backend, "metal")
     device = "a Mac, from the same program compiled here"
-    return dataclasses.replace(there, device=device, memory=machine.gpu_share(memory), note="")
+    return dataclasses.replace(mac, device=device, memory=machine.apple_gpu_memory(memory), note="")
 
 
 @contextmanager
 def tracing_for_metal() -> Iterator[None]:
-    """Inside it JAX traces as `start_backend` sets it on a Metal platform."""
-    before = getattr(jax.config, COUNTERS)
+    """Inside it JAX traces as it does where `start_backend` chose Metal."""
+    before = getattr(jax.config, PARTITIONABLE_RANDOM_BITS)
     try:
-        jax.config.update(COUNTERS, False)
+        jax.config.update(PARTITIONABLE_RANDOM_BITS, False)
         yield
     finally:
-        jax.config.update(COUNTERS, before)
+        jax.config.update(PARTITIONABLE_RANDOM_BITS, before)
 
 
 def matmul_peak(dtype: Any) -> float:
-    """FLOP/s of large matrix products in `dtype` on the first device, measured once a process.
+    """FLOP/s of large matrix products in `dtype` on the first device, measured once in a process.
 
-    The dtype of a run is chosen by it, and its steps are compared with it.
+    The dtype of a run is chosen by it, and the speed of its steps is shown as a share of it.
     """
     return _matmul_peak(jnp.dtype(dtype).name)
 
 
-def memory_rate(size: int = 64 << 20, seconds: float = 0.5, times: int = 8) -> float:
-    """Bytes a second that the first device reads and writes, when it adds 1 to an array larger than its caches."""
-    add = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, x: x + 1, x))
+def memory_bandwidth(size: int = 64 << 20, seconds: float = 0.5, repeats: int = 8) -> float:
+    """Bytes per second that the first device reads and writes when it adds 1 to an array larger than its caches."""
+    add = jax.jit(lambda x: jax.lax.fori_loop(0, repeats, lambda _, x: x + 1, x))
     x = jnp.zeros(size // 4, jnp.float32)
     float(add(x)[0])
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
-        begin = time.perf_counter()
+        start_time = time.perf_counter()
         float(add(x)[0])
-        best = max(best, 2 * times * size / (time.perf_counter() - begin))
+        best = max(best, 2 * repeats * size / (time.perf_counter() - start_time))
     return best
 
 
@@ -180,41 +177,41 @@ def _matmul_peak(dtype: str, size: int = 1024, seconds: float = 0.2) -> float:
     float(product(x, w)[0, 0])  # a host read: block_until_ready is a no-op on some plugins
     best, count, end = 0.0, 4, time.perf_counter() + seconds
     while time.perf_counter() < end:
-        begin = time.perf_counter()
+        start_time = time.perf_counter()
         products = [product(x, w) for _ in range(count)]
         float(products[-1][0, 0])
-        best = max(best, count * 8 * size**3 / (time.perf_counter() - begin))
+        best = max(best, count * 8 * size**3 / (time.perf_counter() - start_time))
     return best
 
 
-def _names(platform: str, plugin: str) -> str | None:
-    """What JAX calls a platform. The CPU comes second to a Metal plugin, to be compared with; None: JAX chooses."""
-    metal = f"{machine.METAL_PLUGINS[plugin][0]},cpu" if plugin else None
+def _jax_platforms(platform: str, plugin: str) -> str | None:
+    """The value of JAX_PLATFORMS. The CPU is there beside a GPU, for comparison; None lets JAX choose."""
+    metal = f"{machine.METAL_PLUGINS[plugin].platform},cpu" if plugin else None
     return {"cpu": "cpu", "cuda": "cuda,cpu", "metal": metal, "auto": metal}[platform]
 
 
-def _memory(platform: str, plugin: str, device: Any) -> int:
+def _usable_memory(platform: str, plugin: str, device: Any) -> int:
     if platform == "cpu":
         return machine.total_memory()
     try:
         stats = device.memory_stats() or {}
-    except Exception:  # not every plugin keeps count
+    except Exception:  # not every plugin counts its memory
         stats = {}
     return int(stats.get("bytes_limit", 0)) or machine.gpu_working_set(plugin)
 
 
 def _cache_compilations() -> None:
-    """A second start finds its programs compiled, in the user's cache folder (or JAX_COMPILATION_CACHE_DIR)."""
+    """Keeps compiled programs for the next start, in the user's cache folder (or JAX_COMPILATION_CACHE_DIR)."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(machine.cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _set_xla_flags() -> None:
-    """Flags that XLA reads as it starts, but for those that the user has set.
+    """Sets flags that XLA reads when it starts, except those that the user has set.
 
-    On CPU it uses the 512 bits of AVX-512 where the machine has them, instead of 256. On NVIDIA GPUs it lets
-    communication between devices hide behind computing (JAX's guide to GPU performance).
+    On CPUs with AVX-512, XLA uses vectors of 512 bits instead of 256. On NVIDIA GPUs it overlaps communication between
+    devices with computation (JAX's guide to GPU performance).
     """
     wanted = {}
     if machine.has_avx512() and _jax_version() >= (0, 11):
@@ -227,8 +224,8 @@ def _set_xla_flags() -> None:
         os.environ["XLA_FLAGS"] = flags
 
 
-def _cudnn_attends() -> bool:
-    """Whether cuDNN's flash attention compiles and runs here, with its gradient: not on every GPU, or without cuDNN."""
+def _cudnn_attention_works() -> bool:
+    """Whether cuDNN's flash attention and its gradient run here: not on every GPU, and not without cuDNN."""
 
     def attend(x: jax.Array) -> jax.Array:
         mixed = jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation="cudnn")
@@ -236,7 +233,7 @@ def _cudnn_attends() -> bool:
 
     try:
         jax.block_until_ready(jax.jit(jax.grad(attend))(jnp.zeros((1, 128, 1, 64), jnp.bfloat16)))
-    except Exception:  # whatever JAX, XLA or cuDNN raise where they cannot
+    except Exception:  # whatever JAX, XLA or cuDNN raise
         return False
     return True
 
@@ -246,7 +243,7 @@ def _jax_version() -> tuple[int, ...]:
 
 
 def _quiet_libraries() -> None:
-    """Warnings that a user can do nothing about do not tear the progress bar."""
+    """Turns off warnings that a user can do nothing about, and that would break the progress bar."""
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=UserWarning, module="jax|orbax|flax|grain")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="jax|orbax|flax|grain")

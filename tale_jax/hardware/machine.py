@@ -1,6 +1,6 @@
 """What can be known about this machine without JAX: memory, processors, disk, and the plugins that are installed.
 
-JAX is not imported here, so that what keeps it from starting can still be told.
+JAX is not imported here, so that the reason can still be told where it does not start.
 """
 
 import contextlib
@@ -12,22 +12,33 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from tale_jax.utils.subprocesses import run, run_code
 
-# Plugins that give JAX an Apple GPU: distribution → the platform it registers, and the first macOS and Python it takes.
-METAL_PLUGINS = {
-    "jax-mps": ("mps", (14, 0), (3, 12)),
-    "jax-metal": ("METAL", (14, 4), (3, 11)),
-    "metaljax": ("metal", (27, 0), (3, 12)),
-    "jax-graft": ("mtl", (26, 0), (3, 12)),
+
+class MetalPlugin(NamedTuple):
+    """A plugin that gives JAX an Apple GPU: the platform it registers, and the first macOS and Python it supports."""
+
+    platform: str
+    min_macos: tuple[int, int]
+    min_python: tuple[int, int]
+
+
+METAL_PLUGINS = {  # by the name of the distribution
+    "jax-mps": MetalPlugin("mps", (14, 0), (3, 12)),
+    "jax-metal": MetalPlugin("METAL", (14, 4), (3, 11)),
+    "metaljax": MetalPlugin("metal", (27, 0), (3, 12)),
+    "jax-graft": MetalPlugin("mtl", (26, 0), (3, 12)),
 }
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def cache_folder() -> Path:
-    """Where tale_jax keeps what is true of this machine: compiled programs, and what probes found."""
+    """Where tale_jax keeps what holds for this machine only: compiled programs, and results of checks."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tale_jax"
 
 
@@ -51,23 +62,23 @@ def macos_version() -> tuple[int, int]:
 
 def metal_plugin() -> str:
     """The installed Apple GPU plugin, "" if there is none. Raises ValueError when two are installed: they clash."""
-    found = [name for name in METAL_PLUGINS if version(name)]
-    if len(found) > 1:
+    installed = [name for name in METAL_PLUGINS if version(name)]
+    if len(installed) > 1:
         raise ValueError(
-            f"backend.platform=metal must find one plugin, but {' and '.join(found)} are installed and clash; "
-            f"pip uninstall {' '.join(found[1:])}"
+            f"backend.platform=metal must find one plugin, but {' and '.join(installed)} are installed and clash; "
+            f"pip uninstall {' '.join(installed[1:])}"
         )
-    return found[0] if found else ""
+    return installed[0] if installed else ""
 
 
-def why_no_metal() -> str:
+def no_plugin_reason() -> str:
     """Why no plugin is installed, and what would change that. An extra whose marker is false installs nothing."""
     python = ".".join(map(str, sys.version_info[:2]))
     if not is_apple_silicon():
         return f"Apple GPUs need a Mac with Apple silicon, and this is {sys.platform} on {platform.machine()}"
-    if macos_version() < METAL_PLUGINS["jax-mps"][1]:
+    if macos_version() < METAL_PLUGINS["jax-mps"].min_macos:
         return f"jax-mps needs macOS 14 and this is {platform.mac_ver()[0]}; update macOS, or train on the CPU"
-    if sys.version_info[:2] < METAL_PLUGINS["jax-mps"][2]:
+    if sys.version_info[:2] < METAL_PLUGINS["jax-mps"].min_python:
         return (
             f"the extra [metal] installs nothing on Python {python}, since jax-mps needs 3.12; "
             "make the environment again: make env EXTRAS=dev,metal PYTHON=python3.13"
@@ -75,8 +86,8 @@ def why_no_metal() -> str:
     return "no plugin is installed; make env EXTRAS=dev,metal"
 
 
-def why_plugin_fails(plugin: str) -> str:
-    """What `plugin` asks for and this machine lacks, "" if nothing is known to be missing."""
+def unmet_requirement(plugin: str) -> str:
+    """What `plugin` needs and this machine lacks, "" if nothing is known to be missing."""
     _, macos, python = METAL_PLUGINS[plugin]
     if is_apple_silicon() and macos_version() < macos:
         return f"{plugin} needs macOS {macos[0]}.{macos[1]}, and this is {platform.mac_ver()[0]}"
@@ -88,30 +99,30 @@ def why_plugin_fails(plugin: str) -> str:
     return ""
 
 
-def trial(plugin: str) -> str:
-    """Why JAX does not start with `plugin`, "" if it does: tried in another process, since some abort it.
+def start_failure(plugin: str) -> str:
+    """Why JAX does not start with `plugin`, "" if it does: tried in another process, since some plugins abort it.
 
-    A success is remembered for these versions.
+    A success is cached for these versions.
     """
     versions = "-".join((plugin, version(plugin), version("jax"), *map(str, sys.version_info[:2])))
-    remembered = cache_folder() / "plugins" / versions
-    if remembered.exists():
+    success = cache_folder() / "plugins" / versions
+    if success.exists():
         return ""
-    env = {"JAX_PLATFORMS": METAL_PLUGINS[plugin][0]}
+    env = {"JAX_PLATFORMS": METAL_PLUGINS[plugin].platform}
     code = "import jax; print(float(jax.numpy.ones(3).sum()))"
-    answer = run_code(code, env=env, timeout=120)
-    if not answer.reason and answer.stdout.strip().endswith("3.0"):
+    result = run_code(code, env=env, timeout=120)
+    if not result.reason and result.stdout.strip().endswith("3.0"):
         with contextlib.suppress(OSError):  # the cache is optional
-            remembered.parent.mkdir(parents=True, exist_ok=True)
-            remembered.touch()
+            success.parent.mkdir(parents=True, exist_ok=True)
+            success.touch()
         return ""
-    how = answer.reason or "it computes a wrong sum"
-    known = why_plugin_fails(plugin)
-    return f"{known} ({how})" if known else how
+    symptom = result.reason or "it computes a wrong sum"
+    missing = unmet_requirement(plugin)
+    return f"{missing} ({symptom})" if missing else symptom
 
 
 def starts_on_cpu() -> bool:
-    """JAX starts on the CPU here. A plugin that aborts takes JAX with it on every platform."""
+    """Whether JAX starts on the CPU here: a plugin that aborts ends the process on every platform."""
     return not run_code("import jax; jax.devices()", env={"JAX_PLATFORMS": "cpu"}).reason
 
 
@@ -126,13 +137,13 @@ def cpu_name() -> str:
 
 
 def has_avx512() -> bool:
-    """The processors compute on 512 bits at once."""
+    """Whether the processors compute on 512 bits at once."""
     info = Path("/proc/cpuinfo")
     return info.is_file() and " avx512f " in info.read_text()
 
 
 def has_cuda_plugin() -> bool:
-    """JAX's plugin for NVIDIA GPUs is installed."""
+    """Whether JAX's plugin for NVIDIA GPUs is installed."""
     return any(str(each.name).startswith("jax-cuda") for each in importlib.metadata.distributions())
 
 
@@ -140,25 +151,25 @@ def total_memory() -> int:
     """Bytes of memory this process may use: the machine's, or less where a container is limited; 0 if unknown."""
     if sys.platform == "darwin":
         return int(_sysctl("hw.memsize") or 0)
-    found = [_meminfo("MemTotal")]
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(limit).read_text().strip() if Path(limit).is_file() else ""
-        found += [int(text)] if text.isdigit() else []
-    return min(filter(None, found), default=0)
+    limits = [_meminfo("MemTotal")]
+    for file in CGROUP_LIMITS:
+        text = file.read_text().strip() if file.is_file() else ""
+        limits += [int(text)] if text.isdigit() else []
+    return min(filter(None, limits), default=0)
 
 
 def gpu_working_set(plugin: str) -> int:
-    """Bytes of memory that the Apple GPU of this machine works well with; without one 0."""
-    return gpu_share(total_memory()) if plugin else 0
+    """Bytes of memory that the Apple GPU of this machine may fill and stay fast; 0 without a plugin for one."""
+    return apple_gpu_memory(total_memory()) if plugin else 0
 
 
-def gpu_share(memory: int) -> int:
-    """Bytes that an Apple GPU works well with, of a machine's memory: two thirds (5.3 of 8 GB)."""
+def apple_gpu_memory(memory: int) -> int:
+    """Bytes of a Mac's memory that its GPU may fill and stay fast: two thirds (5.3 of 8 GB)."""
     return memory * 2 // 3
 
 
 def resident_memory() -> int:
-    """Bytes of this process that are in memory now (on macOS: the most that were)."""
+    """Bytes of this process that are in memory now (on macOS: the peak)."""
     status = Path("/proc/self/status")
     if status.is_file():
         return int(re.findall(r"VmRSS:\s+(\d+) kB", status.read_text())[0]) * 1024
@@ -166,19 +177,19 @@ def resident_memory() -> int:
 
 
 def peak_resident_memory() -> int:
-    """Bytes of this process that were in memory at most."""
+    """The largest number of bytes of this process that were in memory at once."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc's malloc keep what is freed, up to 32 MB a piece and in one heap, until `release_memory` is called.
+    """Lets glibc's malloc keep freed blocks of up to 32 MB, in one heap, until `release_memory` is called.
 
-    XLA on CPU asks for scratch in every product, and handed back to the system in between, its pages are cleared and
-    mapped again each time. Several heaps hold more that is free. The arrays of a whole step stay with the system: kept,
-    they gain 3 % more speed but take up to 700 MB more (measured). Without glibc: nothing.
+    XLA on CPU allocates scratch for every product; where that memory goes back to the system in between, its pages are
+    cleared and mapped again each time. Several heaps keep more free memory than one. Larger arrays go back to the
+    system: to keep them is 3 % faster but takes up to 700 MB more (measured). Without glibc this does nothing.
     """
-    if mallopt := _glibc("mallopt"):
+    if mallopt := _glibc_function("mallopt"):
         mallopt(-8, 1)  # M_ARENA_MAX
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
@@ -186,7 +197,7 @@ def keep_freed_memory() -> None:
 
 def release_memory() -> None:
     """Gives freed memory back to the system, as after compiling or saving (glibc only)."""
-    if trim := _glibc("malloc_trim"):
+    if trim := _glibc_function("malloc_trim"):
         trim(0)
 
 
@@ -194,18 +205,18 @@ def disk_speed(folder: Path, size: int = 128 << 20) -> float:
     """Bytes a second that can be written into `folder` and are then on disk."""
     file, block = folder / ".speed", os.urandom(1 << 20)
     try:
-        begin = time.perf_counter()
+        start_time = time.perf_counter()
         with file.open("wb") as out:
             for _ in range(size >> 20):
                 out.write(block)
             out.flush()
             os.fsync(out.fileno())
-        return size / (time.perf_counter() - begin)
+        return size / (time.perf_counter() - start_time)
     finally:
         file.unlink(missing_ok=True)
 
 
-def _glibc(name: str):
+def _glibc_function(name: str) -> Callable[..., int] | None:
     if sys.platform != "linux":
         return None
     try:

@@ -1,7 +1,7 @@
 """Which device holds what: the mesh, and one table from parameter names to partitions.
 
-Axes of the mesh: `data` shares the batch; `fsdp` shares the batch and the weights (each device keeps a slice of every
-matrix and of its optimizer state, and XLA gathers what a layer needs). One device is the plain case of the same code.
+Axes of the mesh: `data` splits the batch; `fsdp` splits the batch and the weights (each device keeps a slice of every
+matrix and of its optimizer state, and XLA gathers what a layer needs). One device is the simplest case.
 """
 
 import re
@@ -14,15 +14,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tale_jax.config import MeshConfig
 
-# First match of the dotted name wins; blocks have a leading axis L. The embedding is cut along V, kernels along D.
-RULES = (
+# The first pattern found in the dotted name decides. Blocks have a leading axis L. The embedding is split along V,
+# kernels and a head of its own along D.
+PARTITION_RULES = (
     (r"(^|\.)embedding$", PartitionSpec("fsdp", None)),
     (r"blocks\..*(output|down)\.kernel$", PartitionSpec(None, None, "fsdp")),
     (r"blocks\..*\.kernel$", PartitionSpec(None, "fsdp", None)),
     (r"(^|\.)head$", PartitionSpec("fsdp", None)),
     (r".*", PartitionSpec()),
 )
-BATCH = PartitionSpec(("data", "fsdp"))
+BATCH_PARTITION = PartitionSpec(("data", "fsdp"))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any], batch_size: int) -> Mesh:
@@ -45,15 +46,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any], batch_size: int) -> Me
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """The sharding of every array in a state or parameter tree, by its name; optimizer state follows its weight."""
 
-    def one(path: tuple, leaf: Any) -> NamedSharding:
+    def sharding_of(path: tuple, leaf: Any) -> NamedSharding:
         name = ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
-        spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+        spec = next(spec for pattern, spec in PARTITION_RULES if re.search(pattern, name))
         axes = [axis if axis is None or size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, leaf.shape)]
         return NamedSharding(mesh, PartitionSpec(*axes))
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sequences over all devices."""
-    return NamedSharding(mesh, BATCH)
+    """The sharding of a batch: its sequences are spread over all devices."""
+    return NamedSharding(mesh, BATCH_PARTITION)

@@ -1,10 +1,10 @@
-"""Would an Apple GPU plugin know every operation of our programs? Read from their lowered text, on any machine.
+"""Would a plugin for Apple GPUs support every operation of our programs? Answered on any machine, without the plugin.
 
-JAX lowers a program for a platform that is not here (`lowering_platforms`), and the result tells which operations that
-plugin would be asked for, of which types, and from which line of ours. This proves coverage; that the numbers are right
-is for `planning/numerics.py` to find out on the machine itself.
+JAX can lower a program for a platform that this machine lacks (`lowering_platforms`). The StableHLO says which
+operations the plugin would get, of which types, and from which line of ours. This proves that all are supported, not
+that the numbers are correct: `planning/numerics.py` checks that on the machine itself.
 
-    program = inspect("train", lowered.compiler_ir("stablehlo"), "mps")
+    program = check_program("train", lowered.compiler_ir("stablehlo"), "mps")
 """
 
 import collections
@@ -16,47 +16,51 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-STRUCTURE = re.compile(r"builtin\.module|func\.\w+|sdy\.\w+|(stablehlo|mhlo)\.return")  # no work for the device
-OWN_LINE = re.compile(r'"[^"]*(tale_jax/[\w/]+\.py)":(\d+)')
-WIDE_TYPE = re.compile(r"tensor<(?:[\d?]+x)*(f64|u?i64|complex<\w+>)")
+# Operations without work for the device.
+STRUCTURAL_OPERATIONS = re.compile(r"builtin\.module|func\.\w+|sdy\.\w+|(stablehlo|mhlo)\.return")
+PACKAGE_LINE = re.compile(r'"[^"]*(tale_jax/[\w/]+\.py)":(\d+)')
+TYPE_OF_64_BITS = re.compile(r"tensor<(?:[\d?]+x)*(f64|u?i64|complex<\w+>)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one compiled function asks of a platform.
+    """What one compiled function needs from a platform.
 
     Attributes:
       name: init, train, score, load, prefill or decode.
-      operations: name → how often it stands in the text (a loop's body once).
-      believed: how many of them are on no list, but believed to be taken apart before the plugin sees them.
-      faults: one line for each thing that the plugin would refuse, with the line of source it comes from.
+      operations: name → how many there are (a loop's body counts once).
+      num_assumed: how many of them the plugin does not name, but JAX is assumed to lower to others before it.
+      faults: one line for each operation that the plugin would refuse, with the line of source it comes from.
     """
 
     name: str
     operations: Mapping[str, int]
-    believed: int
+    num_assumed: int
     faults: tuple[str, ...]
 
 
-def inspect(name: str, module: Any, platform: str) -> Program:
-    """Holds a StableHLO module (an MLIR object) against what `platform` is known to take."""
-    known, believed = known_operations()[platform], known_operations()["believed"]
+def check_program(name: str, module: Any, platform: str) -> Program:
+    """Compares the operations of a StableHLO module (an MLIR object) with those that `platform` is known to support."""
+    known, assumed = known_operations()[platform], known_operations()["assumed"]
     counts: collections.Counter[str] = collections.Counter()
     faults: dict[str, None] = {}
-    found = list(_walk(module.operation))
-    calls = {str(op.attributes["callee"]).lstrip("@"): op for op in found if op.name == "func.call"}
-    for op in found:
-        if STRUCTURE.fullmatch(op.name):
+    operations = list(_walk(module.operation))
+    calls = {str(op.attributes["callee"]).lstrip("@"): op for op in operations if op.name == "func.call"}
+    for op in operations:
+        if STRUCTURAL_OPERATIONS.fullmatch(op.name):
             continue
         counts[op.name] += 1
-        for fault in _faults(op, known | believed):
+        for fault in _faults(op, known | assumed):
             faults[f"{name} for {platform}: {op.name} at {source_line(op, calls)}: {fault}"] = None
     return Program(name, dict(counts), sum(counts[op] for op in counts if op not in known), tuple(faults))
 
 
 @functools.cache
 def known_operations() -> dict[str, frozenset[str]]:
-    """Platform → full names of the operations its plugin names; "believed" → those that JAX takes apart before."""
+    """Platform → full names of the operations its plugin names; "assumed" → those that JAX is assumed to lower before.
+
+    From `metal_operations.toml`.
+    """
     table = tomllib.loads((Path(__file__).parent / "metal_operations.toml").read_text())
     return {
         platform: frozenset(
@@ -67,12 +71,12 @@ def known_operations() -> dict[str, frozenset[str]]:
 
 
 def source_line(op: Any, calls: Mapping[str, Any]) -> str:
-    """The innermost line of this package that an operation comes from, as tale_jax/model/layers.py:42.
+    """The innermost line of this package that an operation comes from, such as tale_jax/model/layers.py:42.
 
-    `calls` are the calls of the module's functions by name: JAX shares the functions it makes of its own operations, so
-    that only their calls know a line of ours.
+    `calls`: function name → a call of it. JAX makes functions of some of its own operations, so that only the calls of
+    these functions have a line of ours.
     """
-    while not (found := OWN_LINE.search(str(op.location))):
+    while not (found := PACKAGE_LINE.search(str(op.location))):
         while op.name != "func.func" and op.parent is not None:
             op = op.parent
         if op.name != "func.func" or (name := str(op.attributes["sym_name"]).strip('"')) not in calls:
@@ -82,12 +86,13 @@ def source_line(op: Any, calls: Mapping[str, Any]) -> str:
 
 
 def _faults(op: Any, known: frozenset[str]) -> Iterator[str]:
+    """What a plugin that knows the operations `known` would refuse about an operation."""
     if op.name not in known:
         yield "is not among the operations that the plugin names"
     if op.name == "stablehlo.custom_call":
         yield f"calls {op.attributes['call_target_name']}, which no plugin is known to have"
     types = [str(value.type) for value in (*op.operands, *op.results)]
-    yield from (f"has a 64-bit tensor, {kind}" for kind in dict.fromkeys(types) if WIDE_TYPE.match(kind))
+    yield from (f"has a 64-bit tensor, {kind}" for kind in dict.fromkeys(types) if TYPE_OF_64_BITS.match(kind))
     if op.name == "stablehlo.dot_general":
         numbers = str(op.attributes["dot_dimension_numbers"])
         if "batching" in numbers and len(_dimensions(numbers, "lhs_contracting_dimensions")) > 1:

@@ -1,4 +1,4 @@
-"""Plans against what runs take: every program of a run, run once in a process of its own.
+"""Compares plans with what runs really take: all programs of a run, in a process of its own.
 
 python launch/plan.py --config=configs/m2_air.py --table
 """
@@ -7,7 +7,6 @@ import dataclasses
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,30 +21,34 @@ from tale_jax.config import Config, change
 from tale_jax.hardware import machine
 from tale_jax.hardware.backend import matmul_peak, start_backend
 from tale_jax.planning.numerics import choose_precision
-from tale_jax.planning.plan import plan_run, random_windows, time_steps, zeros
-from tale_jax.planning.programs import Untrained, programs
+from tale_jax.planning.plan import plan_run, zeros
+from tale_jax.planning.programs import UntrainedTokenizer, programs
+from tale_jax.planning.timing import random_windows, time_steps, timed_step
 from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes
 from tale_jax.training.step import make_trainer
 from tale_jax.utils.format import format_bytes
 from tale_jax.utils.subprocesses import run_module
 
+NUM_STEPS = 12
+CHECKPOINT_STEPS = (6, 9)
+
 
 def calibrate(config: Config, platform: str) -> dict[str, Any]:
-    """Runs every program of a run in a process of its own; returns what was predicted and what it took.
+    """Predicted and measured memory and time of a run: `predicted_bytes`, `measured_bytes`, `predicted_step` and
+    `measured_step` (seconds), or `error`.
 
-    Steps, scoring, decoding and two checkpoints. `predicted_bytes` and `predicted_step` come from the plan,
-    `measured_bytes` and `measured_step` (the median of twelve) from the run.
+    Another process takes twelve steps, with scoring, decoding and two checkpoints between them.
     """
     values = json.dumps(dataclasses.asdict(config))
-    answer = run_module("tale_jax.planning.calibrate", platform, stdin=values)
-    return {"error": f"ended with {answer.reason}"} if answer.reason else answer.json()
+    result = run_module("tale_jax.planning.calibrate", platform, stdin=values)
+    return {"error": f"ended with {result.reason}"} if result.reason else result.json()
 
 
-def _calibrate_here(config: Config, platform: str) -> dict[str, Any]:
+def _calibrate_in_this_process(config: Config, platform: str) -> dict[str, Any]:
     backend = start_backend(platform)
     dtype, reason = choose_precision(backend, config.precision)
     matmul_peak(dtype)
-    trainer = make_trainer(config, backend, dtype, Untrained.bos_id)
+    trainer = make_trainer(config, backend, dtype, UntrainedTokenizer.bos_id)
     plan = plan_run(config, trainer, trainer.compile(), backend, 0, reason)
     predicted = time_steps(config, trainer)
     state, windows = trainer.init(), trainer.place(random_windows(config))
@@ -55,15 +58,13 @@ def _calibrate_here(config: Config, platform: str) -> dict[str, Any]:
         throttle = max_concurrent_bytes(trainer.abstract_state, backend.overlap_io)
         checkpoints = Checkpoints(Path(folder), config.checkpoint.keep, throttle)
         machine.release_memory()
-        for step in range(1, 13):
-            start_time = time.perf_counter()
-            state, metrics = trainer.step(state, windows)
-            float(metrics["loss"])
-            seconds.append(time.perf_counter() - start_time)
-            if step in (6, 9):
+        for step in range(1, NUM_STEPS + 1):
+            state, _, step_seconds = timed_step(trainer, state, windows)
+            seconds.append(step_seconds)
+            if step in CHECKPOINT_STEPS:
                 for name in ("score", "prefill", "decode"):
-                    function, args, kwargs = functions[name]
-                    jax.block_until_ready(function(*zeros(args), **kwargs))
+                    call = functions[name]
+                    jax.block_until_ready(call.function(*zeros(call.args), **call.kwargs))
                 checkpoints.save(step, state, {"examples": step}, None)
                 machine.release_memory()
         checkpoints.close()
@@ -76,43 +77,43 @@ def _calibrate_here(config: Config, platform: str) -> dict[str, Any]:
     }
 
 
-def variants(config: Config) -> dict[str, Config]:
+def calibration_configs(config: Config) -> dict[str, Config]:
     """Twelve runs around a config, by name: remat × precision × batch, and a smaller model."""
-    small = {"model.embed_dim": config.model.embed_dim // 2, "model.num_heads": config.model.num_heads // 2 or 1}
-    small |= {"model.num_kv_heads": 0, "model.mlp_dim": 0}
-    found = {}
-    for size, shape in (("whole", {}), ("half", small)):
+    half = {"model.embed_dim": config.model.embed_dim // 2, "model.num_heads": config.model.num_heads // 2 or 1}
+    half |= {"model.num_kv_heads": 0, "model.mlp_dim": 0}
+    configs = {}
+    for size, shape in (("whole", {}), ("half", half)):
         for remat in ("none", "block"):
             for precision in ("float32", "bfloat16"):
                 for batch in (8, 16) if size == "whole" else (16,):
                     settings = {"remat": remat, "precision": precision, "batch_size": batch, "micro_batch_size": batch}
                     settings |= {"model.scan_layers": remat == "block"}
-                    found[f"{size}, remat {remat}, {precision}, batch {batch}"] = change(config, shape | settings)
-    return found
+                    configs[f"{size}, remat {remat}, {precision}, batch {batch}"] = change(config, shape | settings)
+    return configs
 
 
 def print_calibrations(calibrations: Mapping[str, Mapping[str, Any]]) -> None:
-    """Prints what was planned against what it took, a row for each calibration."""
+    """Prints planned beside measured memory and time, a row for each calibration."""
     table = rich.table.Table(box=rich.box.SIMPLE, title="Plan against calibration", title_justify="left")
     table.add_column("run")
     for title in ("peak, planned", "measured", "off by", "step, planned", "measured", "off by"):
         table.add_column(title, justify="right")
-    for name, r in calibrations.items():
-        if "error" in r:
-            table.add_row(name, r["error"])
+    for name, row in calibrations.items():
+        if "error" in row:
+            table.add_row(name, row["error"])
             continue
-        off = [r[f"predicted_{what}"] / r[f"measured_{what}"] - 1 for what in ("bytes", "step")]
+        errors = [row[f"predicted_{what}"] / row[f"measured_{what}"] - 1 for what in ("bytes", "step")]
         table.add_row(
             name,
-            format_bytes(r["predicted_bytes"]),
-            format_bytes(r["measured_bytes"]),
-            f"{off[0]:+.1%}",
-            f"{r['predicted_step']:.3f} s",
-            f"{r['measured_step']:.3f} s",
-            f"{off[1]:+.1%}",
+            format_bytes(row["predicted_bytes"]),
+            format_bytes(row["measured_bytes"]),
+            f"{errors[0]:+.1%}",
+            f"{row['predicted_step']:.3f} s",
+            f"{row['measured_step']:.3f} s",
+            f"{errors[1]:+.1%}",
         )
     rich.console.Console(highlight=False).print(table)
 
 
 if __name__ == "__main__":
-    print(json.dumps(_calibrate_here(Config.build(json.load(sys.stdin)).with_total_steps(), sys.argv[1])))
+    print(json.dumps(_calibrate_in_this_process(Config.build(json.load(sys.stdin)).with_total_steps(), sys.argv[1])))

@@ -1,10 +1,10 @@
 """What this machine can do, what is broken on it, and what to do next.
 
-Everything that needs JAX happens in another process: a plugin that does not start, or takes the process with it, is
-something to report and not to die of.
+Everything that needs JAX happens in another process, so that a plugin that does not start, or aborts the process, is
+reported like anything else.
 
     python launch/doctor.py
-    python -m tale_jax.planning.doctor cpu       # what that other process prints: one JSON object as its last line
+    python -m tale_jax.planning.doctor cpu       # the other process: prints one JSON object as its last line
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ TIMEOUT = 900  # seconds
 
 
 def examine(folder: Path) -> dict[str, Any]:
-    """Everything that doctor.py tells, as JSON has it. `folder`: where experiments will lie."""
+    """Everything that doctor.py shows, as JSON. `folder`: where experiments will be written."""
     plugins = {name: machine.version(name) for name in machine.METAL_PLUGINS if machine.version(name)}
     problems, advice = [], []
     try:
@@ -36,18 +36,18 @@ def examine(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         plugin = ""
         problems.append(str(error))
-    if plugin and (reason := machine.trial(plugin)):
+    if plugin and (reason := machine.start_failure(plugin)):
         problems.append(f"{plugin} {plugins[plugin]} does not start: {reason}")
         advice.append(
             f"pip uninstall {plugin} to train on the CPU; for the GPU make the environment again with the pinned "
             f"versions: make env EXTRAS=dev,{'metal' if plugin == 'jax-mps' else plugin}"
         )
     if machine.is_apple_silicon() and not plugins:
-        advice.append(f"the GPU is not used: {machine.why_no_metal()}")
-    computes = _elsewhere("auto")
+        advice.append(f"the GPU is not used: {machine.no_plugin_reason()}")
+    computes = _measure_in_subprocess("auto")
     if "error" in computes and plugins:
         problems.append(f"JAX does not start with platform auto: {computes['error']}")
-        computes = _elsewhere("cpu")
+        computes = _measure_in_subprocess("cpu")
     if "error" in computes:
         problems.append(f"JAX does not start on the CPU either: {computes['error']}")
         advice.append("make the environment again: make clean, then make env")
@@ -70,15 +70,15 @@ def examine(folder: Path) -> dict[str, Any]:
     }
 
 
-def _elsewhere(name: str) -> dict[str, Any]:
-    """What `measure` finds in a process of its own, or {"error": one line}."""
-    answer = run_module("tale_jax.planning.doctor", name, timeout=TIMEOUT)
-    return {"error": answer.reason} if answer.reason else answer.json()
+def _measure_in_subprocess(name: str) -> dict[str, Any]:
+    """The result of `measure_platform` in a process of its own, or {"error": one line}."""
+    result = run_module("tale_jax.planning.doctor", name, timeout=TIMEOUT)
+    return {"error": result.reason} if result.reason else result.json()
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Starts JAX in this process and measures: platform, rates, and the check of each dtype."""
-    from tale_jax.hardware.backend import matmul_peak, memory_rate, start_backend
+def measure_platform(name: str) -> dict[str, Any]:
+    """Starts JAX on a platform in this process: which it is, how fast, and the check of each dtype."""
+    from tale_jax.hardware.backend import matmul_peak, memory_bandwidth, start_backend
     from tale_jax.planning.numerics import check_dtypes, choose_precision
 
     backend = start_backend(name)
@@ -98,7 +98,7 @@ def measure(name: str) -> dict[str, Any]:
         "precision_reason": reason,
         "dtypes": [dataclasses.asdict(check) for check in checks],
         "matmul_flops": {check.dtype: matmul_peak(check.dtype) for check in checks if check.correct},
-        "memory_bytes_per_second": memory_rate(),
+        "memory_bytes_per_second": memory_bandwidth(),
     }
 
 
@@ -119,14 +119,15 @@ def _advice(computes: Mapping[str, Any]) -> list[str]:
 def print_findings(found: Mapping[str, Any]) -> None:
     """Prints what `examine` found, as tables."""
     console = rich.console.Console(highlight=False)
-    m, computes = found["machine"], found["computes"]
+    facts, computes = found["machine"], found["computes"]
     table = rich.table.Table(box=rich.box.SIMPLE, show_header=False, title="Machine", title_justify="left")
+    free, disk_speed = format_bytes(facts["disk_free_bytes"]), facts["disk_write_bytes_per_second"] / 1e6
     rows = {
-        "system": m["system"],
-        "cpu": m["cpu"],
-        "memory": format_bytes(m["memory_bytes"]),
-        "disk": f"{format_bytes(m['disk_free_bytes'])} free, {m['disk_write_bytes_per_second'] / 1e6:,.0f} MB/s",
-        "python": m["python"],
+        "system": facts["system"],
+        "cpu": facts["cpu"],
+        "memory": format_bytes(facts["memory_bytes"]),
+        "disk": f"{free} free, {disk_speed:,.0f} MB/s",
+        "python": facts["python"],
         "libraries": ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version),
         "Metal plugin": ", ".join(f"{name} {version}" for name, version in found["plugins"].items()) or "none",
     }
@@ -165,6 +166,6 @@ def print_findings(found: Mapping[str, Any]) -> None:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(measure(sys.argv[1])))
+        print(json.dumps(measure_platform(sys.argv[1])))
     except ValueError as error:
         sys.exit(str(error))

@@ -1,7 +1,7 @@
-"""What a training step holds, part by part, by its compiler's own analysis; and what its process holds besides.
+"""The memory of a training step, part by part, from the compiler's own analysis; and of its process.
 
-On a GPU the peak is that of the step: its arguments and everything in temporaries. On a CPU it is that of the process:
-what it holds by now (Python, the libraries, compiled programs), plus the program, or what is on its way into a
+On a GPU the peak is that of the step: its arguments, temporaries and results. On a CPU it is that of the process: what
+it holds before the first step (Python, libraries, compiled programs) plus the step, or plus what is being written to a
 checkpoint while steps wait.
 """
 
@@ -20,14 +20,15 @@ from tale_jax.model.transformer import Cache
 from tale_jax.training.checkpoint import max_concurrent_bytes
 from tale_jax.training.step import Trainer
 
-# On a CPU, measured (plan.py --table). Programs that come later stay in memory: for initial weights, scoring and
-# decoding, and layers that were unrolled; freed arrays leave gaps. XLA's bfloat16 kernels keep float32 buffers that the
-# compiler does not count, where they sum more than 256 terms. Arrays on their way to a checkpoint are also compressed.
-PROGRAMS = 110 << 20  # bytes
-UNROLLED = 6 << 20  # bytes a layer
-GAPS = 0.25  # of the state
-KERNELS, TERMS = 0.45, 256  # of the results of such products, in float32
-CHECKPOINT = 1.5  # of the bytes written at once
+# What the compiler does not count on a CPU: fitted to the table in README.md (plan.py --table).
+LATER_PROGRAMS_BYTES = 110 << 20  # programs that are compiled after the step: initial weights, scoring, decoding
+UNROLLED_LAYER_BYTES = 6 << 20  # more of them for each layer that is not scanned
+HEAP_GAPS = 0.25  # bytes of gaps between freed arrays, for each byte of the training state
+# XLA's products in bfloat16 sum in a float32 buffer where each element sums more than so many terms.
+MIN_SCRATCH_TERMS = 256
+FLOAT32_SCRATCH = 0.45  # share of the results of these products, in float32, that the buffers take at the peak
+CHECKPOINT_COPIES = 1.5  # bytes for each byte written at once: arrays on their way to a checkpoint are also compressed
+ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2}  # by HLO's name of a dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +36,14 @@ class Memory:
     """Bytes on one device (on a CPU: of the process) while training, by part.
 
     Attributes:
-      weights, optimizer, ema, batch: the arguments of a step, as the compiler has them.
-      gradients, logits, activations: of what it holds in temporaries; gradients are as large as the weights, logits the
-        largest array along the vocabulary, activations the rest.
-      results: what a step returns besides its arguments' memory: as much as they, where nothing is donated.
+      weights, optimizer, ema, batch: the arguments of a step.
+      gradients, logits, activations: its temporaries; gradients are as large as the weights, logits the largest array
+        along the vocabulary, activations the rest.
+      results: what a step returns in new memory: as much as its arguments where they are not donated, else little.
       decode_cache: keys and values of the samples along training; not held during a step.
-      process: Python, libraries, compiled programs; checkpoint: what is on its way to the disk while steps wait. Both
-        0 on a GPU.
-      peak: the most at any time.
+      process: on a CPU, what the process holds besides: Python, libraries, compiled programs.
+      checkpoint: on a CPU, what is being written while steps wait.
+      peak: the largest sum at any time.
     """
 
     weights: int
@@ -58,37 +59,46 @@ class Memory:
     checkpoint: int
     peak: int
 
+    @property
+    def step(self) -> int:
+        """Arguments, temporaries and results of a step together."""
+        arguments = self.weights + self.optimizer + self.ema + self.batch
+        return arguments + self.gradients + self.logits + self.activations + self.results
+
 
 def memory_budget(config: Config, backend: Backend) -> int:
-    """Bytes that a run may use: as the config says, or what there is; 0 if unknown."""
+    """Bytes that a run may use: `backend.memory_gb`, or all that the backend has; 0 if unknown."""
     return int(config.backend.memory_gb * 1e9) or backend.memory
 
 
 def measure_memory(config: Config, trainer: Trainer, compiled: Any, backend: Backend, process: int = 0) -> Memory:
-    """What a training step holds, by its compiler's own analysis.
+    """The memory of a training step, from the compiler's own analysis.
 
-    `compiled`: of `trainer.compile()`. `process`: bytes that the process holds besides, on a CPU; 0: what this one
-    holds now.
+    Args:
+      compiled: of `trainer.compile()`.
+      process: bytes that the process holds besides, on a CPU; 0: what this process holds now, and later programs.
     """
-    text, analysis = compiled.as_text(), compiled.memory_analysis()
+    hlo, analysis = compiled.as_text(), compiled.memory_analysis()
     machine.release_memory()
     state = trainer.abstract_state
     weights, optimizer, ema = tree_bytes(state.params), tree_bytes(state.opt_state), tree_bytes(state.ema_params)
     batch = config.batch_size * (config.model.seq_len + 1) * 4
     temporaries, arguments = analysis.temp_size_in_bytes, analysis.argument_size_in_bytes
-    results = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
-    logits = min(temporaries, _largest_along(text, config.tokenizer.vocab_size, config.model.embed_dim))
+    results = max(0, analysis.output_size_in_bytes - aliased_bytes(hlo))
+    logits = min(temporaries, largest_logits_bytes(hlo, config.tokenizer.vocab_size, config.model.embed_dim))
     gradients = min(weights, temporaries - logits)
     cache = jax.eval_shape(lambda: vars(Cache.empty(config.model, config.sample.num_samples, jnp.float32)))
-    checkpoint, floor = 0, 0
+    checkpoint = 0
     peak = arguments + results + temporaries
     if backend.platform == "cpu":
-        floor = 0 if process else machine.peak_resident_memory()
-        layers = 0 if config.model.scan_layers else config.model.num_layers
-        process = process or machine.resident_memory() + PROGRAMS + UNROLLED * layers
-        checkpoint = int(CHECKPOINT * max_concurrent_bytes(state, backend.overlap_io))
-        program = results + temporaries + int(GAPS * (weights + optimizer + ema) + KERNELS * _bfloat16_products(text))
-        peak = max(floor, process + len(backend.devices) * arguments + max(len(backend.devices) * program, checkpoint))
+        peak_so_far = 0 if process else machine.peak_resident_memory()
+        unrolled = 0 if config.model.scan_layers else config.model.num_layers
+        process = process or machine.resident_memory() + LATER_PROGRAMS_BYTES + UNROLLED_LAYER_BYTES * unrolled
+        checkpoint = int(CHECKPOINT_COPIES * max_concurrent_bytes(state, backend.overlap_io))
+        uncounted = HEAP_GAPS * (weights + optimizer + ema) + FLOAT32_SCRATCH * bfloat16_product_bytes(hlo)
+        num_devices = sum(device.process_index == jax.process_index() for device in backend.devices)  # of this process
+        step = num_devices * (results + temporaries + int(uncounted))
+        peak = max(peak_so_far, process + num_devices * arguments + max(step, checkpoint))
     return Memory(
         weights=weights,
         optimizer=optimizer,
@@ -110,22 +120,36 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree_util.tree_leaves(tree))
 
 
-def _largest_along(text: str, vocab_size: int, embed_dim: int) -> int:
-    """Bytes of the largest array of a compiled program that has an axis of the vocabulary, weights left out."""
-    sizes, width = [0], {"f32": 4, "bf16": 2, "f16": 2}
-    for kind, dims in set(re.findall(r"\b(f32|bf16|f16)\[([\d,]+)\]", text)):
+def aliased_bytes(hlo: str) -> int:
+    """Bytes of the results of a compiled program that take the memory of donated arguments.
+
+    Read from the program: the analysis of JAX 0.4 has 0 here for a program that comes from the cache of compilations.
+    """
+    header = hlo.partition("\n")[0]
+    aliases = re.search(r"input_output_alias=\{(.*?\)) \}", header)
+    if not aliases:
+        return 0
+    shapes = re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", header.partition("->")[2])
+    sizes = [int(bits or 8) // 8 * math.prod(int(size) for size in dims.split(",") if size) for _, bits, dims in shapes]
+    return sum(sizes[int(index or 0)] for index in re.findall(r"\{(\d*)\}: \(", aliases[1]))
+
+
+def largest_logits_bytes(hlo: str, vocab_size: int, embed_dim: int) -> int:
+    """Bytes of the largest array along the vocabulary in a compiled program, except weights [V, D]."""
+    sizes = [0]
+    for dtype, dims in set(re.findall(r"\b(f32|bf16|f16)\[([\d,]+)\]", hlo)):
         shape = [int(size) for size in dims.split(",")]
         if vocab_size in shape and sorted(shape)[-2:] != sorted((vocab_size, embed_dim)):
-            sizes.append(math.prod(shape) * width[kind])
+            sizes.append(math.prod(shape) * ITEM_BYTES[dtype])
     return max(sizes)
 
 
-def _bfloat16_products(text: str) -> int:
-    """Bytes, in float32, of the results of bfloat16 products of more than TERMS terms in a compiled program."""
-    shapes = {name: dims.split(",") for name, dims in re.findall(r"([\w.\-]+) = \w+\[([\d,]+)\]", text)}
+def bfloat16_product_bytes(hlo: str) -> int:
+    """Bytes, as float32, of the results of products in bfloat16 of over MIN_SCRATCH_TERMS terms in a program."""
+    shapes = {name: dims.split(",") for name, dims in re.findall(r"([\w.\-]+) = \w+\[([\d,]+)\]", hlo)}
     dot = r"= bf16\[([\d,]+)\]\S* dot\((?:\w+\[[\d,]*\]\S* )?%?([\w.\-]+),.*?lhs_contracting_dims=\{(\d)\}"
     return sum(
         4 * math.prod(map(int, result.split(",")))
-        for result, left, axis in re.findall(dot, text)
-        if left in shapes and int(shapes[left][int(axis)]) > TERMS
+        for result, left, axis in re.findall(dot, hlo)
+        if left in shapes and int(shapes[left][int(axis)]) > MIN_SCRATCH_TERMS
     )

@@ -14,29 +14,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import rich.box
 import rich.console
 import rich.table
 
-from tale_jax.config import Config, change
-from tale_jax.data.loader import split_windows, window_starts
+from tale_jax.config import Config, change, leaves
+from tale_jax.data.loader import window_starts
 from tale_jax.data.token_files import load_tokens
 from tale_jax.hardware.backend import Backend, for_mac
 from tale_jax.model.transformer import count_parameters, flops_per_token
 from tale_jax.planning.memory import Memory, measure_memory, memory_budget, tree_bytes
 from tale_jax.planning.numerics import choose_precision
-from tale_jax.planning.programs import Untrained, programs
-from tale_jax.training.schedule import phases
+from tale_jax.planning.programs import UntrainedTokenizer, programs
+from tale_jax.planning.timing import time_steps
 from tale_jax.training.step import Trainer, make_trainer
 from tale_jax.utils.format import format_bytes, format_duration
 
-STEPS = 4  # of the short run; the first is not counted
-
-CHANGES: tuple[dict[str, Any], ...] = (
+MAX_ADVICE = 3
+# What may make a run fit, the changes that cost little first. `micro_batch_size` is a divisor here.
+CANDIDATE_CHANGES: tuple[dict[str, Any], ...] = (
     {"model.scan_layers": True},
     {"precision": "bfloat16"},
-    {"micro_batch_size": 2},  # divides it
+    {"micro_batch_size": 2},
     {"remat": "dots_with_no_batch_dims_saveable"},
     {"remat": "block"},
     {"remat": "block", "model.scan_layers": True},
@@ -48,8 +47,8 @@ CHANGES: tuple[dict[str, Any], ...] = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Change:
-    """Settings that make a run fit, and what they cost: the share of tokens a second that is left (above 1: faster)."""
+class FittingChange:
+    """Settings that make a run fit, and their cost: `speed` is the share of tokens per second that is left."""
 
     settings: dict[str, Any]
     peak_bytes: int
@@ -59,7 +58,10 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run will be. Times are 0 and advice is empty where nothing was measured; None is what data must tell."""
+    """What a run will take.
+
+    Rates are 0, and `advice` is empty, where nothing was measured; None is what only the prepared text can tell.
+    """
 
     platform: str
     device: str
@@ -81,7 +83,7 @@ class Plan:
     disk_bytes: int
     tokens_per_second: float = 0.0
     seconds: float | None = None
-    advice: tuple[Change, ...] = ()
+    advice: tuple[FittingChange, ...] = ()
 
 
 def plan_run(
@@ -93,17 +95,16 @@ def plan_run(
     reason: str,
     num_windows: int = 0,
 ) -> Plan:
-    """Plans a config whose length is known (or taken for endless).
+    """The plan of a config, without its time.
 
     Args:
       compiled: of `trainer.compile()`.
       budget: bytes it may use; 0 if unknown.
       reason: of the dtype.
-      num_windows: of the training text; 0 if unknown.
+      num_windows: in the training text; 0 if unknown.
     """
     memory = measure_memory(config, trainer, compiled, backend)
-    sizes = {name: tree_bytes(part) for name, part in vars(trainer.abstract_state).items()}
-    state, params = sum(sizes.values()), trainer.abstract_state.params
+    state_bytes, params = tree_bytes(trainer.abstract_state), trainer.abstract_state.params
     count, embedding = count_parameters(params), params["embedding"].size
     known = bool(num_windows) or config.length_known
     tokens = config.total_steps * config.tokens_per_step if known else None
@@ -124,22 +125,22 @@ def plan_run(
         peak_bytes=memory.peak,
         budget_bytes=budget,
         fits=not budget or memory.peak <= budget,
-        checkpoint_bytes=state,
-        disk_bytes=state * (config.checkpoint.keep + 2),  # the best one, and one that is being written
+        checkpoint_bytes=state_bytes,
+        disk_bytes=state_bytes * (config.checkpoint.keep + 2),  # the best one, and one that is being written
     )
 
 
 def make_mac_plan(config: Config, backend: Backend, workdir: str = "", memory: int = 0) -> Plan:
-    """`make_plan` for the GPU of a Mac with so many bytes of memory (0: 8 GB), on any machine.
+    """`make_plan` for the GPU of a Mac with `memory` bytes (0: 8 GB), on any machine.
 
-    The step is the one that a Metal plugin would be given, compiled here instead: what it holds is the same, but for
-    how well each compiler reuses memory. Nothing is timed. The dtype is float32 unless the config names another, since
-    which one is right and fast is for the probe to find out there.
+    The step that a Metal plugin would get is compiled here instead: it needs the same memory, except that each compiler
+    reuses memory in its own way. Nothing is timed. The dtype is float32 unless the config names another, since only the
+    Mac can tell which dtypes are correct and fast on it.
     """
-    there = for_mac(backend, memory or 8 * 10**9)
+    mac = for_mac(backend, memory or 8 * 10**9)
     dtype = "float32" if config.precision == "auto" else config.precision
-    reason = "the probe will choose there" if config.precision == "auto" else "as the config says"
-    return make_plan(config, there, workdir, timed=False, precision=(dtype, reason))
+    reason = "the Mac will choose" if config.precision == "auto" else "as the config says"
+    return make_plan(config, mac, workdir, timed=False, precision=(dtype, reason))
 
 
 def make_plan(
@@ -153,110 +154,92 @@ def make_plan(
     """The whole plan of a config, as launch/plan.py shows it: with its time, and advice where it does not fit.
 
     Args:
-      config: not planned yet; where its length depends on the text, `workdir` may hold that text, prepared.
+      config: of the run.
+      workdir: where its text is prepared, which tells the length of a pass; "": nowhere.
       budget: bytes it may use; 0: `backend.memory_gb`, or what the machine has.
       timed: take a few steps, unless they could not fit.
-      precision: the dtype to compute in, and why; None: as `choose_precision` finds.
+      precision: the dtype to compute in, and the reason; None: those of `choose_precision`.
     """
     num_windows = _count_windows(config, Path(workdir)) if workdir else 0
     config = config.with_total_steps(num_windows)
     budget = budget or memory_budget(config, backend)
     dtype, reason = precision or choose_precision(backend, config.precision)
-    trainer = make_trainer(config, backend, jnp.dtype(dtype), Untrained.bos_id)
+    trainer = make_trainer(config, backend, jnp.dtype(dtype), UntrainedTokenizer.bos_id)
     plan = plan_run(config, trainer, trainer.compile(), backend, budget, reason, num_windows)
     possible = not backend.memory or plan.peak_bytes < backend.memory
     if timed and possible:
-        plan = complete(plan, config, trainer)
+        plan = with_time(plan, config, trainer)
     if not plan.fits:
-        plan = dataclasses.replace(plan, advice=advise(config, backend, plan, timed))
+        plan = dataclasses.replace(plan, advice=find_advice(config, backend, plan, timed))
     return plan
 
 
 def _count_windows(config: Config, workdir: Path) -> int:
     tokens, _ = load_tokens(workdir, "train")
-    return len(window_starts(tokens, config.model.seq_len, Untrained.bos_id if config.windows == "document" else None))
+    bos_id = UntrainedTokenizer.bos_id if config.windows == "document" else None
+    return len(window_starts(tokens, config.model.seq_len, bos_id))
 
 
-def time_steps(config: Config, trainer: Trainer, steps: int = STEPS) -> float:
-    """Seconds of a training step on random tokens: the median of `steps`, after one that is not counted.
-
-    The mean over the run, where it begins with shorter windows.
-    """
-    state, mean = trainer.init(), 0.0
-    for share, divisor in phases(config.schedule):
-        windows = trainer.place(split_windows(random_windows(config), divisor))
-        seconds = []
-        for _ in range(steps + 1):
-            start_time = time.perf_counter()
-            state, metrics = trainer.step(state, windows)
-            float(metrics["loss"])  # a host read: on some plugins nothing else waits
-            seconds.append(time.perf_counter() - start_time)
-        mean += share * float(np.median(seconds[1:]))
-    return mean
-
-
-def complete(plan: Plan, config: Config, trainer: Trainer) -> Plan:
-    """The plan with its time: of the steps, and of scoring along the way (not of samples and checkpoints)."""
+def with_time(plan: Plan, config: Config, trainer: Trainer) -> Plan:
+    """The plan with its time: of the steps, and of validation between them (not of samples and checkpoints)."""
     step = time_steps(config, trainer)
     seconds = None
     if plan.total_steps:
-        scorer, (params, windows, counted), _ = programs(config, trainer)["score"]
-        arguments = zeros(params), jnp.zeros(windows.shape, windows.dtype), jnp.zeros(counted.shape, counted.dtype)
-        float(scorer(*arguments)[0])
+        score = programs(config, trainer)["score"]
+        args = zeros(score.args)
+        float(score.function(*args)[0])
         start_time = time.perf_counter()
-        float(scorer(*arguments)[0])
-        every, most = config.evaluate.every_steps, config.evaluate.max_windows
-        evaluations = math.ceil(plan.total_steps / every) if every else 1
-        scoring = evaluations * math.ceil(most / config.evaluate.batch_size) * (time.perf_counter() - start_time)
-        seconds = plan.total_steps * step + scoring
+        float(score.function(*args)[0])
+        batch_seconds = time.perf_counter() - start_time
+        every, max_windows = config.evaluate.every_steps, config.evaluate.max_windows
+        num_evaluations = math.ceil(plan.total_steps / every) if every else 1
+        num_batches = num_evaluations * math.ceil(max_windows / config.evaluate.batch_size)
+        seconds = plan.total_steps * step + num_batches * batch_seconds
     return dataclasses.replace(plan, tokens_per_second=config.tokens_per_step / step, seconds=seconds)
 
 
-def advise(config: Config, backend: Backend, plan: Plan, timed: bool = True) -> tuple[Change, ...]:
-    """The three changes that make a run fit into its budget and cost the least speed, found by trying them.
+def find_advice(config: Config, backend: Backend, plan: Plan, timed: bool = True) -> tuple[FittingChange, ...]:
+    """The changes that make a run fit into its budget, found by trying them: three at most, the fastest first.
 
-    Prices are shares of the planned speed, or of the fastest change where the run itself could not be timed; without
-    `timed` they are 0, and the changes are those that are known to cost little.
+    `speed` is the share of the planned speed, or of the fastest change where the run itself could not be timed; 0
+    without `timed`.
     """
     found = []
-    for settings in _changes(config):
+    for settings in _candidate_changes(config):
         changed = change(config, settings)
         dtype = choose_precision(backend, changed.precision)[0] if timed else changed.precision
         dtype = plan.precision if dtype == "auto" else dtype
-        trainer = make_trainer(changed, backend, jnp.dtype(dtype), Untrained.bos_id)
+        trainer = make_trainer(changed, backend, jnp.dtype(dtype), UntrainedTokenizer.bos_id)
         peak = measure_memory(changed, trainer, trainer.compile(), backend, plan.memory.process).peak
         if peak <= plan.budget_bytes:
-            speed = changed.tokens_per_step / time_steps(changed, trainer, 2) if timed else 0.0
+            speed = changed.tokens_per_step / time_steps(changed, trainer, num_steps=2) if timed else 0.0
             found.append((speed, peak, settings))
-            if len(found) == 3:  # those that cost little come first
+            if len(found) == MAX_ADVICE:
                 break
     found.sort(key=lambda item: -item[0])
     fastest = plan.tokens_per_second or max((speed for speed, *_ in found), default=0.0)
-    return tuple(Change(settings, peak, speed, speed / fastest if fastest else 0.0) for speed, peak, settings in found)
+    return tuple(
+        FittingChange(settings, peak, speed, speed / fastest if fastest else 0.0) for speed, peak, settings in found
+    )
 
 
-def _changes(config: Config) -> Iterator[dict[str, Any]]:
-    """What differs from the config, of CHANGES; micro-batches are divided by what stands there, as far as they go."""
-    now = {"precision": config.precision, "remat": config.remat, "model.scan_layers": config.model.scan_layers}
+def _candidate_changes(config: Config) -> Iterator[dict[str, Any]]:
+    """CANDIDATE_CHANGES for this config: with sizes of micro-batches, and only settings that differ from its own."""
+    current = dict(leaves(config))
     seen = []
-    for settings in CHANGES:
-        new = {name: value for name, value in settings.items() if now.get(name) != value}
-        if divide := settings.get("micro_batch_size"):
-            micro = max(1, config.micro_batch_size // divide)
-            while config.batch_size % micro:
-                micro -= 1
-            new["micro_batch_size"] = micro
-            if micro == config.micro_batch_size:
-                del new["micro_batch_size"]
-        if new and new not in seen:
-            seen.append(new)
-            yield new
+    for candidate in CANDIDATE_CHANGES:
+        settings = dict(candidate)
+        if divisor := settings.get("micro_batch_size"):
+            settings["micro_batch_size"] = _largest_divisor(config.batch_size, config.micro_batch_size // divisor)
+        settings = {name: value for name, value in settings.items() if current[name] != value}
+        if settings and settings not in seen:
+            seen.append(settings)
+            yield settings
 
 
-def random_windows(config: Config) -> np.ndarray:
-    """A batch of windows [B, T+1] of random tokens."""
-    shape = (config.batch_size, config.model.seq_len + 1)
-    return np.random.default_rng(0).integers(4, config.tokenizer.vocab_size, shape, dtype=np.int32)
+def _largest_divisor(number: int, bound: int) -> int:
+    """The largest divisor of `number` up to `bound`; 1 if there is no other."""
+    return next((divisor for divisor in range(bound, 1, -1) if number % divisor == 0), 1)
 
 
 def zeros(tree: Any) -> Any:
@@ -264,23 +247,22 @@ def zeros(tree: Any) -> Any:
     return jax.tree_util.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
 
 
-# ------------------------------------------------------------------------------------------------------- human-readable
+# ---------------------------------------------------------------------------------------------------------------- text
 
 
 def headline(plan: Plan) -> str:
-    """The short plan: one line for memory and one for disk."""
-    m = plan.memory
-    program = m.weights + m.optimizer + m.ema + m.batch + m.gradients + m.logits + m.activations + m.results
-    of = f" of {format_bytes(plan.budget_bytes)}" if plan.budget_bytes else ""
-    parts = f"the step {format_bytes(program)}" + (f", the process {format_bytes(m.process)}" if m.process else "")
+    """Memory and disk of a plan, in one line."""
+    budget = f" of {format_bytes(plan.budget_bytes)}" if plan.budget_bytes else ""
+    process = f", the process {format_bytes(plan.memory.process)}" if plan.memory.process else ""
+    parts = f"the step {format_bytes(plan.memory.step)}{process}"
     return (
-        f"plan: peak memory {format_bytes(plan.peak_bytes)}{of} ({parts}); "
+        f"plan: peak memory {format_bytes(plan.peak_bytes)}{budget} ({parts}); "
         f"a checkpoint takes {format_bytes(plan.checkpoint_bytes)} of disk, all of them {format_bytes(plan.disk_bytes)}"
     )
 
 
 def refusal(plan: Plan, config: Config) -> str:
-    """Why a run is not started, and what to do."""
+    """Why a run is not started, and what to do, in one line."""
     return (
         f"this run needs {format_bytes(plan.peak_bytes)} of memory and may use {format_bytes(plan.budget_bytes)}; "
         f"{remedies(config)}, or start all the same: --config.backend.ignore_memory=True"
@@ -288,19 +270,15 @@ def refusal(plan: Plan, config: Config) -> str:
 
 
 def remedies(config: Config) -> str:
-    """What would make a run smaller, without trying it; `advise` tries."""
+    """Flags that make a run smaller, in words; unlike `find_advice`, nothing is tried."""
     flags = []
     if config.remat == "none" or not config.model.scan_layers:
         flags.append("--config.remat=block --config.model.scan_layers=True")
     if config.micro_batch_size > 1:
-        flags.append(f"--config.micro_batch_size={_smaller_micro_batch(config)}")
-    tried = "launch/plan.py tells what each change saves and costs"
-    return f"try {' or '.join(flags)} ({tried})" if flags else f"make the model smaller ({tried})"
-
-
-def _smaller_micro_batch(config: Config) -> int:
-    """The largest micro-batch below the present one that divides the batch."""
-    return next(size for size in range(config.micro_batch_size - 1, 0, -1) if config.batch_size % size == 0)
+        smaller = _largest_divisor(config.batch_size, config.micro_batch_size - 1)
+        flags.append(f"--config.micro_batch_size={smaller}")
+    more = "launch/plan.py tells what each change saves and costs"
+    return f"try {' or '.join(flags)} ({more})" if flags else f"make the model smaller ({more})"
 
 
 def print_plan(plan: Plan) -> None:
@@ -333,16 +311,16 @@ def print_plan(plan: Plan) -> None:
         table.add_row(name, value)
     console.print(table)
 
-    m = plan.memory
+    memory = plan.memory
     parts = rich.table.Table(box=rich.box.SIMPLE, title="Memory", title_justify="left")
     parts.add_column("part")
     parts.add_column("size", justify="right")
-    for name, size in dataclasses.asdict(m).items():
+    for name, size in dataclasses.asdict(memory).items():
         if size and name not in ("peak", "decode_cache"):
             parts.add_row(name, format_bytes(size))
     parts.add_section()
-    parts.add_row("peak", format_bytes(m.peak))
-    parts.add_row("cache of decoding, between steps", format_bytes(m.decode_cache))
+    parts.add_row("peak", format_bytes(memory.peak))
+    parts.add_row("cache of decoding, between steps", format_bytes(memory.decode_cache))
     console.print(parts)
     if plan.budget_bytes:
         verdict = "It fits" if plan.fits else "It does not fit"
@@ -352,4 +330,5 @@ def print_plan(plan: Plan) -> None:
         price = f", {advice.tokens_per_second:,.0f} tokens/s ({advice.speed:.0%} of the speed)" if advice.speed else ""
         console.print(f"  {flags}: {format_bytes(advice.peak_bytes)}{price}", soft_wrap=True)
     if not plan.fits and not plan.advice:
-        console.print("  no change of remat, micro-batch, precision or scan_layers is enough: make the model smaller")
+        all_tried = "no change of remat, micro-batch, precision or scan_layers is enough"
+        console.print(f"  {all_tried}: make the model smaller", soft_wrap=True)

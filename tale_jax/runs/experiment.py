@@ -1,4 +1,4 @@
-"""A workdir opened: the one path by which a trained model comes back, for evaluation, sampling and conversion.
+"""A workdir opened: the one path by which a trained model is restored, for evaluation, sampling and conversion.
 
 experiment = open_experiment(Path("experiments/tales"), start_backend("auto"))
 sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer)
@@ -22,9 +22,10 @@ from tale_jax.utils.progress import notice
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A trained model as evaluation, sampling and conversion need it.
+    """A trained model, its tokenizer and its settings.
 
-    `weights` are of `step`: last (as the step left them), ema (their moving average), or mean:K (of K checkpoints).
+    `weights` says what `params` are: last (as `step` left them), ema (their moving average), or mean:K (the mean of the
+    K checkpoints up to `step`).
     """
 
     workdir: Path
@@ -43,11 +44,11 @@ def open_experiment(
 
     Args:
       workdir: of the experiment.
-      backend: where the model will compute, from `start_backend`.
+      backend: from `start_backend`.
       step: of the checkpoint; 0: the best by validation loss (for mean:K the newest).
       dtype: what the model computes in; the weights are float32.
-      weights: last, as the step left them; ema, their moving average; auto, ema where the run kept one, else last; or
-        mean:K, the mean over the newest K checkpoints, up to `step`.
+      weights: last, as the step left them; ema, their moving average; auto: ema where the run kept one, else last; or
+        mean:K, the mean over the newest K checkpoints up to `step`.
 
     Raises:
       ValueError: in one line, when there is no experiment, no checkpoint, not that one, or not those weights.
@@ -120,7 +121,7 @@ def _abstract_params(model: Transformer) -> Any:
 
 
 def _count_of_mean(weights: str) -> int:
-    """Of checkpoints in mean:K, 0 for other weights. Raises ValueError for what cannot be."""
+    """K of mean:K, 0 for other weights. Raises ValueError, in one line, for weights that there never are."""
     if found := re.fullmatch(r"mean:([1-9]\d*)", weights):
         return int(found[1])
     if weights not in ("auto", "last", "ema"):

@@ -1,7 +1,8 @@
-"""A run from its config to its last checkpoint: what happens before the first step, and beside the steps.
+"""A run from its config to its last checkpoint: what happens before the first step, and between the steps.
 
-The workdir is the run: the same call goes on from the newest checkpoint, with the batches that would have come next.
-Where several processes train, each computes, and all take part in checkpoints; the first one alone writes the rest.
+The workdir is the run: the same call resumes from the newest checkpoint, with the batches that would have come next.
+Several processes that train together (`jax.distributed`) share a workdir: each computes and takes part in checkpoints;
+the first one alone writes everything else.
 """
 
 import dataclasses
@@ -9,21 +10,22 @@ import json
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import sync_global_devices
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tale_jax.config import Config
 from tale_jax.data.loader import Batches, window_starts
 from tale_jax.data.prepare import Prepared, prepare
 from tale_jax.data.tokenizer import Tokenizer
-from tale_jax.evaluation.scoring import Evaluation, Scorer
+from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans
 from tale_jax.hardware.backend import Backend, matmul_peak
+from tale_jax.hardware.distributed import any_process, from_main_process, is_main_process, wait_for_processes
 from tale_jax.hardware.machine import release_memory
 from tale_jax.inference.sampler import Sampler, SampleSettings
 from tale_jax.planning.autotune import autotune
@@ -39,14 +41,16 @@ from tale_jax.training.state import TrainState
 from tale_jax.training.step import Trainer, make_trainer
 from tale_jax.utils.files import JsonLines
 from tale_jax.utils.format import format_bytes
+from tale_jax.utils.locks import writer_lock
 from tale_jax.utils.progress import Progress
 
+MIN_TRAIN_WINDOWS = 16  # scored at each evaluation of a run with windows=document; else a quarter of those of valid
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "bad_alloc", "Insufficient Memory")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a call of `train` ended: at which step, how many the run has, and the signal that stopped it (0: none)."""
+    """How `train` ended: at which step, how many the run has, and the signal that stopped it (0: none)."""
 
     step: int
     total_steps: int
@@ -58,28 +62,37 @@ def train(
 ) -> Outcome:
     """Prepares what is missing, trains to `total_steps`, and leaves the model, its metrics and samples in `workdir`.
 
-    SIGINT and SIGTERM end it after the step under way with a checkpoint; the same call goes on from there.
+    SIGINT and SIGTERM end it after the current step with a checkpoint; the same call resumes from there.
 
     Args:
-      overrides: dotted names of settings that `config.minutes` may not decide.
+      config: as `Config.build` makes it.
+      workdir: folder of the experiment; it is made when missing.
+      backend: from `start_backend`.
+      overrides: dotted names of settings that `config.minutes` must not decide.
       start_time: `time.monotonic()` when these minutes began; 0: now.
 
     Raises:
-      ValueError: a setting that cannot work, a run that cannot fit into memory, another experiment in the workdir, or a
-        loss that is no number.
-      MemoryError: memory ran out all the same; the checkpoints before are intact.
-      OSError: the disk is full or refuses; the checkpoints before are intact.
+      ValueError: a setting that cannot work, a run that does not fit into memory, another experiment in the workdir, or
+        a loss that is not finite.
+      MemoryError: memory ran out all the same; older checkpoints are intact.
+      OSError: the workdir cannot be written, or its disk is full; older checkpoints are intact.
     """
     if config.minutes:
         config = autotune(config, workdir, backend, start_time or time.monotonic(), overrides)
+    with ExitStack() as held:
+        from_main_process(lambda: held.enter_context(writer_lock(workdir, "train")))
+        return _train(config, workdir, backend)
+
+
+def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
     prepared = open_workdir(workdir, config)
     tokenizer, tokens = prepared.tokenizer, prepared.tokens("train")
     starts = window_starts(tokens, config.model.seq_len, tokenizer.bos_id if config.windows == "document" else None)
     config = config.with_total_steps(len(starts))
     log = workdir / "log.txt" if is_main_process() else None
     with Progress("train", total=config.total_steps, unit="steps", log=log, show=is_main_process()) as progress:
-        dtype, reason = choose_precision(backend, config.precision)
-        trainer = make_trainer(config, backend, dtype, tokenizer.bos_id)
+        precision, reason = from_main_process(lambda: _choose_precision(config, backend))
+        trainer = make_trainer(config, backend, jnp.dtype(precision), tokenizer.bos_id)
         throttle = max_concurrent_bytes(trainer.abstract_state, backend.overlap_io)
         identity = run_identity(config, tokenizer)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle, identity)
@@ -89,14 +102,14 @@ def train(
         compiled = trainer.compile()
         plan = plan_run(config, trainer, compiled, backend, memory_budget(config, backend), reason, len(starts))
         progress.print(headline(plan))
-        if not (config.backend.ignore_memory or plan.fits):
+        if any_process(not (config.backend.ignore_memory or plan.fits)):
             checkpoints.close()
             raise ValueError(refusal(plan, config))
         with (
-            _batches(config, tokens, starts, backend) as batches,
-            _save_under_way_first(plan, config, checkpoints),
+            _batches(config, prepared, tokens, starts, backend) as batches,
+            _errors_after_saving(plan, config, checkpoints),
             _open_sinks(config, workdir) as sinks,
-            _stop_signals() as stop,
+            _received_signals() as signals,
         ):
             if is_main_process():
                 config.save(workdir)
@@ -104,49 +117,56 @@ def train(
                 state = trainer.init()
             else:
                 state, position = checkpoints.restore(trainer.abstract_state, trainer.state_shardings)
-                batches.set_state(position)
+                if config.corpus.changed == "continue" and not batches.is_in_this_text(position):
+                    progress.print("the text has changed: training goes on with the weights, at the start of it")
+                else:
+                    batches.set_state(position)
             release_memory()
             record = _run_record(config, prepared, backend, plan, step)
             sinks.write(record)
             progress.print(_description(config, record, backend, step))
             progress.advance(step)
+            stop = StopSignal(signals, trainer)
             hooks = RunHooks(config, workdir, tokenizer, trainer, checkpoints, batches, sinks, progress, record, stop)
-            lazily = scheduled_batches(hooks.timed(batches), config.schedule, config.total_steps, step)
-            state, step = fit(trainer, state, lazily, hooks, step)
-            checkpoints.save(step, state, batches.get_state(), None)  # nothing to do unless a signal came in between
+            if config.windows == "document":
+                hooks.score_training_text(tokens, starts)
+            scheduled = scheduled_batches(hooks.timed(batches), config.schedule, config.total_steps, step)
+            state, step = fit(trainer, state, scheduled, hooks, step)
+            checkpoints.save(step, state, batches.get_state(), None)  # does nothing where this step was saved
             checkpoints.close()
-        if stop:
+        if stop.number:
             progress.print(
                 f"stopped at step {step} of {config.total_steps}, saved; the same command goes on from there"
             )
-        return Outcome(step, config.total_steps, stop[0] if stop else 0)
+        return Outcome(step, config.total_steps, stop.number)
 
 
-def is_main_process() -> bool:
-    """Whether this process writes what a run has once: config, metrics, log, samples."""
-    return jax.process_index() == 0
+def _choose_precision(config: Config, backend: Backend) -> list[str]:
+    dtype, reason = choose_precision(backend, config.precision)
+    return [jnp.dtype(dtype).name, reason]
 
 
 def open_workdir(workdir: Path, config: Config) -> Prepared:
     """Makes the folder and prepares the text in it, unless it holds another experiment.
 
-    The first process does it; others wait, and find it done.
+    The main process does it; others wait, and then read what it made.
 
     Raises ValueError in one line with the first setting that differs, OSError when nothing can be written there.
     """
-    if is_main_process():
+
+    def make() -> None:
         _check_workdir(workdir, config)
         prepare(config, workdir, workdir / "log.txt")
-    if jax.process_count() > 1:
-        sync_global_devices("prepared")
+
+    from_main_process(make)
     return prepare(config, workdir)
 
 
 def _check_workdir(workdir: Path, config: Config) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / ".writable"
-    probe.touch()
-    probe.unlink()
+    writable = workdir / ".writable"
+    writable.touch()
+    writable.unlink()
     if (workdir / "config.json").exists() and (other := config.difference(Config.load(workdir))):
         name, mine, theirs = other
         raise ValueError(
@@ -156,7 +176,9 @@ def _check_workdir(workdir: Path, config: Config) -> None:
 
 
 @contextmanager
-def _batches(config: Config, tokens: np.ndarray, starts: np.ndarray, backend: Backend) -> Iterator[Batches]:
+def _batches(
+    config: Config, prepared: Prepared, tokens: np.ndarray, starts: np.ndarray, backend: Backend
+) -> Iterator[Batches]:
     """The batches of this process; their threads end with the `with`."""
     batches = Batches(
         tokens,
@@ -167,6 +189,7 @@ def _batches(config: Config, tokens: np.ndarray, starts: np.ndarray, backend: Ba
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_threads=2 if backend.overlap_io else 0,
+        text=prepared.manifests["train"].corpus.get("contents", ""),
     )
     try:
         yield batches
@@ -179,7 +202,7 @@ def _open_sinks(config: Config, workdir: Path) -> Sinks:
 
 
 def _run_record(config: Config, prepared: Prepared, backend: Backend, plan: Plan, step: int) -> dict[str, Any]:
-    """What `metrics.jsonl` says of a run as it starts or goes on."""
+    """The record of a run in `metrics.jsonl`, written when it starts or resumes."""
     entropy = prepared.manifests["valid"].entropy
     record = {
         "kind": "run",
@@ -214,8 +237,38 @@ def _description(config: Config, record: dict[str, Any], backend: Backend, step:
     return "\n".join(lines)
 
 
+class StopSignal:
+    """The signal that stops a run; all processes learn of it before the same step, whichever received it.
+
+    A signal travels as metrics do, one step late, so that no process waits for the step that the devices compute.
+    """
+
+    def __init__(self, received: list[int], trainer: Trainer):
+        mesh = trainer.batch_sharding.mesh
+        self._received, self._agreed, self._on_its_way = received, 0, None
+        self._sharding, self._count = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), mesh.size
+        self._max = jax.jit(jnp.max, out_shardings=trainer.replicated)
+
+    @property
+    def number(self) -> int:
+        """Of the signal; 0: none."""
+        if jax.process_count() > 1:
+            return self._agreed
+        return self._received[0] if self._received else 0
+
+    def agree(self) -> bool:
+        """Whether to stop before the next step; every process asks before each step."""
+        if jax.process_count() > 1 and not self._agreed:
+            if self._on_its_way is not None:
+                self._agreed = int(self._on_its_way)
+            mine = np.array([self._received[0] if self._received else 0], np.int32)
+            numbers = jax.make_array_from_callback((self._count,), self._sharding, lambda _: mine)
+            self._on_its_way = self._max(numbers)
+        return self.number > 0
+
+
 class RunHooks(Hooks):
-    """What a run does beside its steps: records, validation, checkpoints, and samples, in this order."""
+    """What a run does between its steps: records, validation, checkpoints and samples, in this order."""
 
     def __init__(
         self,
@@ -228,7 +281,7 @@ class RunHooks(Hooks):
         sinks: Sinks,
         progress: Progress,
         record: dict[str, Any],
-        stop: list[int],
+        stop: StopSignal,
     ):
         self._config, self._workdir, self._sinks, self._progress = config, workdir, sinks, progress
         self._checkpoints, self._batches, self._stop = checkpoints, batches, stop
@@ -238,10 +291,12 @@ class RunHooks(Hooks):
             peak_flops=record["matmul_peak"],
             tokens=record["step"] * config.tokens_per_step,
         )
-        # One token at a time is bound by memory and by small products: float32 is the faster dtype for it on a CPU.
+        # Decoding is limited by memory bandwidth and by small products: on a CPU float32 is the faster dtype for it.
         decoder = trainer.model.clone(dtype=jnp.float32)
         self._sampler = Sampler(decoder, None, tokenizer, batch_size=config.sample.num_samples)
-        scorer = Scorer(
+        self._replicate = jax.jit(lambda tree: tree, out_shardings=trainer.replicated)
+        self._bos_id = tokenizer.bos_id
+        self._scorer = Scorer(
             trainer.model,
             tokenizer,
             config.evaluate.batch_size,
@@ -250,26 +305,40 @@ class RunHooks(Hooks):
             trainer.replicated,
         )
         self._evaluation = Evaluation(
-            workdir, "valid", scorer, tokenizer, config.windows, max_windows=config.evaluate.max_windows
+            workdir, "valid", self._scorer, tokenizer, config.windows, max_windows=config.evaluate.max_windows
         )
+        self._train_tokens: np.ndarray | None = None
+        self._train_spans: list[Span] = []
+
+    def score_training_text(self, tokens: np.ndarray, starts: np.ndarray) -> None:
+        """From now on every evaluation also scores the first document of some training windows.
+
+        The rest of such a window is the opening of the next document, which no model can predict from what stands
+        before. Validation has no such tokens, so it compares with this number and not with the training loss.
+        """
+        count = min(len(starts), max(MIN_TRAIN_WINDOWS, len(self._evaluation.spans) // 4))
+        chosen = starts[np.arange(count) * len(starts) // count]
+        context = self._config.model.seq_len
+        self._train_tokens = tokens
+        self._train_spans = list(first_document_spans(tokens, chosen, context, self._bos_id))
 
     def timed(self, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """The batches; the time that the loop waits for them is measured."""
+        """The batches; how long the loop waits for them is measured."""
         while True:
             with self._meter.waiting():
                 batch = next(batches)
             yield batch
 
     def should_stop(self) -> bool:
-        return bool(self._stop)
+        return self._stop.agree()
 
     def is_due(self, step: int) -> bool:
-        return bool(self._stop) or any(self._due(step).values())
+        return self._stop.number > 0 or any(self._due(step).values())
 
     def _due(self, step: int) -> dict[str, bool]:
-        groups = {"evaluate": self._config.evaluate, "sample": self._config.sample, "save": self._config.checkpoint}
-        last = step == self._config.total_steps
-        return {name: last or (each.every_steps > 0 and step % each.every_steps == 0) for name, each in groups.items()}
+        c, last = self._config, step == self._config.total_steps
+        every = {"evaluate": c.evaluate.every_steps, "sample": c.sample.every_steps, "save": c.checkpoint.every_steps}
+        return {name: last or (steps > 0 and step % steps == 0) for name, steps in every.items()}
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
         if not np.isfinite(metrics["loss"]):
@@ -290,42 +359,55 @@ class RunHooks(Hooks):
         due = self._due(step)
         with self._meter.paused():
             loss = self._evaluate(state.eval_params, step) if due["evaluate"] else None
-            if due["save"] or self._stop:
+            if due["save"] or self._stop.number:
                 self._checkpoints.save(step, state, self._batches.get_state(), loss)
-            if due["sample"] and is_main_process():
-                self._sample(state.eval_params, step)
+            if due["sample"]:
+                params = self._on_this_process(state.eval_params)
+                if is_main_process():
+                    self._sample(params, step)
+                wait_for_processes()
             release_memory()
 
     def _evaluate(self, params: Any, step: int) -> float:
-        with self._progress.part("evaluate", total=len(self._evaluation.spans), unit="windows") as part:
+        num_windows = len(self._evaluation.spans) + len(self._train_spans)
+        with self._progress.part("evaluate", total=num_windows, unit="windows") as part:
             result = self._evaluation(params, part.advance)
-        keep = ("nats_per_token", "bits_per_byte", "tokens", "excess_nats_per_token")
+            if self._train_tokens is not None:
+                nats, counts, _ = self._scorer(params, self._train_tokens, self._train_spans, part.advance)
+                result["train_nats_per_token"] = float(nats.sum() / counts.sum())
+        keep = ("nats_per_token", "bits_per_byte", "tokens", "excess_nats_per_token", "train_nats_per_token")
         self._sinks.write(
             {"kind": "valid", "step": step, "time": time.time()} | {k: result[k] for k in keep if k in result}
         )
         excess = f", {result['excess_nats_per_token']:.4f} over the floor" if "excess_nats_per_token" in result else ""
         self._progress.print(
             f"step {step}: validation {result['nats_per_token']:.4f} nats/token, "
-            f"{result['bits_per_byte']:.3f} bits/byte{excess}"
+            f"{'–' if result['bits_per_byte'] is None else format(result['bits_per_byte'], '.3f')} bits/byte{excess}"
         )
         return result["nats_per_token"]
 
+    def _on_this_process(self, params: Any) -> Any:
+        """The whole weights on one device of this process. All processes call it together."""
+        if jax.process_count() == 1:
+            return params
+        return jax.tree_util.tree_map(lambda x: x.addressable_data(0), self._replicate(params))
+
     def _sample(self, params: Any, step: int) -> None:
-        wanted, seed = self._config.sample, self._config.seed
-        settings = SampleSettings(max_tokens=wanted.max_tokens, temperature=wanted.temperature)
+        config, seed = self._config.sample, self._config.seed
+        settings = SampleSettings(max_tokens=config.max_tokens, temperature=config.temperature)
         samples = self._sampler.sample(
-            wanted.prompt, settings, num_samples=wanted.num_samples, seed=seed, params=params
+            config.prompt, settings, num_samples=config.num_samples, seed=seed, params=params
         )
         lines = JsonLines(self._workdir / "samples.jsonl")
-        for sample in samples:
-            about = {"step": step, "prompt": wanted.prompt, "text": sample.text}
-            lines.append(about | {"temperature": wanted.temperature, "seed": seed})
-        self._progress.print(f"step {step}: {wanted.prompt}{samples[0].text.strip()}")
+        for number, sample in enumerate(samples):
+            record = {"step": step, "number": number, "prompt": config.prompt, "text": sample.text}
+            lines.append(record | {"temperature": config.temperature, "seed": seed})
+        self._progress.print(f"step {step}: {config.prompt}{samples[0].text.strip()}")
 
 
 @contextmanager
-def _save_under_way_first(plan: Plan, config: Config, checkpoints: Checkpoints) -> Iterator[None]:
-    """Whatever ends a run early, the save under way is finished first; running out of memory is told with advice."""
+def _errors_after_saving(plan: Plan, config: Config, checkpoints: Checkpoints) -> Iterator[None]:
+    """Raises what ends a run early when the current save is finished; running out of memory with advice."""
     try:
         yield
     except BaseException as error:
@@ -343,20 +425,20 @@ def _save_under_way_first(plan: Plan, config: Config, checkpoints: Checkpoints) 
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def _received_signals() -> Iterator[list[int]]:
     """A list that gets the number of a SIGINT or SIGTERM; a second one acts as usual."""
     received: list[int] = []
-    before: dict[int, Callable | int | None] = {}
+    usual: dict[int, Callable | int | None] = {}
 
-    def note(number: int, _: Any) -> None:
+    def remember(number: int, _: Any) -> None:
         received.append(number)
-        for each, handler in before.items():
+        for each, handler in usual.items():
             signal.signal(each, handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
+        usual[number] = signal.signal(number, remember)
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in usual.items():
             signal.signal(number, handler)

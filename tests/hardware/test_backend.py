@@ -1,221 +1,130 @@
-"""Platforms, plugins and precision, on a machine that has none of the plugins: fakes stand in for the broken ones."""
+"""Platforms and plugins, on a machine that has none of the plugins: fakes stand in for the broken ones."""
 
 import dataclasses
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+import fake_plugins
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import ROOT
 
-from tale_jax.hardware import backend, machine
-from tale_jax.hardware.backend import start_backend
-from tale_jax.planning import doctor
-from tale_jax.planning import numerics as probe
+from tale_jax.hardware import backend as backend_module
+from tale_jax.hardware import machine
+from tale_jax.hardware.backend import for_mac, for_platform, start_backend, tracing_for_metal
 
-RAISES = "def initialize():\n    raise RuntimeError('no Metal device found')\n"
-ABORTS = "import os\n\n\ndef initialize():\n    os.abort()\n"
-
-
-def fake_plugin(folder: Path, name: str, source: str, version: str = "0.11.1") -> None:
-    """An installed distribution whose jax plugin does what `source` says."""
-    module = f"fake_{name.replace('-', '_')}"
-    (folder / f"{module}.py").write_text(source)
-    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    (info / "entry_points.txt").write_text(f"[jax_plugins]\n{machine.METAL_PLUGINS[name][0]} = {module}\n")
+START = (
+    "import sys; from tale_jax.hardware.backend import start_backend; "
+    "backend = start_backend(sys.argv[1]); print(backend.platform, backend.note)"
+)
 
 
-@pytest.fixture
-def elsewhere(tmp_path):
-    """Runs Python in a machine of its own: a cache folder and a folder of installed fakes, both empty at first."""
-
-    def run(*command: str) -> subprocess.CompletedProcess[str]:
-        unset = ("JAX_PLATFORMS", "XLA_FLAGS")
-        env = {k: v for k, v in os.environ.items() if k not in unset}
-        env |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-        return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
-
-    return run
-
-
-START = "import sys; from tale_jax import backend; backend = start_backend(sys.argv[1]); print(backend.platform, backend.note)"
-
-
-def test_a_plugin_that_raises_is_refused_by_name_and_auto_falls_back_aloud(elsewhere, tmp_path):
-    fake_plugin(tmp_path, "jax-mps", RAISES)
-    asked = elsewhere("-c", START, "metal")
-    assert asked.returncode == 1 and "backend.platform=metal does not start here: jax-mps fails" in asked.stderr
-    auto = elsewhere("-c", START, "auto")
+def test_a_plugin_that_raises_is_refused_by_name_and_auto_falls_back_and_says_so(tmp_path):
+    fake_plugins.install(tmp_path, "jax-mps", fake_plugins.RAISES)
+    metal = fake_plugins.run_python(tmp_path, "-c", START, "metal")
+    assert metal.returncode == 1 and "backend.platform=metal does not start here: jax-mps fails" in metal.stderr
+    auto = fake_plugins.run_python(tmp_path, "-c", START, "auto")
     assert auto.returncode == 0, auto.stderr
     assert auto.stdout.startswith("cpu falls back to the CPU: jax-mps does not start (")
 
 
-def test_a_plugin_that_aborts_is_told_before_it_takes_the_process_with_it(elsewhere, tmp_path):
-    fake_plugin(tmp_path, "jax-mps", ABORTS)
+def test_a_plugin_that_aborts_is_refused_before_it_ends_the_process(tmp_path):
+    fake_plugins.install(tmp_path, "jax-mps", fake_plugins.ABORTS)
     for platform in ("metal", "auto"):
-        done = elsewhere("-c", START, platform)
+        done = fake_plugins.run_python(tmp_path, "-c", START, platform)
         assert done.returncode == 1, done
-        assert "it aborts the process by signal 6" in done.stderr and "pip uninstall jax-mps" in done.stderr
+        assert (
+            "jax-mps fails (" in done.stderr and "signal 6: " in done.stderr and "pip uninstall jax-mps" in done.stderr
+        )
 
 
-def test_two_plugins_are_refused(elsewhere, tmp_path):
-    fake_plugin(tmp_path, "jax-mps", RAISES)
-    fake_plugin(tmp_path, "jax-metal", RAISES, "0.1.1")
-    done = elsewhere("-c", START, "metal")
+def test_two_plugins_are_refused(tmp_path):
+    fake_plugins.install(tmp_path, "jax-mps", fake_plugins.RAISES)
+    fake_plugins.install(tmp_path, "jax-metal", fake_plugins.RAISES, "0.1.1")
+    done = fake_plugins.run_python(tmp_path, "-c", START, "metal")
     assert "jax-mps and jax-metal are installed and clash; pip uninstall jax-metal" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("source", "word"),
-    [pytest.param(RAISES, "jax-mps 0.11.1 does not start", marks=pytest.mark.slow), (ABORTS, "by signal 6")],
-    ids=["raises", "aborts"],
-)
-def test_doctor_survives_a_broken_plugin_and_says_what_to_do(elsewhere, tmp_path, source, word):
-    fake_plugin(tmp_path, "jax-mps", source)
-    done = elsewhere("launch/doctor.py", f"--folder={tmp_path}", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["plugins"] == {"jax-mps": "0.11.1"}
-    assert any(word in problem for problem in found["problems"]), found["problems"]
-    assert any("pip uninstall jax-mps" in line for line in found["advice"])
-    assert ("error" in found["computes"]) == (source == ABORTS)
-
-
-@pytest.mark.slow
-def test_doctor_is_right_about_this_machine(elsewhere, tmp_path):
-    done = elsewhere("launch/doctor.py", f"--folder={tmp_path}", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["machine"]["memory_bytes"] == machine.total_memory() > 0
-    assert found["versions"]["jax"] == jax.__version__
-    assert not found["problems"]
-    computes = found["computes"]
-    assert computes["platform"] == "cpu"
-    assert {row["dtype"]: row["correct"] for row in computes["probe"]}["float32"]
-    assert computes["precision"] in computes["matmul_flops"]
-    assert all(rate > 0 for rate in computes["matmul_flops"].values())
-
-
-def test_doctor_prints_tables_of_what_it_found(capsys):
-    finding = probe.DtypeCheck("bfloat16", False, "the probe ended with killed by signal 6: abort")
-    here = {"platform": "metal", "device": "M2", "memory_bytes": int(5e9), "memory_bytes_per_second": 9e10}
-    here |= {"probe": [vars(finding)], "matmul_flops": {}, "precision": "float32", "precision_reason": "", "note": ""}
-    found = {
-        "machine": {"system": "Darwin", "cpu": "M2", "memory_bytes": 8e9, "disk_free_bytes": 1e9, "python": "3.12"}
-        | {"disk_write_bytes_per_second": 1e9},
-        "versions": {"jax": "0.11.2"}, "plugins": {"jax-mps": "0.11.1"}, "computes": here, "problems": ["a problem"],
-        "advice": doctor._advice(backend),
-    }  # fmt: skip
-    doctor.show(found)
-    out = capsys.readouterr().out
-    assert "killed by" in out and "a problem" in out and "configs/m2_air.py" in out
-
-
-@pytest.mark.parametrize(
-    ("python", "macos", "arm", "words"),
-    [
-        ((3, 13), (14, 0), False, "Apple GPUs need a Mac with Apple silicon"),
-        ((3, 11), (14, 5), True, "installs nothing on Python 3.11"),
-        ((3, 13), (13, 6), True, "jax-mps needs macOS 14"),
-        ((3, 13), (15, 1), True, "make env EXTRAS=dev,metal"),
-    ],
-)
-def test_why_no_metal_names_what_the_marker_skipped(monkeypatch, python, macos, arm, words):
-    monkeypatch.setattr(machine, "is_apple_silicon", lambda: arm)
-    monkeypatch.setattr(machine, "macos_version", lambda: macos)
-    monkeypatch.setattr(machine.sys, "version_info", (*python, 0))
-    assert words in machine.why_no_metal()
-    with pytest.raises(ValueError, match=r"backend.platform=metal is not possible here"):
+def test_metal_without_a_plugin_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"backend.platform=metal is not possible here: Apple GPUs need a Mac"):
         start_backend("metal")
 
 
-@pytest.mark.parametrize("dtype", probe.DTYPES)
-def test_the_probe_finds_this_cpu_right(cpu, dtype, monkeypatch):
-    monkeypatch.setattr(probe, "_tokens_per_second", lambda here, dtype: 1.0)
-    found = probe.examine(cpu, dtype)
-    assert found.correct, found
-    assert (found.decode_error == 0) == (dtype == "float32")
+def test_a_gpu_that_jax_does_not_start_is_refused(tmp_path):
+    done = fake_plugins.run_python(tmp_path, "-c", START, "cuda")
+    assert done.returncode == 1
+    assert "backend.platform=cuda " in done.stderr.splitlines()[-1]
 
 
-def test_the_probe_finds_a_wrong_product(cpu, monkeypatch):
-    """A backend whose products lose a few bits too many is not right."""
-    monkeypatch.setattr(probe, "_tokens_per_second", lambda here, dtype: 1.0)
-    numbers = probe._numbers
-    calls = []
-
-    def wrong(device, dtype, *layout):
-        calls.append(dtype)
-        found = numbers(device, dtype, *layout)
-        return found if len(calls) == 1 else found | {"gradient": 1.2 * found["gradient"]}
-
-    monkeypatch.setattr(probe, "_numbers", wrong)
-    found = probe.examine(cpu, "bfloat16")
-    assert not found.correct and "gradients 2.0e-01" in found.reason
+def test_the_platform_of_the_environment_is_not_changed_behind_ones_back():
+    """This process was started with JAX_PLATFORMS=cpu."""
+    with pytest.raises(ValueError, match=r"backend.platform=cuda is not what JAX starts here \(cpu\)"):
+        start_backend("cuda")
 
 
-def finding(dtype: str, correct: bool, rate: float) -> probe.DtypeCheck:
-    return probe.DtypeCheck(dtype, correct, "" if correct else "it aborts", tokens_per_second=rate)
+def test_the_cpu_is_described(cpu):
+    assert (cpu.platform, cpu.plugin, cpu.device) == ("cpu", "", machine.cpu_name())
+    assert cpu.memory == machine.total_memory()
+    assert not cpu.overlap_io and not cpu.cudnn_attention
+    assert cpu.donate == (backend_module._jax_version() >= (0, 5))
+    assert cpu.materialize_transposes == (backend_module._jax_version() >= (0, 11))
 
 
-@pytest.mark.parametrize(
-    ("findings", "dtype"),
-    [
-        ([finding("float32", True, 100), finding("bfloat16", True, 200)], "bfloat16"),
-        ([finding("float32", True, 100), finding("bfloat16", True, 105)], "float32"),
-        ([finding("float32", True, 100), finding("bfloat16", False, 900)], "float32"),
-    ],
-)
-def test_auto_takes_the_fastest_correct_dtype(cpu, monkeypatch, findings, dtype):
-    monkeypatch.setattr(probe, "probe", lambda here: findings)
-    chosen, reason = probe.choose_precision(dataclasses.replace(cpu, platform="metal"), "auto")
-    assert chosen == jnp.dtype(dtype) and "100" in why
+def test_choices_follow_the_platform(cpu):
+    metal, cuda = for_platform(cpu, "metal"), for_platform(cpu, "cuda")
+    assert (metal.platform, metal.overlap_io, metal.donate, metal.materialize_transposes) == (
+        "metal",
+        True,
+        False,
+        False,
+    )
+    assert (cuda.platform, cuda.overlap_io, cuda.donate, cuda.materialize_transposes) == ("cuda", True, True, False)
+    assert for_platform(metal, "cpu") == cpu
+    mac = for_mac(dataclasses.replace(cpu, note="a note"), 9 * 10**9)
+    assert (mac.platform, mac.memory, mac.note) == ("metal", 6 * 10**9, "")
 
 
-def test_a_dtype_asked_for_that_is_wrong_is_refused(cpu, monkeypatch):
-    monkeypatch.setattr(probe, "probe", lambda here: [finding("float32", True, 1), finding("bfloat16", False, 1)])
-    metal = dataclasses.replace(cpu, platform="metal")
-    with pytest.raises(
-        ValueError, match=r"precision=bfloat16 is not computed rightly on metal \(it aborts\); try prec"
-    ):
-        probe.choose_precision(metal, "bfloat16")
-    monkeypatch.setattr(probe, "probe", lambda here: [finding("float32", False, 1), finding("bfloat16", False, 1)])
-    with pytest.raises(ValueError, match=r"try backend.platform=cpu"):
-        probe.choose_precision(metal, "auto")
+def test_old_jax_on_a_cpu_donates_nothing_and_keeps_its_products(cpu, monkeypatch):
+    monkeypatch.setattr(backend_module, "_jax_version", lambda: (0, 4))
+    old = for_platform(cpu, "cpu")
+    assert not old.donate and not old.materialize_transposes
+    assert for_platform(cpu, "cuda").donate
 
 
-@pytest.mark.parametrize(("peak", "dtype"), [(3e11, "bfloat16"), (1.2e11, "float32"), (5e10, "float32")])
-def test_a_cpu_takes_the_dtype_of_the_faster_products_and_is_not_probed(cpu, monkeypatch, peak, dtype):
-    monkeypatch.setattr(probe, "probe", lambda here: pytest.fail("probed"))
-    monkeypatch.setattr(backend, "matmul_peak", lambda name: {"float32": 1e11, "bfloat16": peak}[name])
-    chosen, reason = probe.choose_precision(cpu, "auto")
-    assert chosen == jnp.dtype(dtype) and "float32 100 GFLOP/s" in why
-    assert probe.choose_precision(cpu, "bfloat16") == (jnp.dtype("bfloat16"), "as the config says")
+def test_random_bits_do_not_depend_on_the_mesh_but_where_metal_is_traced_for():
+    assert jax.config.jax_threefry_partitionable
+    with pytest.raises(ValueError, match="stop"), tracing_for_metal():
+        assert not jax.config.jax_threefry_partitionable
+        raise ValueError("stop")
+    assert jax.config.jax_threefry_partitionable
 
 
-def test_findings_are_kept_for_these_versions_and_asked_for_again_on_others(cpu, monkeypatch, tmp_path):
-    asked = []
-
-    def run(platform, dtype):
-        asked.append(dtype)
-        return finding(dtype, True, 1.0)
-
-    monkeypatch.setattr(machine, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(probe, "_run", run)
-    assert probe.probe(cpu) == probe.probe(cpu)
-    assert asked == list(probe.DTYPES)
-    version = machine.version
-    monkeypatch.setattr(machine, "version", lambda name: "9.9" if name == "jax" else version(name))
-    probe.probe(cpu)
-    assert len(asked) == 2 * len(probe.DTYPES)
+def test_the_peak_of_products_is_measured_once():
+    peak = backend_module.matmul_peak(jnp.float32)
+    assert peak > 1e8
+    assert backend_module.matmul_peak("float32") == peak
+    assert backend_module.memory_bandwidth(size=1 << 20, seconds=0.0) == 0.0  # no time, no measurement
+    assert backend_module.memory_bandwidth(size=1 << 20, seconds=0.01) > 1e6
 
 
-def test_a_probe_that_dies_is_a_finding(monkeypatch):
-    monkeypatch.setattr(probe.sys, "executable", "/bin/false")
-    found = probe._run("cpu", "float32")
-    assert not found.correct and "exit code 1" in found.reason
+def test_flags_of_the_user_win(monkeypatch):
+    monkeypatch.setattr(machine, "has_avx512", lambda: True)
+    monkeypatch.setattr(machine, "has_cuda_plugin", lambda: True)
+    monkeypatch.setattr(backend_module, "_jax_version", lambda: (0, 11))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=256")
+    backend_module._set_xla_flags()
+    expected = "--xla_cpu_prefer_vector_width=256 --xla_gpu_enable_latency_hiding_scheduler=true"
+    assert os.environ["XLA_FLAGS"] == expected
+    monkeypatch.delenv("XLA_FLAGS")
+    backend_module._set_xla_flags()
+    assert "--xla_cpu_prefer_vector_width=512" in os.environ["XLA_FLAGS"]
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(tmp_path):
+    code = (
+        f"import os; os.environ.pop('JAX_COMPILATION_CACHE_DIR', ''); {START}; "
+        "import jax; jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0); "
+        "jax.jit(lambda x: jax.numpy.linalg.svd(x @ x))(jax.numpy.ones((64, 64)))"
+    )
+    done = fake_plugins.run_python(tmp_path, "-c", code, "cpu")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "cache" / "tale_jax" / "xla").iterdir())

@@ -1,21 +1,28 @@
-"""A run is its workdir: what is interrupted goes on as if it had not been."""
+"""A run is its workdir: what is interrupted goes on as if it had not been, on one process and on two."""
 
 import dataclasses
 import json
 import os
+import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
 import jax
 import numpy as np
 import pytest
-from helpers import build_config
+from helpers import ROOT, assert_trees_equal, build_config
 
-from tale_jax import config as config_module
+from tale_jax.data import loader
 from tale_jax.evaluation.scoring import Evaluation, Scorer
+from tale_jax.runs import train as train_module
 from tale_jax.runs.experiment import open_experiment
 from tale_jax.runs.records import read_metrics
-from tale_jax.runs.train import train
+from tale_jax.runs.train import RunHooks, train
 from tale_jax.training.checkpoint import Checkpoints
 
 SMALL = {
@@ -34,6 +41,26 @@ def losses(workdir):
     return {r["step"]: r["loss"] for r in read_metrics(workdir)["train"]}
 
 
+def assert_same_losses(workdir, other, rtol):
+    mine, theirs = losses(workdir), losses(other)
+    assert mine.keys() == theirs.keys()
+    np.testing.assert_allclose(list(mine.values()), [theirs[step] for step in mine], rtol=rtol)
+
+
+def stop_after(steps, monkeypatch):
+    """A SIGTERM with the batch of this number; returns the batches that are taken."""
+    taken, original = [], loader.Batches.__next__
+
+    def next_batch(self):
+        taken.append(original(self))
+        if len(taken) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return taken[-1]
+
+    monkeypatch.setattr(loader.Batches, "__next__", next_batch)
+    return taken
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, cpu):
     workdir = tmp_path_factory.mktemp("straight")
@@ -41,7 +68,7 @@ def straight(tmp_path_factory, cpu):
     return workdir
 
 
-def test_a_run_leaves_what_the_house_promises(straight):
+def test_a_run_leaves_what_is_promised(straight):
     names = {path.name for path in straight.iterdir()}
     assert {"config.json", "tokenizer", "windows", "checkpoints", "metrics.jsonl", "samples.jsonl", "log.txt"} <= names
     records = read_metrics(straight)
@@ -52,144 +79,90 @@ def test_a_run_leaves_what_the_house_promises(straight):
     assert [r["step"] for r in records["valid"]] == [10, 20]
     assert records["run"][0]["floor_nats_per_token"] > 0
     assert records["train"][-1]["loss"] < records["train"][0]["loss"] - 0.5
+    samples = [json.loads(line) for line in (straight / "samples.jsonl").read_text().splitlines()]
+    assert {s["step"] for s in samples} == {10, 20} and all(isinstance(s["text"], str) for s in samples)
 
 
 def test_interrupted_and_resumed_equals_straight_through(straight, tmp_path, cpu, monkeypatch):
     """A SIGTERM after some steps, then the same call: the losses are those of the run that was left alone."""
-
-    taken, original = [], data.Batches.__next__
-
-    def next_batch(self):
-        batch = original(self)
-        taken.append(batch)
-        if len(taken) == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return batch
-
-    monkeypatch.setattr(data.Batches, "__next__", next_batch)
+    taken = stop_after(7, monkeypatch)
     config = build_config(**SMALL)
     outcome = train(config, tmp_path, cpu)
     assert (outcome.step, outcome.signal) == (7, signal.SIGTERM)
     outcome = train(config, tmp_path, cpu)
     assert (outcome.step, outcome.signal) == (20, 0)
-    assert len(taken) == 20
-    assert len({batch.tobytes() for batch in taken}) == 20
-    mine, theirs = losses(tmp_path), losses(straight)
-    np.testing.assert_allclose([mine[s] for s in range(1, 21)], [theirs[s] for s in range(1, 21)], rtol=1e-5)
+    assert len(taken) == 20 and len({batch.tobytes() for batch in taken}) == 20
+    assert_same_losses(tmp_path, straight, rtol=1e-5)
 
 
 def test_a_crash_loses_only_what_came_after_the_checkpoint(straight, tmp_path, cpu, monkeypatch):
-    from tale_jax.training import loop
+    on_metrics = RunHooks.on_metrics
 
-    def crash(self, record):
-        if record["step"] == 14:
+    def crash(self, step, metrics):
+        if step == 14:
             raise RuntimeError("power cut")
-        return original(self, record)
+        on_metrics(self, step, metrics)
 
-    original = loop._Observer.record
-    monkeypatch.setattr(loop._Observer, "record", crash)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(RunHooks, "on_metrics", crash)
         train(build_config(**SMALL), tmp_path, cpu)
-    monkeypatch.undo()
+    assert Checkpoints(tmp_path, 1).latest == 10
     assert train(build_config(**SMALL), tmp_path, cpu).step == 20
-    mine, theirs = losses(tmp_path), losses(straight)
-    np.testing.assert_allclose([mine[s] for s in range(1, 21)], [theirs[s] for s in range(1, 21)], rtol=1e-5)
+    assert_same_losses(tmp_path, straight, rtol=1e-5)
 
 
-def test_a_run_with_average_and_short_windows_goes_on_as_if_never_stopped(tmp_path, cpu, monkeypatch):
+def test_a_run_with_ema_and_short_windows_goes_on_as_if_never_stopped(tmp_path, cpu, monkeypatch):
     """Stopped in each phase and at none; the whole state at the end is the same, to the bit."""
     settings = SMALL | {
         "total_steps": 8,
         "evaluate.every_steps": 0,
         "checkpoint.every_steps": 0,
         "sample.every_steps": 8,
+        "ema.decay": 0.8,
+        "schedule.short_seq_fraction": 0.5,
+        "model.embedding_dropout": 0.1,
+        "remat": "block",
     }
-    settings |= {"ema.decay": 0.8, "schedule.short_seq_fraction": 0.5, "model.embedding_dropout": 0.1, "remat": "block"}
-    config = build_config(**settings, **{"optimizer.momentum_warmup_steps": 5, "optimizer.cautious": True})
+    config = build_config(**settings)
     outcome = train(config, tmp_path / "straight", cpu)
     seen = []
-    for at in (2, 6):
-        stop_after(at - (seen[-1] if seen else 0), monkeypatch)
-        seen.append(train(config, tmp_path / "stopped", cpu).step)
-        monkeypatch.undo()
+    for step in (2, 6):
+        with monkeypatch.context() as patch:
+            stop_after(step - (seen[-1] if seen else 0), patch)
+            seen.append(train(config, tmp_path / "stopped", cpu).step)
     assert seen == [2, 6] and train(config, tmp_path / "stopped", cpu).step == outcome.step == 8
     mine, theirs = losses(tmp_path / "stopped"), losses(tmp_path / "straight")
     assert mine == theirs and len(mine) == 8
     for weights in ("ema", "last"):
-        one, other = (open_experiment(tmp_path / name, weights=weights).params for name in ("straight", "stopped"))
-        jax.tree_util.tree_map(np.testing.assert_array_equal, one, other)
-    assert read_metrics(tmp_path / "straight")["valid"][-1]["nats_per_token"] == pytest.approx(
-        served_loss(tmp_path / "straight"), rel=1e-5
-    )
+        found, wanted = (
+            open_experiment(tmp_path / name, cpu, weights=weights).params for name in ("stopped", "straight")
+        )
+        assert_trees_equal(found, wanted)
+    last = read_metrics(tmp_path / "straight")["valid"][-1]["nats_per_token"]
+    assert last == pytest.approx(ema_loss(tmp_path / "straight", cpu), rel=1e-5)
 
 
-def test_a_run_that_begins_with_small_batches_goes_on_as_if_never_stopped(tmp_path, cpu, monkeypatch):
-    """Stopped in either phase: the same losses and weights to the bit, from the windows of a run without the phase."""
-    from tale_jax.training.step import Trainer
-
-    settings = SMALL | {"total_steps": 8, "evaluate.every_steps": 0, "checkpoint.every_steps": 0}
-    settings |= {"sample.every_steps": 8, "schedule.short_seq_fraction": 0.25, "optimizer.momentum_warmup_steps": 5}
-    small = settings | {"schedule.small_fraction": 0.5, "schedule.small_divisor": 4}
-    placed, place = [], Trainer.place
-    monkeypatch.setattr(Trainer, "place", lambda self, windows: [placed.append(windows), place(self, windows)][1])
-
-    def run(name, settings):
-        begin = len(placed)
-        step = train(build_config(**settings), tmp_path / name, cpu).step
-        return step, [windows for windows in placed[begin:] if windows.shape[1] in (33, 65)]
-
-    _, plain = run("plain", settings)
-    step, parts = run("straight", small)
-    assert step == 8 and [len(windows) for windows in parts[:20]] == [2] * 8 + [1] * 8 + [4] * 4
-    scored = plain[8:]  # validation, with windows of its own
-    assert parts[20:] and all(map(np.array_equal, parts[20:], scored))
-    np.testing.assert_array_equal(np.concatenate(parts[:8]), np.concatenate(plain[:2]))
-    np.testing.assert_array_equal(np.concatenate(parts[8:20]), np.concatenate(plain[2:8]))
-    seen = []
-    for at in (3, 6):
-        with monkeypatch.context() as patch:
-            stop_after(at - (seen[-1] if seen else 0), patch)
-            seen.append(run("stopped", small)[0])
-    assert seen == [3, 6] and run("stopped", small)[0] == 8
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight") and len(losses(tmp_path / "stopped")) == 8
-    one, other = (open_experiment(tmp_path / name).params for name in ("straight", "stopped"))
-    jax.tree_util.tree_map(np.testing.assert_array_equal, one, other)
-    with pytest.raises(ValueError, match=r"total_steps=9 must be 8 to go on"):
-        run("stopped", small | {"total_steps": 9})
-
-
-def stop_after(steps, monkeypatch):
-    """A SIGTERM with the batch of this number."""
-
-    taken, original = [], data.Batches.__next__
-
-    def next_batch(self):
-        taken.append(1)
-        if len(taken) == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self)
-
-    monkeypatch.setattr(data.Batches, "__next__", next_batch)
-
-
-def served_loss(workdir):
+def ema_loss(workdir, cpu):
     """Validation loss of what `--weights=auto` opens, on the windows that the run used."""
-    opened = open_experiment(workdir)
+    opened = open_experiment(workdir, cpu)
     assert opened.weights == "ema"
-    scorer = Scorer(opened.model, opened.tokenizer, opened.config.evaluate.batch_size)
-    most = opened.config.evaluate.max_windows
-    how = opened.tokenizer, opened.config.windows
-    return Evaluation(workdir, "valid", scorer, *how, max_windows=most)(opened.params)["nats_per_token"]
+    evaluate = opened.config.evaluate
+    scorer = Scorer(opened.model, opened.tokenizer, evaluate.batch_size)
+    evaluation = Evaluation(
+        workdir, "valid", scorer, opened.tokenizer, opened.config.windows, max_windows=evaluate.max_windows
+    )
+    return evaluation(opened.params)["nats_per_token"]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(straight, cpu):
-    before = {
-        path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file() and "log" not in path.name
-    }
+    def written():
+        files = [path for path in straight.rglob("*") if path.is_file() and path.name not in ("log.txt", ".lock")]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = written()
     outcome = train(build_config(**SMALL), straight, cpu)
     assert (outcome.step, outcome.total_steps) == (20, 20)
-    del before[straight / "config.json"]
-    assert before.items() <= {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}.items()
+    assert written() == before
 
 
 def test_another_experiment_is_refused_before_anything_is_written(straight, cpu):
@@ -200,8 +173,6 @@ def test_another_experiment_is_refused_before_anything_is_written(straight, cpu)
 
 
 def test_a_longer_run_goes_on(straight, tmp_path, cpu):
-    import shutil
-
     workdir = tmp_path / "longer"
     shutil.copytree(straight, workdir)
     assert train(build_config(**SMALL | {"total_steps": 22}), workdir, cpu).step == 22
@@ -216,56 +187,181 @@ def test_divergence_is_one_line_and_keeps_the_checkpoint(tmp_path, cpu):
     assert Checkpoints(tmp_path, 1).latest is not None
 
 
-def test_every_setting_is_read(tmp_path, cpu, monkeypatch):
-    """Two steps of a run read every leaf of the config: a key that nothing reads would be a lie."""
-    read = set()
-
-    def watch(cls):
-        original = cls.__getattribute__
-
-        def getattribute(self, name):
-            read.add((cls.__name__, name))
-            return original(self, name)
-
-        monkeypatch.setattr(cls, "__getattribute__", getattribute, raising=False)
-
-    classes = [c for c in vars(config_module).values() if dataclasses.is_dataclass(c)]
-    config = build_config(**SMALL | {"total_steps": 2, "evaluate.every_steps": 1, "metrics.tensorboard": True})
-    for cls in classes:
-        watch(cls)
-    asdict = dataclasses.asdict  # writing all is not reading each
-    monkeypatch.setattr(dataclasses, "asdict", lambda x: {} if isinstance(x, config_module.Config) else asdict(x))
-    monkeypatch.setattr(config_module.Config, "save", lambda self, workdir: None)
-    monkeypatch.setattr(config_module, "check", lambda config: None)
-    train(config, tmp_path, cpu)
-    corpus = "path max_train_bytes field hub_name hub_config train_split valid_split test_split held_out".split()
-    elsewhere = {("CorpusConfig", name) for name in corpus} | {  # of other corpora, schedules and scripts
-        ("MetricsConfig", "wandb_project"),
-        ("ScheduleConfig", "decay_fraction"),
-        ("ScheduleConfig", "seq_len_divisor"),
-        ("ScheduleConfig", "small_divisor"),
-        ("BackendConfig", "platform"),
-        ("Config", "backend"),
-    }
-    unread = {
-        (cls.__name__, field.name) for cls in classes for field in dataclasses.fields(cls)
-        if (cls.__name__, field.name) not in read | elsewhere and cls.__name__.endswith("Config")
-    }  # fmt: skip
-    assert not unread
+@pytest.mark.parametrize("ends", ["finished", "failed"])
+def test_the_threads_that_read_batches_end_with_the_run(straight, tmp_path, cpu, monkeypatch, ends):
+    closed, close = [], loader.Batches.close
+    monkeypatch.setattr(loader.Batches, "close", lambda self: [closed.append(self), close(self)])
+    shutil.copytree(straight, tmp_path / "run")
+    config = build_config(**SMALL | {"total_steps": 21})
+    if ends == "failed":
+        monkeypatch.setattr(RunHooks, "on_metrics", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config, tmp_path / "run", cpu)
+    else:
+        train(config, tmp_path / "run", cpu)
+    assert len(closed) == 1
 
 
-def test_a_second_signal_acts_as_usual(tmp_path):
-
+def test_a_second_signal_acts_as_usual():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
-    with _signals() as stop, pytest.raises(KeyboardInterrupt):
+    with train_module._received_signals() as received, pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
-        while not stop:  # two at once would be taken for one
+        while not received:  # two at once would be taken for one
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)
-    assert stop == [signal.SIGINT]
+    assert received == [signal.SIGINT]
 
 
-def test_samples_along_training_are_kept(straight):
-    samples = [json.loads(line) for line in (straight / "samples.jsonl").read_text().splitlines()]
-    assert {s["step"] for s in samples} == {10, 20} and all(isinstance(s["text"], str) for s in samples)
+def test_memory_that_runs_out_is_told_with_what_is_kept_and_what_to_do(straight, tmp_path, cpu, monkeypatch):
+    """Whatever type of error the platform raises for it."""
+    shutil.copytree(straight, tmp_path / "run")
+
+    def fail(self, step, metrics):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
+
+    monkeypatch.setattr(RunHooks, "on_metrics", fail)
+    with pytest.raises(MemoryError, match=r"the checkpoint of step 20 is intact.*--config.remat=block"):
+        train(build_config(**SMALL | {"total_steps": 22}), tmp_path / "run", cpu)
+
+
+def test_a_run_that_cannot_fit_is_refused_before_a_step(tmp_path, cpu):
+    config = build_config(**SMALL | {"backend.memory_gb": 1e-3})
+    with pytest.raises(ValueError, match=r"this run needs .* and may use 1 MB; try --config"):
+        train(config, tmp_path, cpu)
+    assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "config.json").exists()
+    config = build_config(**SMALL | {"backend.memory_gb": 1e-3, "backend.ignore_memory": True, "total_steps": 1})
+    assert train(config, tmp_path, cpu).step == 1
+
+
+# Training text scored beside validation.
+
+
+def test_training_text_is_scored_without_the_openings_that_follow(straight, cpu):
+    """The first document of 16 training windows, as a plain evaluation of these documents has it."""
+    opened = open_experiment(straight, cpu)
+    scorer = Scorer(opened.model, opened.tokenizer, 4)
+    whole = Evaluation(straight, "train", scorer, opened.tokenizer, "document")
+    starts = loader.window_starts(whole.tokens, 64, opened.tokenizer.bos_id)
+    chosen = {starts[i * len(starts) // 16] for i in range(16)}
+    whole.spans = [span for span in whole.spans if span.start in chosen]
+    assert len(whole.spans) == 16
+    found = read_metrics(straight)["valid"][-1]["train_nats_per_token"]
+    assert found == pytest.approx(whole(opened.params)["nats_per_token"], rel=1e-5)
+
+
+def test_a_run_on_a_stream_scores_no_training_text(tmp_path, cpu):
+    train(build_config(**SMALL | {"windows": "stream", "total_steps": 2}), tmp_path, cpu)
+    assert "train_nats_per_token" not in read_metrics(tmp_path)["valid"][-1]
+
+
+# Several devices, and several processes.
+
+# Dropout depends on the order of rows in a batch; with a tiny eps Adam divides rounding noise by itself.
+WITHOUT_NOISE = {"model.dropout": 0.0, "optimizer.eps": 1e-4}
+
+
+def test_devices_share_a_run_and_change_no_number(straight, tmp_path, cpu):
+    """Also where they do not divide evaluate.batch_size."""
+    many = dataclasses.replace(cpu, devices=tuple(jax.devices()[:4]))
+    settings = SMALL | WITHOUT_NOISE | {"evaluate.batch_size": 3, "total_steps": 10}
+    for name, backend, mesh in (("one", cpu, 1), ("four", many, 2)):
+        train(build_config(**settings | {"mesh.fsdp": mesh}), tmp_path / name, backend)
+    assert_same_losses(tmp_path / "four", tmp_path / "one", rtol=1e-5)
+    found, wanted = (read_metrics(tmp_path / name)["valid"] for name in ("four", "one"))
+    for record, other in zip(found, wanted, strict=True):
+        for field in ("nats_per_token", "excess_nats_per_token", "train_nats_per_token", "bits_per_byte"):
+            assert record[field] == pytest.approx(other[field], rel=1e-5)
+        assert record["tokens"] == other["tokens"]
+    one, other = ((tmp_path / name / "samples.jsonl").read_text() for name in ("one", "four"))
+    assert one == other
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+import jax
+port, index, workdir, settings = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
+from helpers import build_config
+from tale_jax.hardware.backend import start_backend
+from tale_jax.runs.train import train
+backend = start_backend("cpu")
+assert (len(backend.devices), len(jax.local_devices())) == (2, 1)
+try:
+    outcome = train(build_config(**json.loads(settings)), Path(workdir), backend)
+    print(json.dumps([outcome.step, outcome.signal]))
+except ValueError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+@contextmanager
+def two_processes(workdir, **settings):
+    """Two processes of one device each that train together; whatever happens, they are gone at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", WORKER, str(port)]
+    with ExitStack() as stack:
+        processes = []
+        for index in range(2):
+            arguments = [*command, str(index), str(workdir), json.dumps(settings)]
+            processes.append(stack.enter_context(subprocess.Popen(arguments, env=env, text=True, **pipes)))
+            stack.callback(processes[-1].kill)
+        yield processes
+
+
+def results(processes):
+    """What each printed last."""
+    with ThreadPoolExecutor() as pool:  # one that is not read from may wait for its pipe, and the other for it
+        ends = list(pool.map(lambda process: process.communicate(timeout=300), processes))
+    assert [process.returncode for process in processes] == [0, 0], ends
+    return [json.loads(stdout.splitlines()[-1]) for stdout, _ in ends]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_two_processes_train_as_one(tmp_path, cpu, fsdp):
+    settings = SMALL | WITHOUT_NOISE | {"micro_batch_size": 2, "evaluate.batch_size": 3}
+    train(build_config(**settings), tmp_path / "one", cpu)
+    with two_processes(tmp_path / "two", **settings, **{"mesh.fsdp": fsdp}) as processes:
+        assert results(processes) == [[20, 0], [20, 0]]
+    assert_same_losses(tmp_path / "two", tmp_path / "one", rtol=1e-6)
+    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    kinds = [(record["kind"], record["step"]) for record in lines]
+    assert len(kinds) == len(set(kinds)) == 1 + 20 + 2
+    one, two = (read_metrics(tmp_path / name)["valid"] for name in ("one", "two"))
+    assert [r["nats_per_token"] for r in two] == pytest.approx([r["nats_per_token"] for r in one], rel=1e-6)
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "two")]
+    assert samples[0] == samples[1] and len(samples[0].splitlines()) == 2
+    log = (tmp_path / "two" / "log.txt").read_text()
+    assert log.count("step 20: validation") == log.count("plan: peak memory") == 1
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert config["total_steps"] == 20 and config["mesh"]["fsdp"] == fsdp
+    opened = [open_experiment(tmp_path / name, cpu).params for name in ("one", "two")]
+    jax.tree_util.tree_map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *opened)
+    longer = build_config(**settings | {"total_steps": 22})
+    assert train(longer, tmp_path / "two", cpu).step == 22  # one process goes on with what two began
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
+    with two_processes(tmp_path, **SMALL, total_steps=100_000) as processes:
+        end = time.monotonic() + 240
+        while time.monotonic() < end and len(read_metrics(tmp_path).get("train", ())) < 4:
+            time.sleep(0.2)
+        processes[1].send_signal(signal.SIGTERM)
+        (step, number), other = results(processes)
+    assert other == [step, number] and number == signal.SIGTERM
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == step == max(losses(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_mistake_that_one_process_finds_ends_both(straight):
+    with two_processes(straight, **SMALL | {"model.num_heads": 4}) as processes:
+        errors = results(processes)
+    assert errors[0] == errors[1] and errors[0].startswith("model.num_heads=4 must be 2 to go on")

@@ -1,0 +1,122 @@
+"""A workdir opened again: the weights asked for, or one line that says what there is."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import SEQ_LEN, VOCAB_SIZE, assert_trees_close, assert_trees_equal, build_config, take_steps, tiny_trainer
+
+from tale_jax.runs.experiment import open_experiment
+from tale_jax.training.checkpoint import Checkpoints
+
+SHAPE = {
+    "model.num_layers": 2,
+    "model.embed_dim": 32,
+    "model.num_heads": 4,
+    "model.seq_len": SEQ_LEN,
+    "tokenizer.vocab_size": VOCAB_SIZE,
+    "tokenizer.path": "none.model",
+    "ema.decay": 0.9,
+}
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory, trained):
+    """A workdir with three checkpoints and moving averages, of which the second is the best; and their states."""
+    workdir = tmp_path_factory.mktemp("averaged")
+    trainer = tiny_trainer(**SHAPE, **{"optimizer.learning_rate": 1e-2})
+    checkpoints, states = Checkpoints(workdir, 3), {step: take_steps(trainer, step)[0] for step in (1, 2, 3)}
+    for step, loss in ((1, 5.0), (2, 3.0), (3, 4.0)):
+        checkpoints.save(step, states[step], {}, loss)
+    checkpoints.close()
+    build_config(**SHAPE).save(workdir)
+    shutil.copytree(trained / "tokenizer", workdir / "tokenizer")  # of another run: a vocabulary of 64 has none
+    return workdir, states
+
+
+@pytest.mark.parametrize(
+    ("weights", "step", "kind", "found_step"),
+    [
+        ("auto", 0, "ema", 2),
+        ("ema", 0, "ema", 2),
+        ("last", 0, "last", 2),
+        ("last", 3, "last", 3),
+        ("mean:1", 0, "mean:1", 3),
+    ],
+)
+def test_the_weights_asked_for(averaged, cpu, weights, step, kind, found_step):
+    """Of the best checkpoint, where no step is named; a mean is over the newest."""
+    workdir, states = averaged
+    opened = open_experiment(workdir, cpu, step=step, weights=weights)
+    assert (opened.step, opened.weights) == (found_step, kind)
+    state = states[found_step]
+    assert_trees_equal(opened.params, state.ema_params if kind == "ema" else state.params)
+
+
+def test_a_mean_is_over_the_checkpoints_up_to_a_step(averaged, cpu):
+    workdir, states = averaged
+    for step, of in ((2, (1, 2)), (0, (2, 3))):
+        opened = open_experiment(workdir, cpu, step=step, weights="mean:2")
+        assert (opened.step, opened.weights) == (of[-1], "mean:2")
+        middle = jax.tree_util.tree_map(lambda a, b: (a + b) / 2, *(states[each].params for each in of))
+        assert_trees_close(opened.params, middle, rtol=1e-6, atol=1e-8)
+
+
+def test_the_best_or_the_step_asked_for(trained, cpu):
+    assert open_experiment(trained, cpu).step == 20
+    assert open_experiment(trained, cpu, step=10).step == 10
+    with pytest.raises(ValueError, match=r"step=7 must be a checkpoint of .*; there is 10, 20"):
+        open_experiment(trained, cpu, step=7)
+
+
+def test_the_model_computes_as_asked_and_recomputes_nothing(trained, tmp_path, cpu):
+    shutil.copytree(trained, tmp_path / "run")
+    build_config(remat="block").save(tmp_path / "run")
+    opened = open_experiment(tmp_path / "run", cpu, dtype=jnp.bfloat16)
+    assert (opened.model.dtype, opened.model.remat) == (jnp.bfloat16, "none")
+    assert opened.model.materialize_transposes is cpu.materialize_transposes
+    assert opened.params["embedding"].dtype == jnp.float32
+
+
+def test_auto_takes_the_last_where_no_average_is_kept(trained, cpu):
+    opened = open_experiment(trained, cpu)
+    assert opened.weights == "last"
+    assert_trees_equal(opened.params, open_experiment(trained, cpu, weights="last").params)
+
+
+def test_what_is_no_experiment_or_has_no_checkpoint_is_refused(trained, tmp_path, cpu):
+    with pytest.raises(ValueError, match="must hold an experiment"):
+        open_experiment(tmp_path, cpu)
+    shutil.copy(trained / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="must hold a checkpoint"):
+        open_experiment(tmp_path, cpu)
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"5 is not a checkpoint that can be read") as error:
+        open_experiment(tmp_path, cpu)
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_checkpoint_names_the_one_to_go_on_from(trained, tmp_path, cpu):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    for file in (workdir / "checkpoints" / "20" / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"remove that folder to go on from step 10"):
+        open_experiment(workdir, cpu, step=20)
+
+
+@pytest.mark.parametrize(
+    ("weights", "line"),
+    [
+        ("ema", r"weights=ema must be what the run kept; there is last, and mean:K"),
+        ("mean:3", r"weights=mean:3 must .* there is last, and mean:K of the 2 checkpoints up to step 20"),
+        ("mean:0", r"weights=mean:0 must be auto, last, ema, or mean:K of K checkpoints; try --weights=mean:2"),
+        ("best", r"weights=best must be auto, last, ema, or mean:K"),
+    ],
+)
+def test_weights_that_are_not_there_are_refused_in_one_line(trained, cpu, weights, line):
+    with pytest.raises(ValueError, match=line) as error:
+        open_experiment(trained, cpu, weights=weights)
+    assert "\n" not in str(error.value)
