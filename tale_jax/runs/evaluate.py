@@ -51,6 +51,7 @@ def evaluate(
     config, tokenizer, log = experiment.config, experiment.tokenizer, experiment.workdir / "log.txt"
     scorer = Scorer(experiment.model, tokenizer, config.evaluate.batch_size)
     evaluation = Evaluation(experiment.workdir, split, scorer, tokenizer, config.windows, stride)
+    experiment.check_windows(evaluation.manifest)
     with Progress(f"evaluate {split}", total=len(evaluation.spans), unit="windows", log=log) as progress:
         result = evaluation(experiment.params, progress.advance)
     result |= {"step": experiment.step, "weights": experiment.weights, "params": count_parameters(experiment.params)}

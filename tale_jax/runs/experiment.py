@@ -5,7 +5,9 @@ sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer)
 """
 
 import dataclasses
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from tale_jax.config import Config
-from tale_jax.data.tokenizer import Tokenizer, tokenizer_file
+from tale_jax.data.prepare import load_tokenizer
+from tale_jax.data.token_files import Manifest
+from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.model.transformer import Kernels, Transformer, make_model
-from tale_jax.training.checkpoint import SavedParams, check_identity
-from tale_jax.utils.manifests import digest_of
+from tale_jax.training.checkpoint import SavedParams
 from tale_jax.utils.progress import notice
 
 
@@ -25,7 +28,8 @@ class Experiment:
     """A trained model, its tokenizer and its settings.
 
     `weights` says what `params` are: last (as `step` left them), ema (their moving average), or mean:K (the mean of the
-    K checkpoints up to `step`).
+    K checkpoints up to `step`). `windows` are digests of the token windows that it was trained beside, by split; none
+    where an earlier version saved it.
     """
 
     workdir: Path
@@ -35,6 +39,11 @@ class Experiment:
     tokenizer: Tokenizer
     model: Transformer
     params: Any
+    windows: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def check_windows(self, manifest: Manifest) -> None:
+        """Raises ValueError, in one line, when a split is not the one that this model was trained beside."""
+        check_windows(f"checkpoint {self.step} of {self.workdir}", self.windows, manifest)
 
 
 def open_experiment(
@@ -62,22 +71,55 @@ def open_experiment(
             "launch/train.py"
         )
     if step and step not in saved.steps:
-        there = ", ".join(map(str, saved.steps))
-        raise ValueError(f"step={step} must be a whole checkpoint of {saved.folder}; there is {there}")
-    tokenizer = Tokenizer.load(tokenizer_file(workdir))
-    model = make_model(dataclasses.replace(config, remat="none"), backend, dtype)
+        there, fault = ", ".join(map(str, saved.steps)), saved.faults.get(step)
+        reason = f" ({fault})" if fault else ""
+        raise ValueError(f"step={step} must be a whole checkpoint of {saved.folder}{reason}; there is {there}")
+    tokenizer = load_tokenizer(workdir)
     with saved:
         chosen = _choose(saved, step, count, weights)
         kind = weights if weights != "auto" else "ema" if saved.has_ema(chosen[-1]) else "last"
-        check_identity(f"checkpoint {chosen[-1]}", saved.manifest(chosen[-1]), run_identity(config, tokenizer))
+        manifest = saved.manifests[chosen[-1]]
+        check_belongs(f"checkpoint {chosen[-1]} of {workdir}", manifest, config, tokenizer)
+        model = make_model(dataclasses.replace(config, remat="none"), backend, dtype)
         params = saved.load(chosen, _abstract_params(model), ema=kind == "ema")
-    return Experiment(workdir, config, chosen[-1], kind, tokenizer, model, params)
+    return Experiment(workdir, config, chosen[-1], kind, tokenizer, model, params, manifest.get("windows", {}))
 
 
-def run_identity(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What ties a checkpoint to its run: digests of the settings that decide what is learned, and of the tokenizer."""
-    fixed = {name: value for name, value in config.fixed_settings() if name != "schedule.warmup_steps"}  # may be derived
-    return {"config": digest_of(fixed), "tokenizer": tokenizer.fingerprint}
+def run_facts(config: Config, tokenizer: Tokenizer, windows: Mapping[str, Manifest], precision: str) -> dict[str, Any]:
+    """What ties a checkpoint to its run, for its manifest: the settings, and digests of tokenizer and windows."""
+    digests = {split: manifest.sha256 for split, manifest in windows.items()}
+    return {
+        "settings": config.to_json(),
+        "tokenizer": tokenizer.fingerprint,
+        "windows": digests,
+        "precision": precision,
+    }
+
+
+def check_belongs(what: str, manifest: Mapping[str, Any], config: Config, tokenizer: Tokenizer) -> None:
+    """Raises ValueError, in one line, when a checkpoint is of other settings or another tokenizer than the workdir.
+
+    A checkpoint of an earlier version may not say what it is of.
+    """
+    if "settings" in manifest and (other := config.difference(Config.from_json(manifest["settings"], what))):
+        name, mine, theirs = other
+        raise ValueError(
+            f"{name}={json.dumps(mine)} must be {json.dumps(theirs)}, as in {what}; restore config.json from a copy, "
+            "or give another --workdir"
+        )
+    if manifest.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise ValueError(f"{what} belongs to another tokenizer than the one in the workdir; restore that from a copy")
+
+
+def check_windows(what: str, trained_beside: Mapping[str, str], manifest: Manifest) -> None:
+    """Raises ValueError, in one line, when a split is not the one that a checkpoint was trained beside, nor has taken
+    its place (`corpus.changed`)."""
+    wanted = trained_beside.get(manifest.split, "")
+    if wanted and manifest.sha256 and wanted not in manifest.known_as:
+        raise ValueError(
+            f"{what} belongs to other {manifest.split} windows than those in the workdir; restore windows from a copy, "
+            "or train in a new workdir"
+        )
 
 
 def _choose(saved: SavedParams, step: int, count: int, weights: str) -> list[int]:

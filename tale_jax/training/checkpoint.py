@@ -12,10 +12,13 @@ state.
 
 import contextlib
 import errno
+import json
+import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,78 +26,105 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
-from tale_jax.training.ema import mean_of_trees
+from tale_jax.hardware.distributed import from_main_process
+from tale_jax.training.guard import WINDOW
 from tale_jax.training.loss_scale import LossScale, first_scale
 from tale_jax.training.state import TrainState
+from tale_jax.utils.files import check_inside, write_atomically
 from tale_jax.utils.format import format_bytes
-from tale_jax.utils.manifests import check_manifest, read_manifest, write_manifest
+from tale_jax.utils.manifests import MANIFEST, check_manifest, files_below, read_manifest, write_manifest
+from tale_jax.utils.outliers import no_values
 from tale_jax.utils.progress import notice
 
 LOSS = "nats_per_token"
 ARRAY_ITEMS = ("params", "ema", "training")  # of these `ema` is in some checkpoints only
 DAMAGED = "damaged"  # folder of the workdir for checkpoints that cannot be believed
+BEGUN = ".saving"  # file beside the checkpoints: the step that is being saved
+MAX_COMPRESSION = 1000  # of the arrays of a checkpoint; more is no weights, and may be more than memory holds
+
+# What orbax logs as an error it raises as well, and that is told in one line.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 class Checkpoints:
     """The checkpoints of one run: the newest `keep` of them stay, and the best by validation loss.
+
+    What a kill left half-written is removed, and what is damaged is set aside and named, before anything is read.
 
     Args:
       workdir: of the run.
       keep: how many stay.
       max_concurrent_bytes: bytes that are on their way to the disk at a time, while `save` waits; 0: `save` copies the
         state and returns, and the copy is written in the background.
-      identity: what the run is, in JSON's types; it goes into each manifest, and a checkpoint of another is refused.
+      facts: what the run is, in JSON's types; it goes into each manifest.
     """
 
     def __init__(
-        self, workdir: Path, keep: int, max_concurrent_bytes: int = 0, identity: Mapping[str, Any] | None = None
+        self, workdir: Path, keep: int, max_concurrent_bytes: int = 0, *, facts: Mapping[str, Any] | None = None
     ):
         self.folder = Path(workdir).absolute() / "checkpoints"
-        self.keep, self._identity = keep, dict(identity or {})
-        self._is_main = jax.process_index() == 0
-        if self._is_main:
-            for entry in leftovers(self.folder):
-                shutil.rmtree(entry, ignore_errors=True)
+        self.keep, self._facts = keep, dict(facts or {})
+        latest, losses = from_main_process(self._clean)
+        self._losses: dict[int, float | None] = {int(step): loss for step, loss in losses.items()}
+        self._whole = set() if latest is None else {latest}  # steps that this process found whole, or wrote
         self._overlaps = not max_concurrent_bytes
         options = ocp.CheckpointManagerOptions(create=True, max_to_keep=None, enable_async_checkpointing=self._overlaps)
         self._names = _PlainPath(self.folder)
         self._manager = ocp.CheckpointManager(
             self._names.path, options=options, item_handlers=_throttled_handlers(max_concurrent_bytes)
         )
-        manifests = read_manifests(self.folder)
-        self._losses: dict[int, float | None] = {step: manifest.get(LOSS) for step, manifest in manifests.items()}
-        self._whole: set[int] = set()  # steps whose every file was found whole, or written, by this process
         self._sealing: Future[None] | None = None
         self._sealer = ThreadPoolExecutor(1)
-        for step in sorted(set(self._manager.all_steps()) - set(manifests)):
-            self._set_aside(step, _fault(self.folder, step))
+        self._saving_bytes = 0
+        self._read_back = False  # whether what was saved has been read once by this process
 
-    @property
-    def latest(self) -> int | None:
-        """The newest step whose checkpoint is whole, None where there is none. What is not whole is set aside."""
-        for step in sorted(self._losses, reverse=True):
-            if step in self._whole:
-                return step
+    def _clean(self) -> list[Any]:
+        """Removes and sets aside what is no checkpoint; the newest that is whole, and the loss of each."""
+        if self.folder.is_symlink():
+            check_inside(self.folder.parent, self.folder)
+        for entry in leftovers(self.folder):
+            shutil.rmtree(entry, ignore_errors=True)
+        begun = _begun(self.folder)
+        for step in unsealed(self.folder):
+            if is_of_before(self.folder, step):
+                write_manifest(self.folder / str(step), facts_of_before(self.folder, step) | self._facts)
+                notice(f"checkpoint {step} had no digests, as earlier versions wrote it; it is given some as it is")
+            elif step == begun:
+                shutil.rmtree(self.folder / str(step))
+        (self.folder / BEGUN).unlink(missing_ok=True)
+        for step in sorted((*read_manifests(self.folder), *unsealed(self.folder)), reverse=True):
             try:
                 check_checkpoint(self.folder, step)
             except ValueError as error:
-                self._set_aside(step, str(error))
+                place = set_aside(self.folder, step)
+                notice(f"checkpoint {step} is not used: {error}; it lies in {place} now")
             else:
-                self._whole.add(step)
-                return step
-        return None
+                break
+        losses = {step: manifest.get(LOSS) for step, manifest in read_manifests(self.folder).items()}
+        return [max(losses, default=None), losses]
 
-    def _set_aside(self, step: int, fault: str) -> None:
-        self._losses.pop(step, None)
-        if self._is_main:
-            place = set_aside(self.folder, step)
-            notice(f"checkpoint {step} is not used: {fault}; it lies in {place} now")
-        self._manager.reload()
+    @property
+    def latest(self) -> int | None:
+        """The newest step whose checkpoint is whole, None where there is none."""
+        return max(self._whole, default=None)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """That of the newest whole checkpoint, {} where there is none."""
+        return {} if self.latest is None else read_manifest(self.folder / str(self.latest))
+
+    def check_space(self, abstract_state: TrainState) -> None:
+        """Raises OSError, in one line, when the disk has no room for the checkpoints that will be kept and one more."""
+        there = sum((self.folder / name).lstat().st_size for name in files_below(self.folder))
+        _check_space(self.folder, (self.keep + 1) * num_bytes(abstract_state) - there)
 
     def save(self, step: int, state: TrainState, data: Mapping[str, Any], loss: float | None) -> None:
         """Begins to save `state` and the data position; `loss` is the validation loss in nats per token, if known now.
+
+        The first checkpoint is read again and compared, so that a disk, or a name, that orbax cannot read is known now.
 
         Raises:
           OSError: in one line, when this save, or the one before it, failed; the older ones are still there.
@@ -105,47 +135,99 @@ class Checkpoints:
         self.wait()
         arrays = _arrays(state)
         if bad := _first_not_finite(arrays):
-            raise ValueError(f"{bad} is not finite at step {step}, so nothing of it is saved")
+            raise ValueError(
+                f"{bad} is not finite at step {step}, so nothing of it is saved; the checkpoint before is intact: go "
+                "on from there with a smaller optimizer.learning_rate"
+            )
         self._prune()
-        facts = {"step": step, LOSS: loss, "arrays": digests(arrays), **self._identity} | _saved_scale(state.scale)
+        facts = {"step": step, LOSS: loss, "data": dict(data), "arrays": digests(arrays)}
         items = ocp.args.Composite(
             **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}, data=ocp.args.JsonSave(dict(data))
         )
+        self._saving_bytes = num_bytes(arrays)
         with self._written():
-            _check_space(self.folder, arrays)
-            self._manager.save(step, args=items)
+            _check_space(self.folder, self._saving_bytes)
+            if self._is_main:
+                write_atomically(self.folder / BEGUN, str(step))
+            self._manager.save(step, args=items, force=True)
         self._losses[step] = loss
-        self._sealing = self._sealer.submit(self._seal, step, facts)
-        if not self._overlaps:
+        self._sealing = self._sealer.submit(self._seal, step, facts | _saved_scale(state.scale) | self._facts)
+        if not self._overlaps or not self._read_back:
             self.wait()
+        if not self._read_back:
+            self._read_back = True
+            self._compare(step, arrays, facts["arrays"])
+
+    @property
+    def _is_main(self) -> bool:
+        return jax.process_index() == 0
 
     def _seal(self, step: int, facts: Mapping[str, Any]) -> None:
         """Waits until the arrays are on disk, and writes the manifest: from now on the checkpoint exists."""
         self._manager.wait_until_finished()
         if self._is_main:
             write_manifest(self.folder / str(step), facts)
+            (self.folder / BEGUN).unlink(missing_ok=True)
         self._whole.add(step)
+
+    def _compare(self, step: int, arrays: Mapping[str, Any], saved: Mapping[str, str]) -> None:
+        """Reads a checkpoint item by item, into host memory. Raises OSError when it is not what was saved."""
+        for name, tree in arrays.items():
+            target = jax.tree_util.tree_map(lambda x: np.empty(x.shape, x.dtype), tree)  # no memory is touched yet
+            try:
+                found = _restore(self._manager, step, ocp.args.Composite(**{name: ocp.args.StandardRestore(target)}))
+                same = digests({name: found[name]}).items() <= saved.items()
+            except ValueError as error:
+                same, reason = False, str(error)
+            else:
+                reason = f"the arrays of {name} are others"
+            if not same:
+                raise OSError(
+                    f"{self.folder / str(step)}: what was saved is not what is read again ({reason}); the disk, or its "
+                    "file system, cannot be trusted: choose another --workdir"
+                )
 
     def restore(self, abstract_state: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest whole state and data position, laid out on the devices of `shardings`, whichever saved them.
 
-        Raises ValueError, in one line, when there is none, or it is of another run.
+        Raises ValueError, in one line, when there is none, or it cannot be read.
         """
         step = self.latest
         if step is None:
             raise ValueError(f"{self.folder} must hold a checkpoint; train first")
-        manifest = read_manifest(self.folder / str(step))
-        check_identity(f"checkpoint {step}", manifest, self._identity)
+        manifest = self.manifest
         target = jax.tree_util.tree_map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, shardings
         )
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in _arrays(target).items()}
+        wanted = _arrays(target)
+        if not is_complete(manifest):
+            wanted["training"].pop("losses")
+        for name, tree in wanted.items():
+            _check_size(self.folder / str(step), manifest, name, tree)
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         found = _restore(self._manager, step, ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
         scale = target.scale and _restored_scale(target.scale, manifest)
-        state = TrainState(params=found.params, ema_params=found.get("ema"), scale=scale, **found.training)
-        if digests(_arrays(state)) != manifest["arrays"]:
-            raise ValueError(f"{self.folder / str(step)}: the arrays read are not those saved; remove that folder")
-        return state, dict(found.data)
+        training = {"losses": jax.device_put(no_values(WINDOW), shardings.losses)} | dict(found.training)
+        state = TrainState(params=found.params, ema_params=found.get("ema"), scale=scale, **training)
+        data = dict(found.data)
+        if is_complete(manifest) and (digests(_arrays(state)) != manifest["arrays"] or data != manifest["data"]):
+            raise ValueError(f"{self.folder / str(step)}: what is read is not what was saved; remove that folder")
+        return state, data
+
+    def give_up(self, step: int) -> int:
+        """Sets checkpoints aside from `step` on, which no training can go on from; returns the newest before, or 0."""
+        self.wait()
+        for bad in [each for each in self._losses if each >= step]:
+            if self._is_main:
+                set_aside(self.folder, bad)
+            del self._losses[bad]
+            self._whole.discard(bad)
+        for each in sorted(self._losses, reverse=True):
+            with contextlib.suppress(ValueError):
+                check_checkpoint(self.folder, each)
+                self._whole.add(each)
+                break
+        return self.latest or 0
 
     def wait(self) -> None:
         """Until the save under way is on disk. Raises OSError in one line if it failed."""
@@ -164,9 +246,12 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # orbax raises what its writers hit: OSError, ValueError, tensorstore's own
+            cause = _cause(error, self.folder, self._saving_bytes)
             self._losses = {step: loss for step, loss in self._losses.items() if step in read_manifests(self.folder)}
+            for entry in leftovers(self.folder) if self._is_main else ():
+                shutil.rmtree(entry, ignore_errors=True)
             raise OSError(
-                f"{self.folder}: the checkpoint could not be written ({_cause(error, self.folder)})"
+                f"{self.folder}: the checkpoint could not be written ({cause}); those before it are whole"
             ) from error
 
     def close(self) -> None:
@@ -184,8 +269,10 @@ class Checkpoints:
         best = _best_step(self._losses)
         for step in steps[: -self.keep]:
             if step != best:
-                self._manager.delete(step)
+                if self._is_main:
+                    _remove(self.folder, step)
                 del self._losses[step]
+                self._whole.discard(step)
 
 
 class SavedParams:
@@ -193,18 +280,29 @@ class SavedParams:
 
     Attributes:
       steps: those whose manifest is whole, in order; what it names is checked when it is read.
+      manifests: by step.
+      faults: step → what is wrong with it, of those that are not among the steps.
       folder: where they lie.
     """
 
     def __init__(self, workdir: Path):
         self.folder = Path(workdir).absolute() / "checkpoints"
-        self._manifests = read_manifests(self.folder)
-        self.steps = sorted(self._manifests)
-        self._names, self._manager = _PlainPath(self.folder), None
+        if self.folder.is_symlink():
+            check_inside(self.folder.parent, self.folder)
+        self.manifests, self.faults = read_manifests(self.folder), {}
+        for step in unsealed(self.folder):
+            if is_of_before(self.folder, step):
+                self.manifests[step] = facts_of_before(self.folder, step)
+                notice(f"checkpoint {step} has no digests, as earlier versions wrote it; it is taken as it is")
+            elif step != _begun(self.folder):  # by a run that goes on at this moment, perhaps
+                self.faults[step] = fault(self.folder, step)
+                notice(f"checkpoint {step} is not used: {self.faults[step]}")
+        self.steps = sorted(self.manifests)
 
     def __enter__(self) -> "SavedParams":
         options = ocp.CheckpointManagerOptions(create=False, read_only=True)
-        self._manager: Any = ocp.CheckpointManager(self._names.path, options=options)
+        self._names = _PlainPath(self.folder)
+        self._manager = ocp.CheckpointManager(self._names.path, options=options)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -213,21 +311,21 @@ class SavedParams:
 
     def by_loss(self) -> list[int]:
         """The steps from the lowest validation loss on, then those without one from the newest on."""
-        losses = {step: manifest.get(LOSS) for step, manifest in self._manifests.items()}
-        known = sorted((loss, -step) for step, loss in losses.items() if loss is not None)
-        return [-step for _, step in known] + [step for step in reversed(self.steps) if losses[step] is None]
-
-    def manifest(self, step: int) -> dict[str, Any]:
-        """What stands in the manifest of a step besides its files."""
-        return self._manifests[step]
+        losses = {step: manifest.get(LOSS) for step, manifest in self.manifests.items()}
+        known = sorted((loss, -step) for step, loss in losses.items() if loss is not None and math.isfinite(loss))
+        by_loss = [-step for _, step in known]
+        return by_loss + [step for step in reversed(self.steps) if step not in by_loss]
 
     def has_ema(self, step: int) -> bool:
         """Whether the moving average of the weights was saved at that step."""
-        return any(name.startswith("ema/") for name in self._manifests[step]["files"])
+        files = self.manifests[step].get("files")
+        folder = self.folder / str(step) / "ema"
+        return folder.is_dir() if files is None else any(name.startswith("ema/") for name in files)
 
     def check(self, step: int, ema: bool = False) -> None:
         """Raises ValueError, in a few words, when the weights of a step are not whole."""
-        check_checkpoint(self.folder, step, only={"ema" if ema else "params", "_CHECKPOINT_METADATA"})
+        if "files" in self.manifests[step]:
+            check_checkpoint(self.folder, step, only={"ema" if ema else "params", "_CHECKPOINT_METADATA"})
 
     def load(self, steps: Sequence[int], abstract_params: Any, ema: bool = False) -> Any:
         """The mean of the weights of these steps (or of their moving average), of the shapes and shardings given."""
@@ -235,29 +333,52 @@ class SavedParams:
         wanted = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract_params)})
 
         def load_one(step: int) -> Any:
+            _check_size(self.folder / str(step), self.manifests[step], item, abstract_params)
             params = _restore(self._manager, step, wanted)[item]
-            saved = {name: digest for name, digest in self._manifests[step]["arrays"].items() if name.startswith(item)}
-            if digests({item: params}) != saved:
-                raise ValueError(f"{self.folder / str(step)}: the arrays read are not those saved; remove that folder")
+            saved = self.manifests[step].get("arrays", {})
+            if saved and not digests({item: params}).items() <= saved.items():
+                raise ValueError(f"{self.folder / str(step)}: what is read is not what was saved; remove that folder")
             return params
 
         return mean_of_trees(map(load_one, steps))
 
 
+def mean_of_trees(trees: Iterable[Any]) -> Any:
+    """The mean of trees of weights, of which two at a time are in memory."""
+    total, count = None, 0
+    for tree in trees:
+        total, count = tree if total is None else jax.tree_util.tree_map(jnp.add, total, tree), count + 1
+    return total if count == 1 else jax.tree_util.tree_map(lambda x: x / count, total)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Of the folders in `folder` that are named as checkpoints are."""
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and name.isascii() and str(int(name[:19])) == name)
+
+
 def read_manifests(folder: Path) -> dict[int, dict[str, Any]]:
     """Step → manifest, of each checkpoint in `folder` whose manifest is whole and of that step; files are not read."""
     found = {}
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.name.isdecimal() and entry.name.isascii() and len(entry.name) < 19 and not entry.is_symlink():
-            with contextlib.suppress(ValueError):
-                found[int(entry.name)] = _manifest_of(folder, int(entry.name))
+    for step in saved_steps(folder):
+        with contextlib.suppress(ValueError):
+            found[step] = _manifest_of(folder, step)
     return found
 
 
+def unsealed(folder: Path) -> list[int]:
+    """The steps in `folder` without a whole manifest of that step."""
+    return sorted(set(saved_steps(folder)) - set(read_manifests(folder)))
+
+
 def _manifest_of(folder: Path, step: int) -> dict[str, Any]:
+    if (folder / str(step)).is_symlink():
+        raise ValueError("it is a link, and must be the folder itself")
     manifest = read_manifest(folder / str(step))
     if manifest.get("step") != step:
         raise ValueError(f"its manifest is of step {manifest.get('step')}")
+    if not isinstance(manifest.get(LOSS), int | float | None) or not isinstance(manifest.get("arrays", {}), dict):
+        raise ValueError("its manifest has values that cannot be")
     return manifest
 
 
@@ -271,7 +392,8 @@ def check_checkpoint(folder: Path, step: int, only: Collection[str] = ()) -> dic
     return manifest
 
 
-def _fault(folder: Path, step: int) -> str:
+def fault(folder: Path, step: int) -> str:
+    """What is wrong with the manifest of a step, in a few words; "" where it is whole."""
     try:
         _manifest_of(folder, step)
     except ValueError as error:
@@ -279,14 +401,43 @@ def _fault(folder: Path, step: int) -> str:
     return ""
 
 
-def check_identity(what: str, manifest: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raises ValueError, in one line, with the first part of `identity` that differs in a manifest."""
-    for name, value in identity.items():
-        if manifest.get(name) != value:
-            raise ValueError(
-                f"{what} belongs to another {name} than the one in the workdir; restore {name} from a copy, "
-                "or train in a new workdir"
-            )
+def is_of_before(folder: Path, step: int) -> bool:
+    """Whether a checkpoint is of the layout from before there were manifests, which had the item `meta`."""
+    path = folder / str(step)
+    return (path / "meta" / "metadata").is_file() and not (path / MANIFEST).exists() and not path.is_symlink()
+
+
+def facts_of_before(folder: Path, step: int) -> dict[str, Any]:
+    """What the item `meta` of such a checkpoint says: its step, its loss and the scale of the loss."""
+    try:
+        path = folder / str(step) / "meta" / "metadata"
+        check_inside(folder, path, 1 << 16)
+        meta = json.loads(path.read_bytes())
+        loss = meta.get(LOSS)
+        facts = {"step": step, LOSS: float(loss) if isinstance(loss, int | float) else None}
+        return facts | ({"loss_scale": meta["loss_scale"]} if "loss_scale" in meta else {})
+    except (ValueError, AttributeError, RecursionError):  # damaged: then neither is known
+        return {"step": step, LOSS: None}
+
+
+def is_complete(manifest: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has what its manifest's version saves, and not only what versions before did."""
+    return "arrays" in manifest
+
+
+def _begun(folder: Path) -> int | None:
+    """The step whose save was under way when its process ended, None where none was."""
+    with contextlib.suppress(OSError, ValueError):
+        return int((folder / BEGUN).read_text()[:20])
+    return None
+
+
+def _remove(folder: Path, step: int) -> None:
+    """Removes a checkpoint, by a name that nobody reads: a reader finds all of it or none."""
+    doomed = folder / f"{step}.orbax-checkpoint-tmp-deleted"
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder / str(step), doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def set_aside(folder: Path, step: int) -> Path:
@@ -301,7 +452,7 @@ def set_aside(folder: Path, step: int) -> Path:
 def leftovers(folder: Path) -> list[Path]:
     """What a kill left half-written among the checkpoints: folders without their last name."""
     entries = folder.iterdir() if folder.is_dir() else ()
-    return sorted(entry for entry in entries if ".orbax-checkpoint-tmp" in entry.name)
+    return sorted(entry for entry in entries if ".orbax-checkpoint-tmp" in entry.name and not entry.is_symlink())
 
 
 class _PlainPath:
@@ -330,9 +481,11 @@ def digests(tree: Any) -> dict[str, str]:
 def _digest_arrays(tree: Any) -> Any:
     def one(x: Any) -> Any:
         bits = jax.lax.bitcast_convert_type(x, jnp.uint32) if x.dtype.itemsize == 4 else x.astype(jnp.uint32)
-        flat = bits.reshape(-1)
-        odd = 2 * jax.lax.iota(jnp.uint32, flat.size) + 1  # an odd factor keeps every bit, and tells places apart
-        return jnp.sum(flat * odd, dtype=jnp.uint32)
+        place, stride = jnp.uint32(0), 1
+        for axis in reversed(range(x.ndim)):  # not by a reshape, which would gather an array that devices share
+            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % (1 << 32))
+            stride *= x.shape[axis]
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # odd: keeps every bit, and tells places apart
 
     return jax.tree_util.tree_map(one, tree)
 
@@ -355,14 +508,14 @@ def _arrays(state: TrainState) -> dict[str, Any]:
     """The arrays of a state by the items they are saved in."""
     items = {
         "params": state.params,
-        "training": {"step": state.step, "opt_state": state.opt_state, "key": state.key, "guard": state.guard},
+        "training": {"step": state.step, "opt_state": state.opt_state, "key": state.key, "losses": state.losses},
     }
     return items if state.ema_params is None else items | {"ema": state.ema_params}
 
 
 def _best_step(losses: Mapping[int, float | None]) -> int | None:
     """The step of the lowest loss, None when none is known."""
-    known = [(loss, step) for step, loss in losses.items() if loss is not None]
+    known = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
     return min(known)[1] if known else None
 
 
@@ -404,11 +557,26 @@ def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
         raise ValueError(f"{folder} is not a checkpoint that can be read ({_reason(error)})") from error
 
 
-def _check_space(folder: Path, arrays: Any) -> None:
+def num_bytes(tree: Any) -> int:
+    """Of all arrays of a tree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree_util.tree_leaves(tree))
+
+
+def _check_space(folder: Path, size: int) -> None:
     """Raises OSError before a save that cannot fit; orbax would find out in the middle."""
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree_util.tree_leaves(arrays))
     if (free := shutil.disk_usage(folder).free) < size:
-        raise OSError(errno.ENOSPC, f"{format_bytes(size)} are needed and {format_bytes(free)} are free", str(folder))
+        text = f"{format_bytes(size)} are needed and {format_bytes(free)} are free: {CAUSES[errno.ENOSPC]}"
+        raise OSError(errno.ENOSPC, text, str(folder))
+
+
+def _check_size(folder: Path, manifest: Mapping[str, Any], item: str, tree: Any) -> None:
+    """Raises ValueError, before anything is allocated, when files are too small for the arrays they should hold."""
+    sizes = [size for name, (_, size) in manifest.get("files", {}).items() if name.startswith(f"{item}/")]
+    if sizes and num_bytes(tree) > MAX_COMPRESSION * sum(sizes) + (1 << 20):
+        raise ValueError(
+            f"{folder} holds {format_bytes(sum(sizes))} of {item}, too little for the {format_bytes(num_bytes(tree))} "
+            "that config.json asks for; restore the one that belongs to it"
+        )
 
 
 CAUSES = {
@@ -422,11 +590,12 @@ CAUSES = {
 }
 
 
-def _cause(error: BaseException, folder: Path) -> str:
-    """Why a save failed, by errno: of the error or what it came from, else of a small file written just now."""
-    for known in (*_chain(error), *_probe(folder)):
+def _cause(error: BaseException, folder: Path, size: int) -> str:
+    """Why a save failed, by errno: of the error or what it came from, else of as much written just now."""
+    for known in (*_chain(error), *_probe(folder, size)):
         if isinstance(known, OSError) and known.errno in CAUSES:
-            return CAUSES[known.errno]
+            said = known.strerror or ""
+            return said if CAUSES[known.errno] in said else CAUSES[known.errno]  # with sizes, where they are known
     return _reason(error)
 
 
@@ -436,14 +605,16 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _probe(folder: Path) -> list[OSError]:
-    """The error of writing a megabyte there, [] where it works."""
-    path = folder / ".probe"
+def _probe(folder: Path, size: int) -> list[OSError]:
+    """The error of writing so many bytes there, [] where it works: libraries tell some errors in words alone."""
+    path = folder / ".probe.orbax-checkpoint-tmp"
     try:
         with path.open("wb") as file:
             file.write(bytes(1 << 20))
             file.flush()
             os.fsync(file.fileno())
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         return [error]
     finally:

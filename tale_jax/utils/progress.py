@@ -51,6 +51,7 @@ class Progress:
       log: file that the plain lines are appended to, with the time, whatever stderr is.
       show: False shows nothing; the log is still written.
       every_seconds: minimum time between two plain lines.
+      clock: seconds, from which rate and time left follow; None: `time.monotonic`.
     """
 
     def __init__(
@@ -63,9 +64,11 @@ class Progress:
         log: Path | None = None,
         show: bool = True,
         every_seconds: float | int = 5.0,
+        clock: Callable[[], float] | None = None,
     ):
         self._title, self._total, self._unit, self._done = title, total, unit, start
         self._log_path, self._show, self._every_seconds = log, show, every_seconds
+        self._clock = clock or (lambda: time.monotonic())
         self._parent: Progress | None = None
         self._log: TextIO | None = None
         self._bar: rich.progress.Progress | None = None
@@ -93,12 +96,12 @@ class Progress:
         if self._bar is not None:
             self._task = self._bar.add_task(self._title, total=self._total or None, completed=self._done, text="")
         if self._parent is not None:  # a part that is soon over writes no line
-            self._last_line_time = time.monotonic()
+            self._last_line_time = self._clock()
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
         if error is None and self._unlogged:
-            self._refresh(time.monotonic(), last=self._parent is None)
+            self._refresh(self._clock(), last=self._parent is None)
         if self._bar is not None and self._parent is None:
             self._bar.stop()
         elif self._bar is not None:
@@ -108,7 +111,9 @@ class Progress:
 
     def part(self, title: str, *, total: int = 0, unit: str = "windows") -> "Progress":
         """A second bar below this one, until its `with` ends: for an evaluation in the middle of training."""
-        part = Progress(title, total=total, unit=unit, show=self._show, every_seconds=self._every_seconds)
+        part = Progress(
+            title, total=total, unit=unit, show=self._show, every_seconds=self._every_seconds, clock=self._clock
+        )
         part._parent, part._log = self, self._log
         return part
 
@@ -116,7 +121,7 @@ class Progress:
         """Adds `count`, in the unit, to what is done."""
         self._done += count
         self._unlogged = True
-        now = time.monotonic()
+        now = self._clock()
         if not self._rate_samples or now - self._rate_samples[-1][0] >= 1.0:
             self._rate_samples.append((now, self._done))  # the first one after the first step, which compiles
         if now - self._last_draw_time >= 0.1:
@@ -126,11 +131,11 @@ class Progress:
         """Fields of a record to show beside the count from now on: see `FIELD_FORMATS`."""
         self._fields = dict(record)
         self._unlogged = True
-        self._refresh(time.monotonic())
+        self._refresh(self._clock())
 
     def print(self, text: str) -> None:
         """Prints text above the bar and into the log. Control characters, which models produce, are replaced."""
-        text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        text = printable(text)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif self._show:
