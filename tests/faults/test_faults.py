@@ -99,7 +99,7 @@ def test_no_damage_is_believed(whole, tmp_path):
     flags["sample"] = ("--prompt=Once", "--max_tokens=8", "--temperature=0", "--json")
     right = {}
     for name in ("evaluate", "sample"):
-        for step in (10, 20):
+        for step in sorted(path.name for path in (whole / "checkpoints").glob("[0-9]*")):
             done = run_script(name, f"--workdir={whole}", f"--step={step}", *flags[name])
             right.setdefault(name, set()).add(measured(done.stdout))
     for number in range(round(40 * SCALE)):
