@@ -203,6 +203,14 @@ def _attend_backward(materialize_transposes: bool, saved: tuple[Array, ...], dy:
     return dquery, dkey.astype(jnp.float32), dvalue.astype(jnp.float32)
 
 
+def attention_weights(
+    query: Float[Array, "B N T H"], key: Float[Array, "B K S H"], mask: Bool[Array, "_ T S"]
+) -> Float[Array, "B N T S"]:
+    """How much of each key's value `attention` takes for each query, in float32; each row sums to 1."""
+    batch, heads, length, _ = query.shape
+    return jax.nn.softmax(_scores(query, key, mask, False), axis=-1).reshape(batch, heads, length, key.shape[2])
+
+
 def attend_one(
     query: Float[Array, "B N 1 H"],
     key: Float[Array, "B K S H"],

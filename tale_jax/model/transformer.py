@@ -20,6 +20,7 @@ from tale_jax.config import Config, ModelConfig
 from tale_jax.model.attention import (
     attend_one,
     attention,
+    attention_weights,
     causal_mask,
     cudnn_causal_attention,
     document_segments,
@@ -30,14 +31,21 @@ from tale_jax.model.initialization import EMBEDDING_STD
 from tale_jax.model.layers import dropout, matmul, rms_norm, split_heads, swiglu
 from tale_jax.model.loss import Head, cross_entropy, logits, weighted_cross_entropy
 
+# `apply(..., mutable=[TAPS])` also gives what happens inside: `embedded` [B, T, D], and of the blocks `residual`
+# [L, B, T, D] and `attention/weights` [L, B, N, T, S], each in a tuple of one. Otherwise nothing of it is computed.
+TAPS = "intermediates"
+
 
 class Cache(flax.struct.PyTreeNode):
-    """Keys and values already computed: a ring of S slots for each layer, the oldest overwritten first."""
+    """Keys and values already computed: a ring of S slots for each layer, the oldest overwritten first.
+
+    `length` is one number where all rows are equally long, or one for each row.
+    """
 
     keys: Float[Array, "L B K S H"]
     values: Float[Array, "L B K S H"]
     positions: Int[Array, "B S"]  # of the token in each slot; -1 is empty
-    length: Int[Array, ""]  # tokens written so far
+    length: Int[Array, "*B"]  # tokens written so far
 
     @classmethod
     def empty(cls, config: ModelConfig, batch_size: int, dtype: Any, num_slots: int = 0) -> "Cache":
@@ -50,6 +58,13 @@ class Cache(flax.struct.PyTreeNode):
             positions=jnp.full((batch_size, num_slots), -1, jnp.int32),
             length=jnp.zeros((), jnp.int32),
         )
+
+
+def _write_slots(ring: Array, new: Array, slot: Array, axis: int) -> Array:
+    """The ring [B, ...] with `new` from `slot` on along `axis`; each row has a slot of its own where there are [B]."""
+    if not slot.ndim:
+        return jax.lax.dynamic_update_slice_in_dim(ring, new, slot, axis)
+    return jax.vmap(lambda r, n, s: jax.lax.dynamic_update_slice_in_dim(r, n, s, axis - 1))(ring, new, slot)
 
 
 @runtime_checkable
@@ -108,7 +123,7 @@ class Attention(nn.Module):
         x: Float[Array, "B T D"],
         angles: Float[Array, "_ T half"],
         mask: Bool[Array, "_ T S"] | None,
-        slot: Int[Array, ""],
+        slot: Int[Array, "*B"],
         cached: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None]:
         c = self.config
@@ -123,11 +138,13 @@ class Attention(nn.Module):
         query, key = rotate(query, angles), rotate(key, angles)
         if cached is not None:
             key, value = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
+                _write_slots(old, new.astype(old.dtype), slot, axis=2)
                 for old, new in zip(cached, (key, value), strict=True)
             )
             cached = key, value
         key, value = key.astype(self.dtype), value.astype(self.dtype)
+        if mask is not None and self.is_mutable_collection(TAPS):
+            self.sow(TAPS, "weights", attention_weights(query, key, mask))
         if mask is None:
             mixed = cudnn_causal_attention(query, key, value)
         elif cached is not None and x.shape[1] == 1:
@@ -173,6 +190,7 @@ class Block(nn.Module):
         x = x + drop(
             MLP(c, self.dtype, self.materialize_transposes, name="mlp")(RMSNorm(c.norm_eps, name="mlp_norm")(x))
         )
+        self.sow(TAPS, "residual", x)
         return x, cached
 
 
@@ -228,7 +246,8 @@ class Transformer(nn.Module):
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
         plain = cache is None and positions is None and segments is None
         if positions is None:
-            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+            positions = jnp.broadcast_to((start[:, None] if start.ndim else start) + index, tokens.shape)
         if cache is None:
             slot, slot_positions = start, positions
             mask = causal_mask(positions, positions, segments, segments)
@@ -244,7 +263,7 @@ class Transformer(nn.Module):
         else:
             num_slots = cache.positions.shape[1]
             slot = start % num_slots
-            slot_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
+            slot_positions = _write_slots(cache.positions, positions, slot, axis=1)
             mask = causal_mask(positions, slot_positions, window=num_slots)
         angles = rotary_angles(positions, c.head_dim, c.rope_base)
 
@@ -260,6 +279,7 @@ class Transformer(nn.Module):
             x = x * c.embed_dim**0.5
         x = x.astype(self.dtype)
         x = Dropout(c.dropout, deterministic, name="dropout")(x)
+        self.sow(TAPS, "embedded", x)
 
         cached = None if cache is None else (cache.keys, cache.values)
         blocks = self._stack()(c, self.dtype, self.materialize_transposes, deterministic, name="blocks")
@@ -289,7 +309,7 @@ class Transformer(nn.Module):
             block = nn.remat(Block, policy=policy, prevent_cse=not self.config.scan_layers)
         return nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, TAPS: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             out_axes=0,
