@@ -181,16 +181,17 @@ class Engine:
 
     def warm_up(self, weights: Any) -> None:
         """Compiles what requests need: decoding, and prefill of each length. Before `start`."""
-        block = self.blocks[0]
+        block, length = self.blocks[0], MIN_PREFILL
         block.state = self._empty_state(weights, block.size)
-        block.collect(block.decode(weights))
-        length = MIN_PREFILL
         while True:
             length = min(length, self.context)
-            self._insert(block.state, self._prefill(weights, np.zeros((1, length), np.int32), np.int32(1))[0], 0)
+            row, _ = self._prefill(weights, np.zeros((1, length), np.int32), np.int32(1), score=False)
             if length == self.context:
-                return
+                break
             length *= 2
+        for _ in range(2):  # a state that came from a program counts as another argument than the first, empty one
+            block.state = self._insert(block.state, row, 0)
+            block.collect(block.decode(weights))
 
     # The engine's thread.
 

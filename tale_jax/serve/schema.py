@@ -32,7 +32,7 @@ def integer(doc: str, minimum: int, maximum: int, **more: Any) -> Schema:
     return {"type": "integer", "description": doc, "minimum": minimum, "maximum": maximum, **more}
 
 
-def number(doc: str, minimum: float, maximum: float, **more: Any) -> Schema:
+def number(doc: str, minimum: int | float, maximum: int | float, **more: Any) -> Schema:
     return {"type": "number", "description": doc, "minimum": minimum, "maximum": maximum, **more}
 
 
