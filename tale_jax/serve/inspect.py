@@ -183,11 +183,11 @@ class Inspector:
         except ValueError:
             return None
 
-    def _padded(self, ids: Sequence[int]) -> np.ndarray:
+    def _padded(self, ids: Sequence[int]) -> Int[Array, "1 T"]:
         padded = min(self.model.context, power_of_two(max(len(ids), MIN_PREFILL)))
         tokens = np.zeros((1, padded), np.int32)
         tokens[0, : len(ids)] = ids
-        return tokens
+        return jnp.asarray(tokens)
 
     def _token(self, token: int) -> dict[str, Any]:
         return token_json(self.model, token)
