@@ -48,11 +48,11 @@ class Inspector:
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         numbers = [settings[name] for name in names]
         numbers[1] = min(numbers[1], self.model.model.vocab_size)
-        kinds = (np.float32, np.int32, np.float32, np.float32, np.float32)
+        kinds = (jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.float32)
         bias = np.zeros(self.model.model.vocab_size, np.float32)
         for token, value in settings["logit_bias"].items():
             bias[int(token)] = value
-        sampling = SamplingParams(*(k(n) for k, n in zip(kinds, numbers, strict=True)), logit_bias=bias)
+        sampling = SamplingParams(*(k(n) for k, n in zip(kinds, numbers, strict=True)), logit_bias=jnp.asarray(bias))
         greedy = bool(sampling.greedy)
         before, after, likeliest = jax.device_get(
             self._scores(self.model.params(variant), self._padded(ids), sampling)
@@ -76,8 +76,9 @@ class Inspector:
                     "logprob_after": _nats(kept),
                     "rank": int((before[index] > before[index, following]).sum()),
                 }
-            positions.append(position | {"entropy": entropy, "top": row})
-        nats = -sum(p["logprob"] for p in positions[:-1])
+            positions.append(position | {"entropy": _nats(entropy), "top": row})
+        scored = [position["logprob"] for position in positions[:-1]]
+        nats = None if None in scored else -sum(scored)
         return {"tokens": [self._token(token) for token in ids], "positions": positions, "nats": nats}
 
     def attention(self, ids: Sequence[int], variant: Variant, layer: int, head: int | None) -> dict[str, Any]:
@@ -110,7 +111,7 @@ class Inspector:
                 positions.append(
                     {
                         "logprob": _nats(own[layer, t]) if t + 1 < len(ids) else None,
-                        "entropy": float(entropy[layer, t]),
+                        "entropy": _nats(entropy[layer, t]),
                         "top": [self._token(token) | {"logprob": _nats(value)} for token, value in pairs],
                     }
                 )
@@ -247,5 +248,5 @@ def token_json(model: Model, token: int) -> dict[str, Any]:
 
 
 def _nats(value: Any) -> float | None:
-    """A number for JSON, None for minus infinity."""
+    """A number for JSON, None where it is not finite."""
     return float(value) if math.isfinite(value) else None

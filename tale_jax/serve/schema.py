@@ -218,7 +218,7 @@ def read(path: str, body: Any) -> dict[str, Any]:
     schema = SCHEMAS[path]
     for name in body:
         if name not in schema["properties"]:
-            shown = format_value(name).strip('"')
+            shown = format_value(name).strip("\"'")
             raise Invalid(f"{shown} is not supported here; leave it out", shown, code="unsupported_parameter")
     values = {}
     for name, known in schema["properties"].items():
@@ -294,7 +294,7 @@ def _check_object(name: str, value: dict[str, Any], schema: Mapping[str, Any]) -
         return {key: check(f"{name}.{key}", item, schema["additionalProperties"]) for key, item in value.items()}
     for key in value:
         if key not in schema["properties"]:
-            raise Invalid(f"{name}.{format_value(key).strip(chr(34))} is not supported here; leave it out", root)
+            raise Invalid(f"{name}.{format_value(key).strip(chr(34) + chr(39))} is not supported here; leave it out", root)
     result = {}
     for key, known in schema["properties"].items():
         if value.get(key) is None:

@@ -392,7 +392,8 @@ class App:
     async def _page_file(self, request: Request) -> Response:
         path = self._page.get(request.path_params["path"] or "index.html")
         if path is None:
-            raise HTTPException(404)
+            is_post = f"/{request.path_params['path']}" in SCHEMAS
+            raise HTTPException(405, headers={"allow": "POST"}) if is_post else HTTPException(404)
         kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         return Response(await asyncio.to_thread(path.read_bytes), media_type=kind, headers=PAGE_HEADERS)
 
