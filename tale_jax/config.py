@@ -59,16 +59,19 @@ UNKNOWN_TOTAL_STEPS = 1 << 30  # of a run whose length is not known before its t
 WARMUP_SHARE = 0.02  # of the run, where schedule.warmup_steps is 0
 
 FORMAT = 2  # of config.json
+# Settings that format 1 had not, with values that change nothing.
+_NEW_IN_2 = {
+    "corpus": {"encoding": "", "changed": ""},
+    "checkpoint": {"keep_every": 0},
+}
 
 
-def _with_encoding_and_changed(values: dict[str, Any]) -> dict[str, Any]:
-    """Format 1 had no `corpus.encoding` and no `corpus.changed`."""
-    corpus = values.get("corpus")
-    return values | ({"corpus": {"encoding": "", "changed": ""} | corpus} if isinstance(corpus, dict) else {})
+def _with_settings_of_2(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _NEW_IN_2.get(name, {}) | part if isinstance(part, dict) else part for name, part in values.items()}
 
 
 # From format 1 on every format loads: an entry n makes values of format n into those of format n + 1.
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_encoding_and_changed}
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_settings_of_2}
 
 # Names from before format 1, for whoever still writes them.
 RENAMED = {
@@ -249,6 +252,7 @@ class CheckpointConfig(Group):
 
     every_steps: int = setting(200, "steps between checkpoints", not_negative, off="only at the end")
     keep: int = setting(2, "newest checkpoints kept, besides the best by validation loss", positive)
+    keep_every: int = setting(0, "steps of which each multiple's checkpoint is kept, too", not_negative, off="none")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -445,9 +445,9 @@ def test_an_older_format_is_brought_to_the_present_one(tmp_path, monkeypatch):
     assert Config.load(tmp_path) == config
 
 
-def test_format_1_had_no_encoding_and_nothing_for_changed_text(tmp_path):
+def test_format_1_had_fewer_settings(tmp_path):
     values = {"format": 1} | dataclasses.asdict(build_config())
-    del values["corpus"]["encoding"], values["corpus"]["changed"]
+    del values["corpus"]["encoding"], values["corpus"]["changed"], values["checkpoint"]["keep_every"]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert Config.load(tmp_path) == build_config()
 

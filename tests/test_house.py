@@ -24,6 +24,7 @@ ORDER = (
     "tale_jax.training",
     "tale_jax.planning",
     "tale_jax.runs",
+    "tale_jax.serve",
     "tale_jax.bench",
     "configs",
     "launch",
@@ -40,12 +41,15 @@ ROOMS = {
     "wandb": ("tale_jax/training/metrics.py",),
     "tensorboardX": ("tale_jax/training/metrics.py",),
     "subprocess": ("tale_jax/utils/subprocesses.py", "tale_jax/bench/compare.py"),
+    "starlette": ("tale_jax/serve/server.py",),
+    "uvicorn": ("tale_jax/serve/server.py",),
+    "jinja2": ("tale_jax/serve/chat.py",),
     "torch": (),
     "tensorflow": (),
 }
 MAX_LAUNCH_LINES = 40
 MAX_LOOSE_MODULES = 4
-MAX_TRAINING_LINES = 1800
+MAX_TRAINING_LINES = 1850
 
 SOURCES = sorted(path for folder in ("tale_jax", "configs", "launch") for path in (ROOT / folder).rglob("*.py"))
 

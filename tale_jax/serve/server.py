@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import hmac
+import importlib.metadata
 import ipaddress
 import json
 import logging
@@ -37,7 +38,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-import tale_jax
 from tale_jax.hardware.backend import start_backend
 from tale_jax.inference.sampler import SampleSettings
 from tale_jax.planning.numerics import choose_precision
@@ -387,7 +387,7 @@ class App:
         return Response(self.metrics.text(self.models.values()), media_type="text/plain; version=0.0.4")
 
     async def _openapi(self, _: Request) -> Response:
-        return _json(openapi(tale_jax.__version__))
+        return _json(openapi(importlib.metadata.version("tale_jax")))
 
     async def _page_file(self, request: Request) -> Response:
         path = self._page.get(request.path_params["path"] or "index.html")

@@ -26,15 +26,16 @@ ARRAY_ITEMS = ("params", "ema", "training")  # of these `ema` is in some checkpo
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep` of them stay, and the best by validation loss.
+    """The checkpoints of one run: the newest `keep` of them stay, the best by validation loss, and those of each
+    multiple of `keep_every` steps (0: no others).
 
     `max_concurrent_bytes`: bytes that are on their way to the disk at a time, while `save` waits; 0: `save` copies the
     state and returns, and the copy is written in the background.
     """
 
-    def __init__(self, workdir: Path, keep: int, max_concurrent_bytes: int = 0):
+    def __init__(self, workdir: Path, keep: int, max_concurrent_bytes: int = 0, keep_every: int = 0):
         self.folder = Path(workdir).absolute() / "checkpoints"
-        self.keep = keep
+        self.keep, self.keep_every = keep, keep_every
         options = ocp.CheckpointManagerOptions(
             create=True, max_to_keep=None, enable_async_checkpointing=not max_concurrent_bytes
         )
@@ -103,7 +104,7 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps())
         best = _best_step({step: self._losses.get(step) for step in steps})
         for step in steps[: -self.keep]:
-            if step != best:
+            if step != best and not (self.keep_every and step % self.keep_every == 0):
                 self._manager.delete(step)
                 self._losses.pop(step, None)
 
