@@ -28,7 +28,9 @@ flags.DEFINE_string("weights", "auto", "last, ema, auto (ema where there is one)
 def main(_: list[str]) -> None:
     from tale_jax.serve.server import ServerSettings, serve
 
-    values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(ServerSettings) if field.name in FLAGS}
+    values = {
+        field.name: FLAGS[field.name].value for field in dataclasses.fields(ServerSettings) if field.name in FLAGS
+    }
     serve(WORKDIR.value, ServerSettings(**values, cors_origins=tuple(CORS.value)))
 
 

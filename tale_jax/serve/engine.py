@@ -321,17 +321,16 @@ class _Block:
         self.state: Any = None
         self._keys = np.zeros((size, 2), np.uint32)
         self._numbers = np.zeros(size, np.int32)
-        self._bias = np.zeros((size, engine.vocab_size), np.float32)
-        self._sampling = SamplingParams(
-            temperature=np.zeros(size, np.float32),
-            top_k=np.zeros(size, np.int32),
-            top_p=np.ones(size, np.float32),
-            min_p=np.zeros(size, np.float32),
-            repetition_penalty=np.ones(size, np.float32),
-            frequency_penalty=np.zeros(size, np.float32),
-            presence_penalty=np.zeros(size, np.float32),
-            logit_bias=self._bias,
-        )
+        self._sampling = {  # of each row, as SamplingParams
+            "temperature": np.zeros(size, np.float32),
+            "top_k": np.zeros(size, np.int32),
+            "top_p": np.ones(size, np.float32),
+            "min_p": np.zeros(size, np.float32),
+            "repetition_penalty": np.ones(size, np.float32),
+            "frequency_penalty": np.zeros(size, np.float32),
+            "presence_penalty": np.zeros(size, np.float32),
+            "logit_bias": np.zeros((size, engine.vocab_size), np.float32),
+        }
 
     @property
     def used(self) -> int:
@@ -343,33 +342,25 @@ class _Block:
             if self.key != job.weights:
                 self.weights = None
             self.key = job.weights
-        row, limits = self.texts.index(None), job.limits
+        row = self.texts.index(None)
+        limits = dataclasses.replace(job.limits, top_k=min(job.limits.top_k, self.engine.vocab_size))
         text = self.texts[row] = _RowText(row, job, self.engine.sampler)
         self._keys[row] = job.seed >> 32 & 0xFFFFFFFF, job.seed & 0xFFFFFFFF
         self._numbers[row] = job.number
-        numbers: tuple[Any, ...] = self._sampling
-        values = (
-            limits.temperature,
-            min(limits.top_k, self.engine.vocab_size),
-            limits.top_p,
-            limits.min_p,
-            limits.repetition_penalty,
-            job.frequency_penalty,
-            job.presence_penalty,
-        )
-        for array, value in zip(numbers, values, strict=False):
-            array[row] = value
-        self._bias[row] = 0
-        for token, bias in job.logit_bias.items():
-            self._bias[row, token] = bias
+        for name, array in self._sampling.items():
+            if name != "logit_bias":
+                array[row] = getattr(job if name in ("frequency_penalty", "presence_penalty") else limits, name)
+        bias = self._sampling["logit_bias"]
+        bias[row] = 0
+        for token, value in job.logit_bias.items():
+            bias[row, token] = value
         return text
 
     def release(self, text: "_RowText") -> None:
         """A row that nobody uses goes on greedily, which costs least."""
         self.texts[text.row] = None
-        s = self._sampling
-        for array, value in ((s.temperature, 0), (s.top_k, 0), (s.top_p, 1), (s.min_p, 0), (s.repetition_penalty, 1)):
-            array[text.row] = value
+        for name, value in (("temperature", 0), ("top_k", 0), ("top_p", 1), ("min_p", 0), ("repetition_penalty", 1)):
+            self._sampling[name][text.row] = value
 
     def fail(self, message: str) -> None:
         self.state = None
@@ -381,9 +372,16 @@ class _Block:
     def decode(self, weights: Any) -> Any:
         """Starts a chunk, and returns what will be its results. The device has copies of the rows' numbers."""
         wanted = any(text and text.job.top is not None for text in self.texts)
-        copies = jax.tree_util.tree_map(np.array, (self._keys, self._numbers, self._sampling))
+        keys, numbers, sampling = jax.tree_util.tree_map(np.array, (self._keys, self._numbers, self._sampling))
         self.state, *results = self.engine.sampler.decode_with_top(
-            weights, self.state, *copies, wanted=np.bool_(wanted), chunk=CHUNK, top=self.engine.top
+            weights,
+            self.state,
+            keys,
+            numbers,
+            SamplingParams(**sampling),
+            wanted=np.bool_(wanted),
+            chunk=CHUNK,
+            top=self.engine.top,
         )
         return results
 

@@ -54,9 +54,7 @@ class Inspector:
             bias[int(token)] = value
         sampling = SamplingParams(*(k(n) for k, n in zip(kinds, numbers, strict=True)), logit_bias=jnp.asarray(bias))
         greedy = bool(sampling.greedy)
-        before, after, likeliest = jax.device_get(
-            self._scores(self.model.params(variant), self._padded(ids), sampling)
-        )
+        before, after, likeliest = jax.device_get(self._scores(self.model.params(variant), self._padded(ids), sampling))
         positions = []
         for index in range(len(ids)):
             row = []
@@ -212,9 +210,7 @@ def forward(decoder: Transformer, params: Any, tokens: Int[Array, "B T"]) -> tup
     return result, dict(taps[TAPS])
 
 
-def _attention(
-    decoder: Transformer, params: Any, tokens: Int[Array, "1 T"], layer: int
-) -> Float[Array, "N T T"]:
+def _attention(decoder: Transformer, params: Any, tokens: Int[Array, "1 T"], layer: int) -> Float[Array, "N T T"]:
     return forward(decoder, params, tokens)[1]["blocks"]["attention"]["weights"][0][layer, 0]
 
 

@@ -4,6 +4,7 @@ import bisect
 import collections
 from collections.abc import Iterable
 
+from tale_jax.hardware.machine import resident_memory
 from tale_jax.serve.models import Model
 from tale_jax.serve.schema import PAGES, SCHEMAS
 
@@ -77,4 +78,7 @@ class Metrics:
             self.first_token.lines("tale_jax_first_token_seconds"))  # fmt: skip
         add("duration_seconds", "histogram", "From the request to its end.",
             self.duration.lines("tale_jax_duration_seconds"))  # fmt: skip
+        lines += ["# HELP process_resident_memory_bytes Memory of the process.",
+                  "# TYPE process_resident_memory_bytes gauge",
+                  f"process_resident_memory_bytes {resident_memory()}"]  # fmt: skip
         return "\n".join(lines) + "\n"

@@ -1,12 +1,14 @@
 """What the server takes and gives, as JSON Schema: each request is checked against the schema that documents it.
 
-`SCHEMAS` are the requests, `openapi()` is the document at /openapi.json. The checker knows the few words that the schemas
-use, and says what is wrong with a value in one line with the name of the field. What no schema names is refused.
+`SCHEMAS` are the requests, `openapi()` is the document at /openapi.json. The checker knows the few words that the
+schemas use, and says what is wrong with a value in one line with the name of the field. What no schema names is
+refused.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tale_jax.utils.settings import format_value
@@ -239,23 +241,17 @@ def check(name: str, value: Any, schema: Mapping[str, Any]) -> Any:
         return Invalid(f"{name}={format_value(value)} must {rule}", name.partition(".")[0].partition("[")[0])
 
     if "anyOf" in schema:
-        for choice in schema["anyOf"]:
-            try:
-                return check(name, value, choice)
-            except Invalid as error:
-                last = error
-        if isinstance(value, list | str):  # of the right kind, so the reason is inside
-            for choice in schema["anyOf"]:
-                if choice["type"] == ("array" if isinstance(value, list) else "string") and not (
-                    isinstance(value, list) and value and not isinstance(value[0], TYPES[choice["items"]["type"]][0])
-                ):
-                    return check(name, value, choice)
-        raise refuse(f"be {' or '.join(_words(choice) for choice in schema['anyOf'])}") from last
+        return _check_any(name, value, schema["anyOf"], refuse)
     kind = schema["type"]
     if kind == "integer" and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, TYPES[kind][0]) or (isinstance(value, bool) and kind != "boolean"):
         raise refuse(f"be {TYPES[kind][1]}")
+    return _check_kind(name, value, kind, schema, refuse)
+
+
+def _check_kind(name: str, value: Any, kind: str, schema: Mapping[str, Any], refuse: Callable[[str], Invalid]) -> Any:
+    """The rules of a value that is of the right kind."""
     if kind in ("integer", "number"):
         low, high, above = schema["minimum"], schema["maximum"], schema.get("exclusiveMinimum")
         if above is not None and not value > above:
@@ -283,6 +279,19 @@ def check(name: str, value: Any, schema: Mapping[str, Any]) -> Any:
     return value
 
 
+def _check_any(name: str, value: Any, choices: Sequence[Mapping[str, Any]], refuse: Callable[[str], Invalid]) -> Any:
+    """The value by the first of the choices that it fits."""
+    for choice in choices:
+        with contextlib.suppress(Invalid):
+            return check(name, value, choice)
+    kind = "array" if isinstance(value, list) else "string" if isinstance(value, str) else ""
+    for choice in choices:  # where the value is of the right kind, what is wrong is inside of it
+        inner = TYPES[choice["items"]["type"]][0] if kind == "array" and "items" in choice else object
+        if choice["type"] == kind and (not value or isinstance(value[0], inner)):
+            return check(name, value, choice)
+    raise refuse(f"be {' or '.join(_words(choice) for choice in choices)}")
+
+
 def _check_object(name: str, value: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
     root = name.partition(".")[0].partition("[")[0]
     if "propertyNames" in schema:
@@ -294,7 +303,9 @@ def _check_object(name: str, value: dict[str, Any], schema: Mapping[str, Any]) -
         return {key: check(f"{name}.{key}", item, schema["additionalProperties"]) for key, item in value.items()}
     for key in value:
         if key not in schema["properties"]:
-            raise Invalid(f"{name}.{format_value(key).strip(chr(34) + chr(39))} is not supported here; leave it out", root)
+            raise Invalid(
+                f"{name}.{format_value(key).strip(chr(34) + chr(39))} is not supported here; leave it out", root
+            )
     result = {}
     for key, known in schema["properties"].items():
         if value.get(key) is None:

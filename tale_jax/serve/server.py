@@ -24,7 +24,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +246,7 @@ class App:
 
     async def _events(
         self, model: Model, jobs: Sequence[Job], events: asyncio.Queue[tuple[int, Any]]
-    ) -> AsyncIterator[tuple[int, Any]]:
+    ) -> AsyncGenerator[tuple[int, Any], None]:
         """What the jobs tell, until all have ended; gives them up when nobody listens any more."""
         start_time, left, waiting = time.perf_counter(), len(jobs), True
         try:
@@ -304,7 +304,7 @@ class App:
         jobs: Sequence[Job],
         choices: Sequence[Choice],
         events: asyncio.Queue[tuple[int, Any]],
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         done = False
         try:
             async with contextlib.aclosing(self._events(model, jobs, events)) as told:
@@ -493,9 +493,7 @@ class App:
         c = model.config.model
         for layer, head in wanted["heads"]:
             if layer >= c.num_layers or head >= c.num_heads:
-                raise Invalid(
-                    f"ablate.heads must hold [layer, head] below [{c.num_layers}, {c.num_heads}]", "ablate"
-                )
+                raise Invalid(f"ablate.heads must hold [layer, head] below [{c.num_layers}, {c.num_heads}]", "ablate")
         if any(layer >= c.num_layers for layer in wanted["layers"]):
             raise Invalid(f"ablate.layers must be below {c.num_layers}", "ablate")
         heads = tuple(sorted({(layer, head) for layer, head in wanted["heads"]}))
@@ -554,7 +552,7 @@ class Guard:
 class _Stream(StreamingResponse):
     """Server-sent events, whose source is closed when the reader has gone."""
 
-    def __init__(self, events: AsyncIterator[bytes]):
+    def __init__(self, events: AsyncGenerator[bytes, None]):
         super().__init__(events, media_type="text/event-stream", headers=HEADERS | {"x-accel-buffering": "no"})
         self._events = events
 
@@ -562,7 +560,7 @@ class _Stream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._events.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+            await self._events.aclose()
 
 
 def _json(content: Any, status: int = 200) -> Response:

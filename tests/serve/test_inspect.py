@@ -1,4 +1,4 @@
-"""What is shown is what the forward pass computes: taps, lens, attention and ablation against other ways to get them."""
+"""What is shown is what the forward pass computes: taps, lens, attention and ablation against other ways."""
 
 import dataclasses
 import itertools
@@ -156,7 +156,13 @@ def test_lens_ends_in_what_the_model_says(client):
 
 def test_steps_and_ablations_change_what_is_written_and_scored(client):
     base = {"prompt": "Once there was", "max_tokens": 30, "seed": 3, "logprobs": 0}
-    variants = [{}, {"step": 20}, {"step": 10}, {"ablate": {"layers": [0]}}, {"step": 10, "ablate": {"heads": [[0, 1]]}}]
+    variants = [
+        {},
+        {"step": 20},
+        {"step": 10},
+        {"ablate": {"layers": [0]}},
+        {"step": 10, "ablate": {"heads": [[0, 1]]}},
+    ]
     choices = [client.post("/v1/completions", json=base | more).json()["choices"][0] for more in variants]
     scores = [tuple(choice["logprobs"]["token_logprobs"]) for choice in choices]
     assert choices[0] == choices[1] and len(set(scores)) == 4

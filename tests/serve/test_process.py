@@ -166,23 +166,21 @@ def test_a_signal_lets_texts_end_and_refuses_new_ones(chat_workdir, number):
             assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
             rest = list(lines)
         assert rest[-1] == "data: [DONE]" and json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
-        stdout, stderr = process.communicate(timeout=60)
+        _stdout, stderr = process.communicate(timeout=60)
         assert process.returncode == 0 and "Traceback" not in stderr, stderr
 
 
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(chat_workdir):
     with served(f"--workdir={chat_workdir}") as (process, url):
-        with (
-            contextlib.suppress(httpx.HTTPError),
-            httpx.stream("POST", f"{url}/v1/completions", json=long_body(n=30), timeout=60) as answer,
-        ):
-            next(answer.iter_lines())
+        with httpx.stream("POST", f"{url}/v1/completions", json=long_body(n=30), timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
             process.send_signal(signal.SIGINT)
             until(lambda: httpx.get(f"{url}/health").status_code == 503)
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=30)
-        assert process.returncode == 0
+            _, stderr = process.communicate(timeout=30)
+        assert process.returncode == 0 and "Traceback" not in stderr, stderr
 
 
 @pytest.mark.slow
@@ -197,7 +195,9 @@ def test_two_models_and_a_key(chat_workdir, tmp_path):
         refused = httpx.post(f"{url}/v1/completions", json=body, headers=key)
         assert refused.status_code == 400 and "chatty, chatty-2" in refused.json()["error"]["message"]
         texts = {
-            httpx.post(f"{url}/v1/completions", json=body | {"model": name}, headers=key, timeout=60).json()["choices"][0]["text"]
+            httpx.post(f"{url}/v1/completions", json=body | {"model": name}, headers=key, timeout=60).json()["choices"][
+                0
+            ]["text"]
             for name in names
         }
         assert len(texts) == 1
@@ -217,3 +217,14 @@ def test_a_mistake_is_one_line(chat_workdir, tmp_path, flags, line):
         places = {"tmp": tmp_path, "workdir": chat_workdir, "taken": taken.getsockname()[1]}
         done = run_script("serve", *(flag.format(**places) for flag in flags))
     assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_load_measurement(url):
+    from tale_jax.bench import serving
+
+    body = {"prompt": "", "max_tokens": 20, "temperature": 0.8}
+    load = asyncio.run(serving.measure(url, 3, 1.0, body))
+    assert load.tokens_per_second > 0 and load.texts > 0 and 0 < load.first_token_median <= load.first_token_p99
+    assert "tokens/s" in serving.describe([load])
+    asyncio.run(serving.leave(url, 16, body | {"max_tokens": 4000, "logit_bias": {"2": -100}}))
+    assert gauge(url, "queue_length") == gauge(url, "rows_used") == 0

@@ -1,6 +1,9 @@
 """The API as clients see it: shapes, streams, scores, refusals, and what happens when someone leaves."""
 
+import functools
+import itertools
 import json
+import operator
 
 import numpy as np
 import pytest
@@ -71,7 +74,13 @@ def test_prompts_of_all_kinds_and_several_texts(client, model):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("more", [{}, {"stop": ["e t", "q"]}, {"temperature": 3.0}, {"echo": True}, {"n": 3}], ids=str)
 def test_a_stream_is_the_text_and_no_character_is_split(client, seed, more):
-    body = {"prompt": PROMPT + " \U0001f9d9", "max_tokens": 60, "seed": seed, "logprobs": 2, "token_details": True} | more
+    body = {
+        "prompt": PROMPT + " \U0001f9d9",
+        "max_tokens": 60,
+        "seed": seed,
+        "logprobs": 2,
+        "token_details": True,
+    } | more
     whole = complete(client, **body)
     chunks = stream(client, **body, stream_options={"include_usage": True})
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == whole["usage"]
@@ -79,8 +88,8 @@ def test_a_stream_is_the_text_and_no_character_is_split(client, seed, more):
         mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
         assert "".join(c["text"] for c in mine) == choice["text"]
         for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-            assert sum((c["logprobs"][name] for c in mine), []) == choice["logprobs"][name]
-        assert sum((c["token_details"] for c in mine), []) == choice["token_details"]
+            assert functools.reduce(operator.iadd, (c["logprobs"][name] for c in mine), []) == choice["logprobs"][name]
+        assert functools.reduce(operator.iadd, (c["token_details"] for c in mine), []) == choice["token_details"]
         assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
         if more == {"temperature": 3.0}:  # bytes in wild order
             assert "\ufffd" not in choice["text"] or choice["text"].encode()
@@ -101,7 +110,7 @@ def test_the_log_probabilities_of_prompts_are_those_of_evaluation(client, model)
     """Documents of the valid split, with their end marks: together the nats that `evaluate.py` sums, to 1e-4."""
     tokens, _ = load_tokens(model.workdir, "valid")
     starts = np.flatnonzero(np.asarray(tokens) == model.tokenizer.bos_id).tolist()
-    for begin, end in list(zip(starts, starts[1:], strict=False))[:3]:
+    for begin, end in list(itertools.pairwise(starts))[:3]:
         end = min(end, begin + model.context)
         ids = np.asarray(tokens[begin:end]).tolist()
         scorer = Scorer(model.model, model.tokenizer, 1)
@@ -124,7 +133,9 @@ def test_as_lm_eval_asks(client, model):
         logprobs = choice["logprobs"]
         assert len(logprobs["tokens"]) == len(ids) + 1
         length = len(model.tokenizer.encode(context))
-        part = list(zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True))[length:-1]
+        part = list(zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True))[
+            length:-1
+        ]
         assert "".join(token for token, _, _ in part) == continuation
         assert all(top[token] == logprob for token, logprob, top in part)
 
@@ -257,7 +268,9 @@ def test_no_chat_without_a_template(client, model, monkeypatch):
     ],
 )
 def test_what_is_wrong_is_named(client, field, value):
-    done = client.post("/v1/completions", content=json.dumps({field: value}), headers={"content-type": "application/json"})
+    done = client.post(
+        "/v1/completions", content=json.dumps({field: value}), headers={"content-type": "application/json"}
+    )
     assert done.status_code == 400, done.text
     assert str(done.json()["error"]["param"]).startswith(field.split("\n")[0])
 
@@ -336,7 +349,9 @@ def test_keys_and_other_pages(model, tmp_path):
         assert client.get("/health").status_code == 200 and client.get("/").status_code == 200
         assert client.get("/metrics").status_code == 401
         asked = {"origin": "https://a.example", "access-control-request-method": "POST"}
-        assert client.options("/v1/completions", headers=asked).headers["access-control-allow-origin"] == asked["origin"]
+        assert (
+            client.options("/v1/completions", headers=asked).headers["access-control-allow-origin"] == asked["origin"]
+        )
         asked["origin"] = "https://b.example"
         assert "access-control-allow-origin" not in client.options("/v1/completions", headers=asked).headers
     file.write_text("\n")
