@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+MEMORY, SAMPLED = "process_resident_memory_bytes", "tale_jax_sampled_tokens_total"
 REST_SECONDS = 60  # that a server has to come to rest
 
 
@@ -49,7 +50,6 @@ class _Client:
     port: int
     body: dict[str, Any]
     first_tokens: list[float] = dataclasses.field(default_factory=list)
-    tokens: int = 0
     texts: int = 0
     refused: int = 0
 
@@ -82,7 +82,7 @@ class _Client:
         return sum(map(float, values))
 
     async def ask(self, seed: int, end: float) -> None:
-        """One text; tokens that come after `end` do not count."""
+        """One text, given up at `end`."""
         start_time, first = time.perf_counter(), True
         async with self.post(seed) as (status, reader):
             if status == 429:
@@ -97,9 +97,7 @@ class _Client:
                 choices = json.loads(line[6:])["choices"]
                 if time.perf_counter() > end:
                     return
-                for choice in choices:
-                    self.tokens += len(choice["logprobs"]["tokens"])
-                    self.texts += choice["finish_reason"] is not None
+                self.texts += sum(choice["finish_reason"] is not None for choice in choices)
                 if first and choices:
                     self.first_tokens.append(time.perf_counter() - start_time)
                     first = False
@@ -108,8 +106,8 @@ class _Client:
 async def measure(url: str, clients: int, seconds: float, body: dict[str, Any], seed: int = 0) -> Load:
     """`clients` that ask one after another for `seconds`."""
     client = _client(url, body)
-    before, start_time = await client.sum_of("process_resident_memory_bytes"), time.perf_counter()
-    end = start_time + seconds
+    before, sampled = [await client.sum_of(name) for name in (MEMORY, SAMPLED)]
+    end = time.perf_counter() + seconds
 
     async def one(number: int) -> None:
         count = 0
@@ -117,13 +115,19 @@ async def measure(url: str, clients: int, seconds: float, body: dict[str, Any], 
             await client.ask(seed + number * 10_000 + count, end)
             count += 1
 
+    async def count() -> float:
+        await asyncio.sleep(seconds)
+        return await client.sum_of(SAMPLED) - sampled
+
+    counted = asyncio.create_task(count())
     await asyncio.gather(*map(one, range(clients)))
+    tokens = await counted
     await _rest(client)
     times = sorted(client.first_tokens) or [math.nan]
     median, p99 = np.quantile(times, [0.5, 0.99]).tolist()
-    after = await client.sum_of("process_resident_memory_bytes")
+    after = await client.sum_of(MEMORY)
     return Load(
-        clients, seconds, client.texts, client.tokens / seconds, median, p99, client.refused, before / 1e6, after / 1e6
+        clients, seconds, client.texts, tokens / seconds, median, p99, client.refused, before / 1e6, after / 1e6
     )
 
 
@@ -158,7 +162,7 @@ def _client(url: str, body: dict[str, Any]) -> _Client:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme != "http" or not parts.hostname:
         raise ValueError(f"url={url} must be that of a server; try --url=http://127.0.0.1:8000")
-    return _Client(parts.hostname, parts.port or 80, body | {"stream": True, "logprobs": 0})
+    return _Client(parts.hostname, parts.port or 80, body | {"stream": True})
 
 
 def describe(loads: Sequence[Load]) -> str:

@@ -83,7 +83,7 @@ class Job:
       limits: `max_tokens`, `stop`, and the sampling parameters that `SampleSettings` has.
       on_event: called by the engine's thread: once with Prompt, then with Deltas, or with Failure.
       seed: of the random numbers, 64 bits; `number` tells the texts of one seed apart.
-      top: likeliest tokens that each token is told with; None: not even its own `after`.
+      top: likeliest tokens that each token is told with; None: not even its own `after`, which costs least.
       score_prompt: the tokens of the prompt are scored, too.
       max_tokens: 0 only reads the prompt; otherwise that of `limits`.
       weights: key of the weights to use.

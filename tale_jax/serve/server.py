@@ -226,7 +226,7 @@ class App:
                     on_event=tell,
                     seed=seed,
                     number=number,
-                    top=answer.top if answer.scored else None,
+                    top=answer.top if answer.top or values["token_details"] else None,
                     score_prompt=answer.scored and not chat and values["echo"],
                     max_tokens=values["max_tokens"],
                     presence_penalty=values["presence_penalty"],

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tale_jax.inference.sampling import SamplingParams, filter_logits, sample_token
+from tale_jax.inference.sampling import SamplingParams, filter_logits, penalize, sample_token
 
 
 def sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
@@ -105,3 +105,37 @@ def test_the_penalty_counts_where_greedy_decides():
     settings = sampling(temperature=0.0, repetition_penalty=1.2)
     token, _ = sample_token(logits, seen, settings, jax.random.split(jax.random.PRNGKey(0), 1))
     assert token.tolist() == [1]
+
+
+def test_every_row_may_have_settings_of_its_own_and_none_changes_another():
+    """Rows with all kinds of settings together, and each one alone: equal bits."""
+    rng = np.random.default_rng(0)
+    kinds = [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5, "temperature": 0.7}, {"min_p": 0.1}, {"top_k": 1}]
+    rows = len(kinds)
+    logits, seen = jnp.asarray(rng.normal(size=(rows, 90)), jnp.float32), jnp.asarray(rng.random((rows, 90)) < 0.2)
+    counts, keys = jnp.asarray(rng.integers(0, 3, (rows, 90)), jnp.int32), jax.random.split(jax.random.PRNGKey(0), rows)
+    numbers = [sampling(**kind, repetition_penalty=1 + 0.1 * row) for row, kind in enumerate(kinds)]
+    more = {
+        "frequency_penalty": jnp.linspace(-1, 1, rows),
+        "presence_penalty": jnp.linspace(1, -1, rows),
+        "logit_bias": jnp.asarray(rng.normal(size=(rows, 90)), jnp.float32),
+    }
+    together = SamplingParams(*(jnp.stack(x) for x in zip(*(n[:5] for n in numbers), strict=True)), **more)
+    tokens, filtered = jax.jit(sample_token)(logits, seen, together, keys, counts)
+    quiet = sampling(temperature=0.0)
+    for row in range(rows):
+        # The same row among rows that ask for nothing.
+        alone = [jnp.full((rows,), value).at[row].set(n) for value, n in zip(quiet[:5], numbers[row][:5], strict=True)]
+        token, kept = jax.jit(sample_token)(logits, seen, SamplingParams(*alone, **more), keys, counts)
+        assert token[row] == tokens[row]
+        np.testing.assert_array_equal(kept[row], filtered[row])
+
+
+def test_bias_and_penalties_are_the_sums_they_say():
+    logits, seen = jnp.array([[2.0, -1.0, 0.5, 3.0]]), jnp.array([[True, True, False, False]])
+    settings = sampling(repetition_penalty=2.0)._replace(
+        frequency_penalty=jnp.array([0.5]), presence_penalty=jnp.array([0.25]), logit_bias=jnp.array([[0.0, 0, 1, -9]])
+    )
+    counts = jnp.array([[0, 3, 1, 0]], jnp.int32)
+    np.testing.assert_allclose(penalize(logits, seen, settings, counts), [[1.0, -2 - 1.75, 1.5 - 0.75, -6]])
+    np.testing.assert_allclose(penalize(logits, seen, settings._replace(logit_bias=None)), [[1.0, -2.0, 0.5, 3.0]])

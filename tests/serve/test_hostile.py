@@ -25,7 +25,7 @@ anything = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
     max_leaves=12,
 )
-QUICK = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def bodies(path):
@@ -84,7 +84,7 @@ def test_bodies_of_all_kinds(client, content):
 
 
 @given(st.sampled_from(sorted(SCHEMAS)), anything)
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_a_schema_gives_values_or_says_what_is_wrong(path, body):
     try:
         values = read(path, body)
@@ -112,7 +112,7 @@ def test_long_numbers_and_names(client):
     assert len(answered(client, "/v1/completions", json.dumps({"x" * 900_000: 1}).encode()).text) < 1000
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(string.printable, max_size=60))
 def test_paths_of_all_kinds(client, path):
     from urllib.parse import quote
@@ -137,7 +137,7 @@ def test_the_document_holds_under_schemathesis(model):
     statuses = collections.Counter()
     for result in document.get_all_operations():
 
-        @settings(max_examples=25, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=15, suppress_health_check=list(HealthCheck))
         @given(result.ok().as_strategy())
         def check(case):
             if isinstance(case.body, dict) and "completions" in case.path:
@@ -146,4 +146,4 @@ def test_the_document_holds_under_schemathesis(model):
             statuses[case.call_and_validate(checks=checks).status_code] += 1
 
         check()
-    assert sum(statuses.values()) > 200 and statuses[200] > 50
+    assert sum(statuses.values()) > 100 and statuses[200] > 30
