@@ -24,6 +24,7 @@ ORDER = (
     "tale_jax.training",
     "tale_jax.planning",
     "tale_jax.runs",
+    "tale_jax.convert",
     "tale_jax.bench",
     "configs",
     "launch",

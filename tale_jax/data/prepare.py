@@ -24,7 +24,7 @@ from tale_jax.data.corpus import SPLITS, Corpus, open_corpus, relevant_settings
 from tale_jax.data.encode import encode
 from tale_jax.data.tales.grammar import ratio
 from tale_jax.data.token_files import Manifest, document_starts, iter_documents, load_manifest, load_tokens
-from tale_jax.data.tokenizer import Tokenizer, check_tokenizer, tokenizer_file, train_tokenizer
+from tale_jax.data.tokenizer import JSON_FILE, Tokenizer, check_tokenizer, tokenizer_file, train_tokenizer
 from tale_jax.utils.files import atomic_writer, write_atomically
 from tale_jax.utils.progress import Progress
 
@@ -68,10 +68,16 @@ def prepare(config: Config, workdir: Path, log: Path | None = None) -> Prepared:
                     partial.unlink()
     manifests = {split: load_manifest(workdir, split) for split in present}
     corpus = _open_corpus(config, manifests)
-    if corpus and not manifests:
+    brought = tokenizer_file(workdir).name == JSON_FILE  # by a model from elsewhere: it stays
+    if corpus and not manifests and not brought:
         tokenizer = _write_tokenizer(corpus, config, workdir, log)
     else:
         tokenizer = Tokenizer.load(tokenizer_file(workdir))
+    if brought and tokenizer.vocab_size > config.tokenizer.vocab_size:
+        raise ValueError(
+            f"tokenizer.vocab_size={config.tokenizer.vocab_size} must be that of {tokenizer_file(workdir)}; "
+            f"try tokenizer.vocab_size={tokenizer.vocab_size}"
+        )
     for manifest in manifests.values():
         _check_settings(manifest, config, corpus, tokenizer, workdir)
     for split in SPLITS:
@@ -172,7 +178,7 @@ def _write_tokenizer(corpus: Corpus, config: Config, workdir: Path, log: Path | 
 
             tokenizer = train_tokenizer(documents(), config.tokenizer)
     with _disk_errors_explained(workdir):
-        write_atomically(tokenizer_file(workdir), tokenizer.model)
+        tokenizer.save(workdir / "tokenizer")
     return tokenizer
 
 
