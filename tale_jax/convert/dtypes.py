@@ -16,5 +16,6 @@ def cast(name: str, array: Float[np.ndarray, "..."], dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         written = array.astype(DTYPES[dtype], copy=False)
     if dtype == "float16" and not np.isfinite(written).all() and np.isfinite(array).all():
-        raise ValueError(f"dtype=float16 must hold {name}, whose largest weight is {abs(array).max():.3g}; try bfloat16")
+        largest = abs(array).max()
+        raise ValueError(f"dtype=float16 must hold {name}, whose largest weight is {largest:.3g}; try bfloat16")
     return written

@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tale_jax.convert.gguf import export_gguf
 from tale_jax.convert.huggingface import export_huggingface, import_huggingface
+from tale_jax.convert.ollama import export_ollama
 from tale_jax.runs.experiment import Experiment
 
 EXPORTS: dict[str, Callable[[Experiment, Path, str], None]] = {
     "huggingface": export_huggingface,
+    "gguf": export_gguf,
+    "ollama": export_ollama,
 }
 IMPORTS: dict[str, Callable[[Path, Path], None]] = {"huggingface": import_huggingface}
 

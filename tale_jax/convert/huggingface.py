@@ -45,7 +45,7 @@ ONLY = {
     "partial_rotary_factor": (1, 1.0, None),
     "quantization_config": (None,),
 }
-PADDED_TO, MAX_PADDING = 64, 0.02  # rows of an embedding: a multiple of this many, and the share of them without a token
+PADDED_TO, MAX_PADDING = 64, 0.02  # rows of an embedding: a multiple of this, and the share of them without a token
 
 
 # Out.
@@ -218,7 +218,7 @@ def _rope(theirs: Mapping[str, Any], name: Path) -> tuple[float, float, int]:
         raise ValueError(f"{name}: rope scaling of type {_said(kind)} is not supported; it must be default or llama3")
     for field, wanted in (("low_freq_factor", SLOW_TURNS), ("high_freq_factor", FAST_TURNS)):
         if scaling.get(field, wanted) != wanted:
-            raise ValueError(f"{name}: rope scaling with {field}={_said(scaling[field])} is not supported, only {wanted}")
+            raise ValueError(f"{name}: rope scaling with {field}={_said(scaling[field])} is not supported; {wanted} is")
     factor = _number(scaling, "factor", name, kind=float)
     return float(base), float(factor), _number(scaling, "original_max_position_embeddings", name)
 

@@ -74,13 +74,14 @@ def open_safetensors(folder: Path) -> Tensors:
     found: dict[str, Tensor] = {}
     for shard in shards:
         if Path(shard).name != shard:
-            raise ValueError(f"{folder / INDEX} names the shard {shard!r}, and must name files beside it; do not use it")
+            raise ValueError(f"{folder / INDEX} names the shard {shard!r}, which is no file beside it; do not use it")
         if not (folder / shard).is_file():
             raise ValueError(f"{folder} lacks the shard {shard} that {INDEX} names; download it again")
         held = read_header(folder / shard)
         found |= {name: tensor for name, tensor in held.items() if shard_of.get(name) == shard}
     if lost := set(shard_of) - set(found):
-        raise ValueError(f"{folder} lacks {min(lost)}, which {INDEX} places in {shard_of[min(lost)]}; download it again")
+        name = min(lost)
+        raise ValueError(f"{folder} lacks {name}, which {INDEX} places in {shard_of[name]}; download it again")
     return Tensors(found)
 
 

@@ -9,7 +9,6 @@ nothing is normalised, and a real U+2581 is spelled in bytes, as our tokenizer d
 puts a space before each text gets the usual form: U+2581 for a space, one put before the text and taken off again.)
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +24,7 @@ UNSEEN = ("\u0378", "\U000e01f0")  # no characters, so that no vocabulary has th
 def huggingface_tokenizer(tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
     """The content of tokenizer.json and of tokenizer_config.json."""
     if isinstance(tokenizer, JsonTokenizer):
-        return json.dumps(tokenizer.specification, ensure_ascii=False), dict(tokenizer.settings)
+        return tokenizer.text, dict(tokenizer.settings)
     assert isinstance(tokenizer, SentencePieceTokenizer)
     sp = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     settings = {
@@ -77,6 +76,15 @@ def tokenizer_json(model: bytes, bos_id: int, prefix: bool = False, name: str = 
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
         )
     return library.to_str()
+
+
+def special_token(tokenizer: Tokenizer, index: int) -> str:
+    """How a special token is written, "" for one that the tokenizer lacks."""
+    if index < 0:
+        return ""
+    if isinstance(tokenizer, JsonTokenizer):
+        return tokenizer.library.id_to_token(index)
+    return sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model).id_to_piece(index)
 
 
 def _marks(tokenizer: Tokenizer) -> dict[str, int]:

@@ -30,7 +30,7 @@ class JsonTokenizer(Tokenizer):
     """A tokenizer.json with its settings.
 
     Attributes:
-      specification: the content of tokenizer.json.
+      text: the content of tokenizer.json; specification: the same, read.
       settings: the content of tokenizer_config.json.
       byte_level: whether its tokens are spelled in GPT-2's 256 characters for bytes.
       special_ids: tokens that no text becomes.
@@ -39,12 +39,12 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, model: bytes, name: str = "tokenizer"):
         """`model` is one JSON object, of the two files by name: see `pack`."""
         files = json.loads(model)
-        text, self.settings = files[JSON_FILE], files[SETTINGS_FILE]
-        self.specification = _read_object(text, name)
+        self.text, self.settings = files[JSON_FILE], files[SETTINGS_FILE]
+        self.specification = _read_object(self.text, name)
         kind = (self.specification.get("model") or {}).get("type")
         if kind not in KINDS:
             raise ValueError(f"{name}: a tokenizer of type {kind} must be one of {', '.join(KINDS)}; use another base")
-        self.library = _library_tokenizer(text, name)
+        self.library = _library_tokenizer(self.text, name)
         vocabulary = self.library.get_vocab(with_added_tokens=True)
         super().__init__(model, 1 + max(vocabulary.values(), default=0))
         added = self.library.get_added_tokens_decoder()
@@ -72,9 +72,9 @@ class JsonTokenizer(Tokenizer):
         return JsonTokenizer(pack(path.read_bytes(), settings, str(path)), str(path))
 
     def save(self, folder: Path) -> None:
-        files = json.loads(self.model)
-        write_atomically(folder / SETTINGS_FILE, json.dumps(self.settings, indent=2) + "\n")
-        write_atomically(folder / JSON_FILE, files[JSON_FILE])
+        settings = json.dumps(self.settings, indent=2, ensure_ascii=False)
+        write_atomically(folder / SETTINGS_FILE, settings + "\n")
+        write_atomically(folder / JSON_FILE, self.text)
 
     def encode(self, text: str) -> UInt[np.ndarray, " T"]:
         check_unicode(text)
