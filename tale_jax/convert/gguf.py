@@ -5,9 +5,9 @@
 The architecture is `llama`, whose query and key rows llama.cpp wants in another order (the pairs that rotate stand side
 by side there), or `qwen3` where queries and keys are normalised, which are left as they are. Norms stay in float32. Our
 tokenizer becomes a `llama` (SentencePiece) one with its real scores: that spells unknown characters in bytes because
-the tokens for bytes are of their own type, and puts no space before a text because it is told not to. It writes a space
-as U+2581 and cannot tell it from a real U+2581, which ours can: the one text that differs. Byte-level byte-pair encoding
-becomes a `gpt2` tokenizer with its merges and the name by which llama.cpp knows how it cuts words.
+the tokens for bytes are of their own type, and puts no space before a text because it is told not to. llama.cpp cannot
+tell a space from a real U+2581, which ours can: the one text that differs. Byte-level byte-pair encoding becomes a
+`gpt2` tokenizer with its merges and the name by which llama.cpp knows how it cuts words.
 """
 
 import dataclasses
@@ -231,9 +231,7 @@ def _of_byte_level(tokenizer: JsonTokenizer) -> Vocabulary:
     if not pre:
         said = json.dumps([kind for kind, _ in cut])
         known = ", ".join(PRE_TOKENIZERS)
-        raise ValueError(
-            f"the pre-tokenizers {said} of this tokenizer are not among llama.cpp's {known}; no gguf for it"
-        )
+        raise ValueError(f"the tokenizer's pre-tokenizers {said} must be those of {known} for gguf; no gguf for it")
     kinds = [NORMAL] * len(pieces)
     for index in tokenizer.added:
         kinds[index] = CONTROL if index in tokenizer.special_ids else USER_DEFINED
