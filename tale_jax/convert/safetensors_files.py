@@ -69,6 +69,8 @@ def open_safetensors(folder: Path) -> Tensors:
     try:
         shard_of = json.loads((folder / INDEX).read_bytes())["weight_map"]
         shards = sorted(set(shard_of.values()))
+        if not all(isinstance(shard, str) for shard in shards):
+            raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f'{folder / INDEX} must have a "weight_map" of names to shards; download it again') from None
     found: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import UInt
@@ -80,7 +80,7 @@ class JsonTokenizer(Tokenizer):
         check_unicode(text)
         return np.array(self.library.encode(text, add_special_tokens=False).ids, self.dtype)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         text = super().decode(ids)
         return text[1:] if self._strips_space and text.startswith(" ") else text
 

@@ -5,8 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tale_jax.model.attention import attend_one, attention, causal_mask, document_segments
-from tale_jax.model.attention import rotary_angles, rotary_frequencies, rotate
+from tale_jax.model.attention import (
+    attend_one,
+    attention,
+    causal_mask,
+    document_segments,
+    rotary_angles,
+    rotary_frequencies,
+    rotate,
+)
 
 
 def inputs(length, heads=4, kv_heads=2, width=8, dtype=jnp.float32):
