@@ -22,6 +22,7 @@ def model_config(**changes) -> ModelConfig:
     shape = {"num_layers": 3, "embed_dim": 32, "num_heads": 4, "mlp_dim": 48, "seq_len": 16}
     shape |= {"zero_init_outputs": False, "induction_init": True, **changes}
     shape.setdefault("num_kv_heads", shape["num_heads"])
+    shape.setdefault("head_dim", shape["embed_dim"] // shape["num_heads"])
     return dataclasses.replace(build_config().model, **shape)
 
 
