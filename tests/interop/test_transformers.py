@@ -1,6 +1,6 @@
 """Exported folders in transformers 4.57 and 5: the same logits, greedy text and ids as ours. `make test-interop`.
 
-`TALE_JAX_WRITE_AGREEMENT=1 make test-interop` stores some of what transformers 5 and llama.cpp say, for the quick suite.
+`TALE_JAX_WRITE_AGREEMENT=1 make test-interop` stores some of what transformers 5 says, for the quick suite.
 """
 
 import json
