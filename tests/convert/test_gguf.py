@@ -1,6 +1,7 @@
 """The .gguf file as its own library reads it: shape, weights, tokenizer. What llama.cpp computes: tests/interop."""
 
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -99,13 +100,13 @@ def test_rows_that_q8_0_cannot_cut_into_blocks_are_float16(tmp_path):
 
 
 def spm_ids(reader, text: str) -> list[int]:
-    """What llama.cpp's SentencePiece tokenizer does: join the two whose token has the best score, the leftmost first."""
+    """What llama.cpp's SentencePiece tokenizer does: join the two whose token has the best score, leftmost first."""
     tokens = value(reader, "tokenizer.ggml.tokens")
     scores = dict(zip(tokens, value(reader, "tokenizer.ggml.scores"), strict=True))
     ids = {token: index for index, token in enumerate(tokens)}
     symbols = list(text.replace(" ", SPACE))
     while True:
-        joined = [left + right for left, right in zip(symbols, symbols[1:], strict=False)]
+        joined = [left + right for left, right in itertools.pairwise(symbols)]
         best = max(
             (index for index, token in enumerate(joined) if token in ids), key=lambda i: scores[joined[i]], default=-1
         )
