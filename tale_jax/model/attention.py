@@ -33,13 +33,11 @@ MIN_BLOCK, MAX_BLOCKS = 128, 16  # rows of a block of causal attention: fewer do
 SLOW_TURNS, FAST_TURNS = 1.0, 4.0  # of a pair in the context: Llama 3.1's low_freq_factor and high_freq_factor
 
 
-def rotary_frequencies(
-    head_dim: int, base: float, scaling: float = 0.0, original_len: int = 8192
-) -> Float[Array, " half"]:
+def rotary_frequencies(head_dim: int, base: float, scaling: float = 0, original_len: int = 1) -> Float[Array, " half"]:
     """Radians that each of the head_dim/2 pairs turns per position (Su et al. 2021).
 
-    With `scaling`, as Llama 3.1 has them: a pair that turns less than once in `original_len` positions turns `scaling`
-    times slower, one that turns more than four times as before, and between these the two are mixed.
+    `scaling` as in Llama 3.1: a pair that turns less than once in `original_len` positions turns so many times slower,
+    one that turns more than four times as before, and between these the two are mixed.
     """
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if not scaling:
@@ -50,7 +48,7 @@ def rotary_frequencies(
 
 
 def rotary_angles(positions: Int[Array, "B T"], frequencies: Float[Array, " half"]) -> Float[Array, "B T half"]:
-    """Angles of rotary position embedding for each pair of a head, in float32 radians."""
+    """Angles of rotary position embedding, in float32 radians."""
     return positions[..., None].astype(jnp.float32) * frequencies
 
 
