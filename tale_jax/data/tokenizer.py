@@ -28,7 +28,7 @@ import numpy as np
 import sentencepiece
 from jaxtyping import UInt
 
-from tale_jax.config import TokenizerConfig
+from tale_jax.config import MIN_VOCAB_SIZE, TokenizerConfig
 from tale_jax.utils.files import write_atomically
 
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
@@ -213,32 +213,47 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Senten
     Raises:
       ValueError: one line, when the text is too small, or has too many characters, for such a vocabulary.
     """
-    model, word_counts = io.BytesIO(), collections.Counter[str]()
+    word_counts = collections.Counter[str]()
     for text in sample_evenly(documents, config.sample_bytes):
         word_counts.update(_split_words(text))
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_rows(word_counts),
-            input_format="tsv",
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=config.vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            max_sentence_length=1 << 16,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            minloglevel=4,  # silent: errors are raised
-        )
+        tokenizer = SentencePieceTokenizer(_train(word_counts, config.vocab_size))
     except RuntimeError as error:
-        raise ValueError(_training_error(str(error), config)) from None
-    tokenizer = SentencePieceTokenizer(model.getvalue())
+        raise ValueError(_training_error(str(error), word_counts, config)) from None
     tokenizer.cache_words(itertools.islice(word_counts, MAX_CACHED_WORDS))
     return tokenizer
+
+
+def fillable_vocab_size(documents: Iterable[str], vocab_size: int) -> int:
+    """`vocab_size`, or the nearest that documents, which are few, have characters and words for."""
+    word_counts = collections.Counter[str]()
+    for text in documents:
+        word_counts.update(_split_words(text))
+    low, high = _vocab_limits(word_counts, vocab_size)
+    return max(min(max(vocab_size, low), high), MIN_VOCAB_SIZE)
+
+
+def _train(word_counts: Mapping[str, int], vocab_size: int) -> bytes:
+    """The model file. Raises RuntimeError with SentencePiece's words."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_training_rows(word_counts),
+        input_format="tsv",
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        max_sentence_length=1 << 16,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        minloglevel=4,  # silent: errors are raised
+    )
+    return model.getvalue()
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
@@ -299,18 +314,42 @@ def _token_bytes(library: sentencepiece.SentencePieceProcessor, index: int) -> b
     return "\ufffd".encode() if library.is_unknown(index) else token.replace(SPACE, " ").encode()
 
 
-def _training_error(message: str, config: TokenizerConfig) -> str:
-    """What SentencePiece's trainer said, in our words where we know the case."""
+_TOO_LARGE = re.compile(r"value <= (\d+)")
+_TOO_SMALL = re.compile(r"\d+ vs (\d+)")
+
+
+def _vocab_limits(word_counts: Mapping[str, int], vocab_size: int) -> tuple[int, int]:
+    """The smallest and the largest vocabulary that the words allow, as far as `vocab_size` or its double is not."""
+    low, high = 1, 2 * vocab_size
+    for _ in range(2):
+        try:
+            _train(word_counts, vocab_size)
+            return low, max(high, vocab_size)
+        except RuntimeError as error:
+            if found := _TOO_LARGE.search(str(error)):
+                return low, int(found[1])
+            if not (found := _TOO_SMALL.search(str(error))):
+                return low, high
+            low = int(found[1])
+            vocab_size = 2 * low
+    return low, max(high, low)
+
+
+def _training_error(message: str, word_counts: Mapping[str, int], config: TokenizerConfig) -> str:
+    """What SentencePiece's trainer said, in our words where we know the case; the advice is within what is possible."""
     field = f"tokenizer.vocab_size={config.vocab_size}"
-    if found := re.search(r"value <= (\d+)", message):
-        max_size = found[1]
+    if found := _TOO_LARGE.search(message):
+        max_size = int(found[1])
+        if max_size < MIN_VOCAB_SIZE:
+            return f"{field} needs text with characters to learn from, and there is none; see corpus.path"
         return (
-            f"{field} must not exceed the {max_size} tokens that the text can fill; try {max_size}, or give more text"
+            f"{field} must not exceed the {max_size} tokens that the text can fill; try "
+            f"tokenizer.vocab_size={max_size}, or give more text"
         )
-    if found := re.search(r"\d+ vs (\d+)", message):
-        min_size = int(found[1])
-        needs = "256 bytes, 4 special tokens and the text's characters"
-        return f"{field} must hold {needs}, {min_size} in all; try {2 * min_size}"
+    if found := _TOO_SMALL.search(message):
+        low, high = _vocab_limits(word_counts, config.vocab_size)
+        needs = f"256 bytes, 4 special tokens and the text's characters, {low} in all"
+        return f"{field} must hold {needs}; try tokenizer.vocab_size={max(low, min(2 * low, high))}"
     if "sentences_.empty()" in message:
         return f"{field} needs text in the training split to learn from; see corpus.path"
     return f"{field}: SentencePiece could not be trained ({message.strip().splitlines()[0]})"

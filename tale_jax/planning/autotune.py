@@ -174,7 +174,7 @@ def autotune(
     log = workdir / "log.txt"
     with Progress("autotune", log=log) as progress:
         if "tokenizer.vocab_size" not in overrides:
-            config, reason = with_vocab_size(config)
+            config, reason = with_vocab_size(config, workdir)
             progress.print(reason)
         prepared = prepare(config, workdir, log)
         best, others = find_best(config, prepared, backend, start_time + 60 * config.minutes, overrides)

@@ -10,7 +10,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tale_jax.config import TokenizerConfig
-from tale_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, check_tokenizer, sample_evenly, train_tokenizer
+from tale_jax.data.tokenizer import (
+    SentencePieceTokenizer,
+    Tokenizer,
+    check_tokenizer,
+    fillable_vocab_size,
+    sample_evenly,
+    train_tokenizer,
+)
 
 TEXT = [
     "Once upon a time there was a fox. The fox had a red tail,\nand a red hat!\n\nIt went to the town. ",
@@ -116,10 +123,19 @@ def test_foreign_models_that_cannot_be_used(options, vocab_size, parts):
 @pytest.mark.parametrize(
     ("texts", "vocab_size", "part"),
     [
-        (TEXT, 100_000, r"tokenizer\.vocab_size=100000 must not exceed the \d+ tokens .*; try \d+"),
-        (["".join(map(chr, range(0x4E00, 0x4F00)))], 300, r"tokenizer\.vocab_size=300 must hold .*; try \d+"),
+        (
+            TEXT,
+            100_000,
+            r"tokenizer\.vocab_size=100000 must not exceed the \d+ tokens .*; try tokenizer.vocab_size=\d+",
+        ),
+        (
+            ["".join(map(chr, range(0x4E00, 0x4F00)))],
+            300,
+            r"tokenizer\.vocab_size=300 must hold .*; try tokenizer.vocab_size=\d+",
+        ),
         ([], 300, "needs text"),
         ([" \t"], 300, "tokenizer.vocab_size=300 must not exceed"),
+        (["\t\0"], 300, "needs text"),
     ],
 )
 def test_text_that_gives_no_such_vocabulary(texts, vocab_size, part, capfd):
@@ -127,6 +143,42 @@ def test_text_that_gives_no_such_vocabulary(texts, vocab_size, part, capfd):
         train_tokenizer(texts, TokenizerConfig(vocab_size, "", 10_000_000))
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [" ".join(str(i * 7919 % 10) for i in range(5000))],
+        ["".join("ACGT"[i * i * 7919 % 11 % 4] for i in range(3000))],
+        ["".join(map(chr, range(0x4E00, 0x4F00)))],
+        ["".join(map(chr, range(0x4E00, 0x5100)))],
+        ["a" * 6000],
+        ["ab"],
+        ["x " * 500],
+        ["\u2581\t "],
+        TEXT,
+    ],
+)
+@pytest.mark.parametrize("vocab_size", [261, 300, 512, 4096])
+def test_the_vocabulary_that_an_error_advises_works(texts, vocab_size):
+    for _ in range(2):  # one remedy is enough
+        try:
+            tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size, "", 10_000_000))
+        except ValueError as error:
+            advised = int(str(error).partition("try tokenizer.vocab_size=")[2].partition(",")[0])
+            assert advised != vocab_size and advised >= 261
+            vocab_size = advised
+        else:
+            assert tokenizer.vocab_size == vocab_size
+            assert fillable_vocab_size(texts, vocab_size) == vocab_size
+            return
+    pytest.fail("the advice did not help")
+
+
+def test_a_vocabulary_is_made_to_fit():
+    digits = [" ".join(str(i * 7919 % 10) for i in range(5000))]
+    assert fillable_vocab_size(digits, 512) == 281
+    assert fillable_vocab_size(["".join(map(chr, range(0x4E00, 0x5200)))], 512) >= 256 + 4 + 1024
 
 
 def test_files_that_are_no_model(tmp_path):
