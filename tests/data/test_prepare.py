@@ -21,6 +21,7 @@ from tale_jax.data.prepare import describe, loss_interval, prepare, suitable_voc
 from tale_jax.data.tales import grammar as tales
 from tale_jax.data.token_files import document_starts, iter_documents, load_tokens
 from tale_jax.data.tokenizer import Tokenizer
+from tale_jax.utils.locks import LOCK_FILE
 
 BOOK = "".join(f"Chapter {n}.\n\nThe fox number {n} went over hill {n * 7 % 13} and far away.\n\n" for n in range(900))
 
@@ -48,7 +49,9 @@ def book_config(tmp_path, **changes):
 
 
 def contents(workdir):
-    return {str(p.relative_to(workdir)): p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(workdir)): p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != LOCK_FILE
+    }
 
 
 def test_token_files_hold_the_documents_between_bos_and_eos(tiny_tales):
@@ -391,7 +394,7 @@ def test_a_prepared_workdir_is_only_read(book, tmp_path):
 
 def snapshot(folder):
     """When the files and folders were written, and which they are."""
-    stats = {path: path.stat() for path in [folder, *folder.rglob("*")]}
+    stats = {path: path.stat() for path in [folder, *folder.rglob("*")] if path.name != LOCK_FILE}
     return {path: (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats.items()}
 
 

@@ -257,7 +257,7 @@ def test_wide_text_is_refused_by_name_and_both_remedies_work(tmp_path, encoding,
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_a_code_page_is_named_and_both_remedies_work(tmp_path, encoding, suffix):
     path, data = tmp_path / f"my book.txt{suffix}", (WORDS.replace("’", "é") * 3000).encode(encoding)
-    path.write_bytes(gzip.compress(data) if suffix else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if suffix else data)
     message = refusal(path, "byte 0x", "at offset 7", f"--config.corpus.encoding={encoding},")
     assert text_of(path, encoding).encode(encoding) == data
     subprocess.run(["bash", "-c", message.partition("convert it: ")[2]], check=True)
@@ -301,7 +301,7 @@ def test_bytes_that_belong_to_no_encoding(tmp_path):
 @pytest.mark.parametrize(
     ("data", "parts"),
     [
-        (gzip.compress(b"text"), ["compressed with gzip", "mv"]),
+        (gzip.compress(b"text", mtime=0), ["compressed with gzip", "mv"]),
         (b"%PDF-1.4", ["a PDF", "pdftotext"]),
         (b"\x89PNG\r\n\x1a\n", ["a PNG picture", "remove it"]),
         (b"PK\x03\x04zip", ["a zip archive", "unzip"]),
@@ -320,7 +320,7 @@ def test_other_formats_are_refused_by_name(tmp_path, data, parts):
 
 
 def test_a_compressed_file_takes_the_name_it_is_told(tmp_path):
-    (tmp_path / "a b.txt").write_bytes(gzip.compress(b"text"))
+    (tmp_path / "a b.txt").write_bytes(gzip.compress(b"text", mtime=0))
     message = refusal(tmp_path / "a b.txt")
     subprocess.run(["bash", "-c", message.partition("what it is: ")[2]], check=True)
     assert text_of(tmp_path / "a b.txt.gz") == "text"
@@ -328,7 +328,7 @@ def test_a_compressed_file_takes_the_name_it_is_told(tmp_path):
     message = refusal(tmp_path / "c.md.gz", "is not compressed with gzip")
     subprocess.run(["bash", "-c", message.partition("says; ")[2]], check=True)
     assert text_of(tmp_path / "c.md") == "plain text"
-    (tmp_path / "d.txt.xz").write_bytes(gzip.compress(b"text"))
+    (tmp_path / "d.txt.xz").write_bytes(gzip.compress(b"text", mtime=0))
     refusal(tmp_path / "d.txt.xz", "is compressed with gzip, not compressed with xz")
 
 

@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 from helpers import run_script, start_script
 
+from tale_jax.utils.locks import LOCK_FILE
+
 TINY = "--config=configs/tales.py:tiny"
 FEW = ["--config.corpus.num_train_tales=60", "--config.corpus.num_valid_tales=8", "--config.corpus.num_test_tales=8"]
 SMALL = [*FEW, "--config.model.embed_dim=32", "--config.model.seq_len=64", "--config.sample.max_tokens=8"]
+
+
+def files_of(workdir: Path) -> dict[Path, bytes]:
+    """What every file holds, but for the one that says who writes here."""
+    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != LOCK_FILE}
 
 
 def flags(workdir: Path, *more: str) -> list[str]:
@@ -124,12 +131,12 @@ def test_a_mistake_is_one_line_and_nothing_is_lost(finished, tmp_path, name, arg
         shutil.copy(finished / "config.json", tmp_path / folder)
         shutil.copytree(finished / "tokenizer", tmp_path / folder / "tokenizer")
     (tmp_path / "broken" / "checkpoints" / "5").mkdir(parents=True)
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    before = files_of(finished)
     places = {"tmp": tmp_path, "finished": finished, "untrained": tmp_path / "untrained", "broken": tmp_path / "broken"}
     done = run_script(name, *(a.format(**places) if "{" in a else a for a in arguments))
     assert done.returncode == 2, done.stderr
     assert line in done.stderr and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
-    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert before == files_of(finished)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
