@@ -1,4 +1,4 @@
-"""Your own text: a file, folder or glob of .txt, .jsonl or .parquet.
+"""Your own text: a file, folder or glob of .txt, .md, .jsonl, .json, .csv, .tsv or .parquet, also compressed.
 
     python launch/train.py --config=configs/files.py --config.corpus.path=my-texts/ --workdir=experiments/mine
     python launch/train.py --config=configs/files.py --config.corpus.path='notes/*.jsonl' --config.corpus.field=body …

@@ -20,12 +20,12 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tal
 flags.mark_flag_as_required("config")
 flags.DEFINE_list("only", "train,score,decode,decode_16", "what to measure: train, score, decode, decode_N (N streams)")
 flags.DEFINE_float("seconds", 10.0, "for each measurement, about", lower_bound=0.0)
-flags.DEFINE_multi_string("sweep", [], "NAME=VALUE,VALUE: a field of the config and its values; may be given again")
+flags.DEFINE_multi_string("sweep", [], "NAME=VALUE,VALUE: a setting and its values; may be repeated")
 flags.DEFINE_string("peer", "", "command of another benchmark, to take turns with; it prints JSON objects")
 flags.DEFINE_integer("rounds", 3, "turns with the peer", lower_bound=1)
 flags.DEFINE_bool("profile", False, "what part of a training step is products, attention, head and loss, optimizer, …")
 flags.DEFINE_bool("startup", False, "time to the first step and to the first sampled text; this prepares the corpus")
-flags.DEFINE_string("plot", "", "PNG file to draw the rates into")
+flags.DEFINE_string("plot", "", "PNG file for a plot of the rates")
 flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 
 

@@ -1,4 +1,4 @@
-"""How every script starts and ends: flags parsed, mistakes told in one line, exit codes that mean something.
+"""How every script starts and ends: it parses flags, reports mistakes in one line, and exits with a code.
 
     from cli import run            # launch/ is the first entry of sys.path for a script in it
 
@@ -6,7 +6,7 @@
         run(main)                  # main(argv) is called with the flags parsed
 
 Exit codes: 0 done (and `--help`), 2 a user's mistake (ValueError, OSError or a bad flag: one line on stderr, no
-traceback), 3 memory ran out (one line, with what to do), 130 interrupted, 141 the reader of stdout went away
+traceback), 3 memory ran out (one line, with what to do), 130 interrupted, 141 nobody reads stdout any more
 (`| head`). Anything else is a bug and shows its traceback; `--verbosity=1` shows one for mistakes too.
 """
 
@@ -16,7 +16,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +30,7 @@ START_TIME = time.monotonic()
 
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
-    """Parses the flags, calls `main(argv)` and exits, turning what goes wrong into one line and an exit code."""
+    """Parses the flags, calls `main(argv)` and exits; a mistake becomes one line and an exit code."""
     _ask_for_huge_pages()
     try:
         try:
@@ -52,14 +52,14 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
 
 def overrides(name: str) -> set[str]:
-    """The dotted names of the fields of a config flag that were set by flags of their own."""
+    """The dotted names of the settings of a config flag that have flags of their own on the command line."""
     return set(config_flags.get_override_values(FLAGS[name]))
 
 
 def _ask_for_huge_pages() -> None:
-    """Starts this script once more where glibc then gives large arrays huge pages: it asks only as a process begins.
+    """Starts this script again with huge pages for large arrays, where glibc can: it decides when a process starts.
 
-    A training step on CPU touches hundreds of megabytes in pages of 4 kB otherwise, and waits for their addresses.
+    Else a training step on a CPU touches hundreds of megabytes in pages of 4 kB, and waits for their addresses.
     """
     switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if "GLIBC_TUNABLES" in os.environ or not switch.is_file() or "[madvise]" not in switch.read_text():
@@ -95,7 +95,7 @@ def _parse(args: list[str]) -> list[str]:
     except flags.IllegalFlagValueError as error:
         raise ValueError(_explain_value(str(error), args)) from error
     except config_flags.FlagOrderError:
-        raise ValueError(f"give {' and '.join(f'--{n}=FILE' for n in config_names)} before fields of it") from None
+        raise ValueError(f"give {' and '.join(f'--{n}=FILE' for n in config_names)} before its settings") from None
     except (flags.Error, ValueError) as error:
         raise ValueError(f"{_one_line(error)}; write it as --name=value (see --help)") from None
     except Exception as error:  # a config file may raise anything, and ml_collections raises what a bad path hits
@@ -103,7 +103,7 @@ def _parse(args: list[str]) -> list[str]:
     if len(rest) > 1:
         raise ValueError(f"{rest[1]!r} is not a flag: write every argument as --name=value (see --help)")
     if FLAGS["verbosity"].using_default_value:
-        FLAGS.verbosity = logging.WARNING  # libraries' notes would tear the progress bar
+        FLAGS.verbosity = logging.WARNING  # what libraries log would break the progress bar
     return rest
 
 
@@ -127,7 +127,7 @@ def _check_config_file(name: str, args: list[str]) -> None:
 
 
 def _suggestion(word: str, known: list[str]) -> str:
-    """`; did you mean X?`, or `; there is X, Y, Z` when nothing is close."""
+    """`; did you mean X?`, or `; there is X, Y, Z` when no known word is similar."""
     if close := difflib.get_close_matches(word, known, n=1, cutoff=0.6):
         return f"; did you mean {close[0]}?"
     return f"; there is {', '.join(known)}" if known else ""
@@ -136,7 +136,7 @@ def _suggestion(word: str, known: list[str]) -> str:
 def _explain_unknown(name: str, config_names: list[str]) -> str:
     root = name.removeprefix("no").partition(".")[0]
     if "." in name and root in config_names:
-        return f"--{name} changes a field of --{root}, which is missing: give --{root}=configs/NAME.py before it"
+        return f"--{name} changes a setting of --{root}, which is missing: give --{root}=configs/NAME.py before it"
     known = [f"--{flag.name}" for flag in FLAGS.get_key_flags_for_module(sys.argv[0])]
     return f"--{name} is not a flag of {Path(sys.argv[0]).name}{_suggestion(f'--{name}', known)}"
 
@@ -154,7 +154,7 @@ def _explain_value(message: str, args: list[str]) -> str:
         return _explain_config([name], args, ValueError(reason))
     kind, default = flag.flag_type(), flag.default
     if kind == "config_literal" or "ConfigDict" in reason:
-        return f"--{name}={value}: {name} is a group of fields; set one of them, as --{name}.FIELD={value}"
+        return f"--{name}={value}: {name} is a group of settings; set one of them, as --{name}.NAME={value}"
     if choices := getattr(flag.parser, "enum_values", None):
         return f"--{name}={value} must be one of {', '.join(choices)}{_suggestion(value, list(choices))}"
     if kind == "bool":
@@ -173,7 +173,7 @@ def _parse_fails(flag: flags.Flag, value: str) -> bool:
 
 
 def _explain_config(config_names: list[str], args: list[str], error: Exception) -> str:
-    """Why a config file could not be loaded, or which of its overrides names no field."""
+    """Why a config file could not be loaded, or which of its overrides names no setting."""
     for name in config_names:
         file, colon, variant = _value_of(name, args).partition(":")
         if not file:
@@ -185,8 +185,10 @@ def _explain_config(config_names: list[str], args: list[str], error: Exception) 
             return f"--{name}={file}{colon}{variant}: {_where(cause, file)}{type(cause).__name__}: {_one_line(cause)}"
         paths = [match[1] for arg in args[1:] if (match := re.match(rf"--?(?:no)?{name}\.([^=]+)", arg))]
         for path in paths:
-            if (group := _lost(path, config)) is not None:
-                return f"--{name}.{path}: there is no such field{_suggestion_in(group, name, path, config)}"
+            if not _is_setting(path, config):
+                from tale_jax.config import advice
+
+                return f"--{name}.{path}: there is no such setting; {advice(path, f'--{name}.')}"
     return f"{type(error).__name__}: {_one_line(error)}"
 
 
@@ -195,31 +197,10 @@ def _where(error: BaseException, file: str) -> str:
     return f"line {lines[-1]}: " if lines else ""
 
 
-def _lost(path: str, config: Any) -> str | None:
-    """The group in which `path` loses its way ("" at the top), None when every part of it exists."""
-    walked: list[str] = []
+def _is_setting(path: str, config: Any) -> bool:
+    """Whether the dotted name is a setting of the config, or a group of them."""
     for part in path.split("."):
         if not hasattr(config, "keys") or part not in config:
-            return ".".join(walked)
+            return False
         config = config[part]
-        walked.append(part)
-    return None
-
-
-def _suggestion_in(group: str, name: str, path: str, config: Any) -> str:
-    """A field of the same last name wherever it stands, else the closest of all fields, else what the group has."""
-    fields = list(_fields(config))
-    last = path.rpartition(".")[2]
-    same = [field for field in fields if field.rpartition(".")[2] == last]
-    if close := same or difflib.get_close_matches(path, fields, n=1, cutoff=0.7):
-        return f"; did you mean --{name}.{close[0]}?"
-    inside = sorted({field.removeprefix(f"{group}.").partition(".")[0] for field in fields if field.startswith(group)})
-    return f"; {group or name} has {', '.join(inside)}"
-
-
-def _fields(config: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in config.items():
-        if hasattr(value, "items"):
-            yield from _fields(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+    return True

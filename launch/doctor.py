@@ -1,4 +1,4 @@
-"""Tells what this machine can do, what is broken on it, and what to do next.
+"""Reports what this machine can do, what does not work on it, and what to do next.
 
 python launch/doctor.py
 python launch/doctor.py --json
@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 from cli import run
 
-FOLDER = flags.DEFINE_string("folder", ".", "where experiments will lie: its disk is measured")
+FOLDER = flags.DEFINE_string("folder", ".", "where experiments will be: the speed of its disk is measured")
 JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 
 

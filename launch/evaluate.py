@@ -1,4 +1,4 @@
-"""Measures a trained model on a whole split: per token, word and byte, and for tales against their known entropy.
+"""Evaluates a trained model on a whole split: loss per token, word and byte, for tales also above their entropy.
 
 python launch/evaluate.py --workdir=experiments/tales --split=test
 python launch/evaluate.py --workdir=experiments/wikitext2 --stride=64 --json
@@ -11,15 +11,17 @@ from absl import flags
 from cli import run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the experiment")
-SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "what to score")
-STEP = flags.DEFINE_integer("step", 0, "checkpoint; 0: the best by validation loss", lower_bound=0)
+SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "split to score")
+STEP = flags.DEFINE_integer("step", 0, "step of the checkpoint; 0: the best by validation loss", lower_bound=0)
 WEIGHTS = flags.DEFINE_string("weights", "auto", "last, ema, auto (ema where there is one), or mean:K of K checkpoints")
-STRIDE = flags.DEFINE_integer("stride", 0, "tokens between windows; 0: the context; less: slides", lower_bound=0)
+STRIDE = flags.DEFINE_integer(
+    "stride", 0, "tokens between windows; 0: the context; less: the windows slide", lower_bound=0
+)
 PRECISION = flags.DEFINE_enum("precision", "float32", ["auto", "float32", "bfloat16", "float16"], "dtype to compute in")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "tales to sample and judge; 0: none", lower_bound=0)
-TEMPERATURE = flags.DEFINE_float("sample_temperature", 0.7, "of the sampled tales", lower_bound=0.0)
-QUALITY = flags.DEFINE_bool("quality", False, "measure sampled text beside held-out text; quality.jsonl keeps it")
-SEED = flags.DEFINE_integer("seed", 0, "of all samples", lower_bound=0)
+TEMPERATURE = flags.DEFINE_float("sample_temperature", 0.7, "temperature of these tales", lower_bound=0.0)
+QUALITY = flags.DEFINE_bool("quality", False, "measure samples beside held-out text; quality.jsonl keeps them")
+SEED = flags.DEFINE_integer("seed", 0, "random seed of all samples", lower_bound=0)
 JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 flags.mark_flag_as_required("workdir")
 
@@ -45,7 +47,7 @@ def main(_: list[str]) -> None:
         print(json.dumps(result))
     else:
         print(describe(result))
-        print(f"kept in {WORKDIR.value}/evaluations.jsonl")
+        print(f"The result is kept in {WORKDIR.value}/evaluations.jsonl")
 
 
 if __name__ == "__main__":

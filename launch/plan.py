@@ -13,10 +13,10 @@ from cli import run
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/m2_air.py:tuned")
-WORKDIR = flags.DEFINE_string("workdir", "", "folder with prepared text, which tells the length of a pass")
+WORKDIR = flags.DEFINE_string("workdir", "", "folder with prepared text, from which the length of a pass is known")
 MEMORY = flags.DEFINE_string("memory", "", "budget, as 8GB; empty: what this machine has")
 MAC = flags.DEFINE_bool("mac", False, "plan for the GPU of a Mac with --memory (8GB), on whatever machine this is")
-TIME = flags.DEFINE_bool("time", True, "take a few steps, to tell the time")
+TIME = flags.DEFINE_bool("time", True, "time a few steps")
 MEASURE = flags.DEFINE_bool("measure", False, "calibrate the run, and compare what it took with the plan")
 TABLE = flags.DEFINE_bool("table", False, "calibrate twelve runs around this one, and compare each with its plan")
 JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")

@@ -16,18 +16,15 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(_: list[str]) -> None:
     from tale_jax.config import Config
-    from tale_jax.data.prepare import prepare, with_vocab_size
+    from tale_jax.data.prepare import describe, prepare, with_vocab_size
 
     config, workdir = Config.build(CONFIG.value), Path(str(WORKDIR.value))
     if config.minutes and "tokenizer.vocab_size" not in overrides("config"):
-        config, reason = with_vocab_size(config)
+        config, reason = with_vocab_size(config, workdir)
         print(reason)
     prepared = prepare(config, workdir, workdir / "log.txt")
-    for split, m in prepared.manifests.items():
-        print(
-            f"{split:>5}: {m.documents:,} documents, {m.words:,} words, {m.bytes:,} bytes, {m.tokens:,} tokens"
-            + (f"; entropy {m.entropy['nats_per_token']:.4f} nats/token" if m.entropy else "")
-        )
+    for manifest in prepared.manifests.values():
+        print(describe(manifest))
     print(f"windows lie in {workdir}/windows, the tokenizer in {workdir}/tokenizer")
 
 

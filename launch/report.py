@@ -1,9 +1,9 @@
-"""Writes one HTML file about an experiment, or compares several: curves, samples, evaluations, config.
+"""Writes one HTML file about an experiment, or one that compares several: curves, samples, evaluations, config.
 
     python launch/report.py --workdir=experiments/tales
     python launch/report.py --workdir=experiments/a --workdir=experiments/b --out=a_and_b.html
 
-The file needs no network. A run that is still going on can be reported, too.
+The file needs no network. A run that is still training can be reported, too.
 """
 
 from pathlib import Path
@@ -13,8 +13,10 @@ from cli import run
 
 from tale_jax.runs.report import write_report
 
-WORKDIR = flags.DEFINE_multi_string("workdir", None, "an experiment's folder; several are compared", required=True)
-OUT = flags.DEFINE_string("out", "", "the file to write; report.html in the workdir (comparison.html beside) if empty")
+WORKDIR = flags.DEFINE_multi_string("workdir", None, "folder of an experiment; several are compared", required=True)
+OUT = flags.DEFINE_string(
+    "out", "", "file to write; empty: report.html in the workdir, or comparison.html beside the first"
+)
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Writes text with a trained model: streams it to the terminal, or prints one JSON object.
+"""Generates text with a trained model: streams it to the terminal, or prints one JSON object.
 
     python launch/sample.py --workdir=experiments/tales
     python launch/sample.py --workdir=experiments/tales --prompt="Once upon a time" --temperature=0.7 --num_samples=3
@@ -19,20 +19,13 @@ flags.DEFINE_string("prompt", "", "text to continue; empty: the start of a docum
 flags.DEFINE_integer("max_tokens", 256, "new tokens of a sample, at most")
 flags.DEFINE_float("temperature", 0.8, "logits are divided by it; 0: greedy, 1: as trained")
 flags.DEFINE_integer("top_k", 0, "sample only among the k most likely tokens; 0: all")
-flags.DEFINE_float(
-    "top_p", 1.0, "sample only among the most likely tokens that together reach this probability; 1: all"
-)
+flags.DEFINE_float("top_p", 1.0, "sample only among the most likely tokens with this probability together; 1: all")
 flags.DEFINE_float("min_p", 0.0, "sample only among tokens at least this share as likely as the most likely; 0: all")
 flags.DEFINE_float("repetition_penalty", 1.0, "above 1 makes tokens seen before less likely; 1: off")
 flags.DEFINE_integer("num_samples", 1, "samples, decoded together")
 flags.DEFINE_integer("seed", 0, "random seed of the samples")
 flags.DEFINE_multi_string("stop", [], "text that ends a sample, which is cut before it; may be repeated")
-flags.DEFINE_enum(
-    "long_prompt",
-    "refuse",
-    ["refuse", "window"],
-    "a prompt longer than the context is refused, or only its last tokens are used",
-)
+flags.DEFINE_enum("long_prompt", "refuse", ["refuse", "window"], "a prompt over the context: refused, or its end used")
 flags.DEFINE_integer("step", 0, "step of the checkpoint; 0: the best by validation loss", lower_bound=0)
 flags.DEFINE_string("weights", "auto", "last, ema, auto (ema where there is one), or mean:K of K checkpoints")
 flags.DEFINE_enum("precision", "float32", ["auto", "float32", "bfloat16", "float16"], "dtype to compute in")

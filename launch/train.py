@@ -1,4 +1,4 @@
-"""Trains a model, or goes on with the training that the workdir holds.
+"""Trains a model, or resumes the training of a workdir.
 
 python launch/train.py --config=configs/tales.py --workdir=experiments/tales
 python launch/train.py --config=configs/files.py --config.corpus.path=my-texts/ --workdir=experiments/mine
@@ -12,7 +12,7 @@ from cli import START_TIME, overrides, run
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/tales.py:tiny")
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of the experiment; it is made, or resumed")
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the experiment; it is made when missing, else resumed")
 flags.mark_flags_as_required(["config", "workdir"])
 
 

@@ -105,6 +105,7 @@ OTHER = {
     "model.num_heads": 12,
     "model.seq_len": 512,
     "schedule.seq_len_divisor": 4,
+    "model.head_dim": 2,
     "optimizer.name": "muon",
 }
 
@@ -410,7 +411,7 @@ def test_saved_and_loaded_config_is_the_same(tmp_path):
     config = build_config(**{"sample.prompt": "Не\n\ud800"})
     config.save(tmp_path)
     assert Config.load(tmp_path) == config
-    assert (tmp_path / "config.json").read_text().startswith('{\n  "format": 2,\n  "seed": 0,\n')
+    assert (tmp_path / "config.json").read_text().startswith(f'{{\n  "format": {FORMAT},\n  "seed": 0,\n')
     assert read_config_json(tmp_path) == dataclasses.asdict(config)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     with pytest.raises(ValueError, match="must hold an experiment"):
@@ -442,6 +443,16 @@ def test_an_older_format_is_brought_to_the_present_one(tmp_path, monkeypatch):
     monkeypatch.setattr(config_module, "FORMAT", FORMAT + 1)
     upgrade = lambda values: {("seed" if k == "sid" else k): v for k, v in values.items()}  # noqa: E731
     monkeypatch.setitem(config_module.UPGRADES, FORMAT, upgrade)
+    assert Config.load(tmp_path) == config
+
+
+def test_format_1_knows_heads_of_one_width_only(tmp_path):
+    config = build_config()
+    config.save(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text()) | {"format": 1}
+    for name in ("head_dim", "rope_scaling", "rope_original_len"):
+        del saved["model"][name]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
     assert Config.load(tmp_path) == config
 
 

@@ -129,7 +129,7 @@ def compare(bench: Bench, command: str, rounds: int, seconds: float, kinds: Sequ
         theirs: dict[str, dict[str, float]] = {}
         for record in run_json_lines(shlex.split(os.path.expanduser(command))):
             if {"kind", "mode", "tokens_per_s"} <= record.keys():
-                theirs.setdefault(record["kind"], {})[record["mode"]] = record["tokens_per_s"]
+                theirs.setdefault(record["kind"], {})[record["mode"]] = float(record["tokens_per_s"])
         if not (common := [kind for kind in kinds if kind in theirs]):
             raise ValueError(f"--peer={command} must print a kind of {', '.join(kinds)}; it printed {list(theirs)}")
         turns += [Round(kind, ours[kind], theirs[kind]) for kind in common]

@@ -78,7 +78,7 @@ class Rate:
 
     tokens: int
     timing: Timing
-    flops: float
+    flops: float | int
     peak: float
 
     @property
@@ -179,11 +179,19 @@ class Bench:
         return self.config.tokens_per_step, repeat(step, seconds)
 
     def _score(self, seconds: float) -> tuple[int, Timing]:
-        batch_size, length = self.config.evaluate.batch_size, self.config.model.seq_len
-        scorer = Scorer(self.trainer.model, self.tokenizer, batch_size, self.trainer.place)
-        tokens = self.windows(batch_size).reshape(-1)
-        spans = [Span(start, start + 1, start + length + 1) for start in range(0, batch_size * length, length)]
-        return batch_size * length, repeat(lambda: scorer(self.params, tokens, spans), seconds)
+        trainer, length = self.trainer, self.config.model.seq_len
+        scorer = Scorer(
+            trainer.model,
+            self.tokenizer,
+            self.config.evaluate.batch_size,
+            trainer.place_same,
+            trainer.batch_sharding.mesh.size,
+            trainer.replicated,
+        )
+        num_tokens = scorer.batch_size * length
+        tokens = self.windows(scorer.batch_size).reshape(-1)
+        spans = [Span(start, start + 1, start + length + 1, 0) for start in range(0, num_tokens, length)]
+        return num_tokens, repeat(lambda: scorer(self.params, tokens, spans), seconds)
 
     def _decode(self, streams: int, seconds: float) -> tuple[int, Timing]:
         """Greedy decoding after a short prompt, of at most a whole window; the time includes the prefill."""
@@ -205,7 +213,7 @@ class Report:
     device: str
     precision: str
     params: int
-    flops_per_token: float
+    flops_per_token: float | int
     matmul_peak: dict[str, float]
     rates: dict[str, Rate]
     peak_bytes: int

@@ -3,8 +3,9 @@
 A *document* is what BOS and EOS will enclose: a tale, an article, a story, a row, a text file or a passage of a long
 one. Documents stream (`readers.py`), so a corpus may be larger than memory.
 
-Where a source has no published split, one is made by a hash of each document's text: adding files moves no document
-from one split to another, and two copies of a text are always in the same split.
+Where a source has no published split, one is made by a hash of each document's text: two copies of a text are always
+in the same split. Of one's own files, documents that are nearly the same are kept together too (`duplicates.py`), and
+adding files moves no document but those that a new one is nearly the same as.
 
 A new dataset is one function and one entry in `OPENERS`, and its name in `CORPORA` of `config.py`.
 
@@ -16,17 +17,26 @@ A new dataset is one function and one entry in `OPENERS`, and its name in `CORPO
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Float64, Int64, UInt8
+
 from tale_jax.config import CorpusConfig
 from tale_jax.data import readers
+from tale_jax.data.duplicates import NearDuplicates, text_hash
+from tale_jax.data.readers import Cut, Document
+from tale_jax.data.text_files import expand, find_files, fingerprint, kind_of, lines, printable, read_text
 
 SPLITS = ("train", "valid", "test")
+MIN_DOCUMENTS = 16  # of files; where there are fewer, documents are cut shorter
+MIN_CORPUS_BYTES = 5_000
+MIN_SHORT_CUT, SHORT_DOCUMENTS = 256, 24  # bytes of the shortest cut, and about how many documents it aims at
+MAX_HELD_OUT_CLUSTER = 0.25  # of all bytes; documents that belong together and are more are for training
+SPLIT_RULE = 2  # which documents are in which split; another number for another rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +57,173 @@ class SplitSource:
 
 
 @dataclasses.dataclass(frozen=True)
+class SplitPlan:
+    """Which document of the files is in which split.
+
+    Attributes:
+      cut: how texts become documents.
+      split_of: for each document the index of its split in `SPLITS`, or `NOT_READ`.
+      num_bytes, num_texts: of each split; a text is a file, or a row of one.
+    """
+
+    cut: Cut
+    split_of: UInt8[np.ndarray, " N"]
+    num_bytes: dict[str, int]
+    num_texts: dict[str, int]
+
+
+NOT_READ = 255  # behind the end of max_train_bytes
+
+
+class FileSplits:
+    """The documents of files, shared out to splits once all of them have been compared."""
+
+    def __init__(self, files: list[Path], config: CorpusConfig, identity: dict[str, Any]):
+        self._files, self._config = files, config
+        self._key = json.dumps(identity, sort_keys=True)
+        self.source_bytes = sum(file.stat().st_size for file in files)
+        packed = [file for file in files if kind_of(file) != file.suffix.lower() or kind_of(file) == ".parquet"]
+        self.source_bytes = 0 if packed else self.source_bytes  # how much text they hold only reading can tell
+
+    def read(self, cut: Cut) -> Iterator[Document]:
+        return readers.read_documents(self._files, self._config.field, self._config.encoding, cut)
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The documents of a split, in order."""
+        plan, number = self.plan(), SPLITS.index(split)
+        last, count = len(plan.split_of), 0
+        for document in self.read(plan.cut):
+            if count == last:
+                break
+            if plan.split_of[count] == number:
+                yield document.text
+            count += 1
+        if count < last:
+            raise ValueError(
+                f"corpus.path={printable(self._config.path)} changed while it was read; run this once more"
+            )
+
+    def plan(self, advance: Callable[[int], None] = lambda count: None) -> SplitPlan:
+        """Reads all documents, unless that was done before, and shares them out; `advance` is told bytes of text.
+
+        Raises:
+          ValueError: one line, where there is too little text for three splits.
+        """
+        if self._key not in _plans:
+            plan = self._make_plan(advance)
+            _plans.clear()
+            _plans[self._key] = plan
+        return _plans[self._key]
+
+    def _make_plan(self, advance: Callable[[int], None]) -> SplitPlan:
+        cut = Cut()
+        plan, count, total = self._compare(cut, advance)
+        if count >= MIN_DOCUMENTS and plan:
+            return plan
+        name = f"corpus.path={printable(self._config.path)}"
+        limit = self._config.max_train_bytes
+        more = f"raise corpus.max_train_bytes={limit}" if 0 < limit < MIN_CORPUS_BYTES else "add text"
+        if not total:
+            raise ValueError(f"{name} holds no text but white space; {more}")
+        if count < MIN_DOCUMENTS:
+            if total < MIN_CORPUS_BYTES:
+                raise ValueError(
+                    f"{name} must hold at least {MIN_CORPUS_BYTES:,} bytes of text (or {MIN_DOCUMENTS} documents) for "
+                    f"its three splits, but holds {total:,}; {more}"
+                )
+            size = max(1 << (total // SHORT_DOCUMENTS).bit_length() - 1, MIN_SHORT_CUT)
+            plan, count, _ = self._compare(Cut(2 * size, size), lambda count: None)
+        if not plan:
+            raise ValueError(
+                f"{name} must hold three documents that differ, one for each split, but its {count:,} documents are "
+                "the same text over and over; add text that does not repeat itself"
+            )
+        return plan
+
+    def _compare(self, cut: Cut, advance: Callable[[int], None]) -> tuple[SplitPlan | None, int, int]:
+        """A plan, None where a split would be empty; how many documents there are, and bytes in them."""
+        config, text_indices, train_bytes = self._config, [], 0
+        with NearDuplicates() as near:
+            for document in self.read(cut):
+                size = near.add(document.text)
+                text_indices.append(document.text_index)
+                advance(size)
+                if config.max_train_bytes and near.last_position >= 2 * config.held_out:
+                    train_bytes += size
+                    if train_bytes > config.max_train_bytes:
+                        break
+            sizes, clusters = near.sizes(), near.clusters(config.held_out)
+            positions = near.positions(clusters)
+        count, total = len(sizes), int(sizes.sum())
+        split_of = _share_out(clusters, positions, sizes, config.held_out)
+        if split_of is None:
+            return None, count, total
+        if config.max_train_bytes:
+            train = split_of == 0
+            split_of[train & (np.cumsum(np.where(train, sizes, 0)) > config.max_train_bytes)] = NOT_READ
+        indices = np.array(text_indices, np.int64)
+        members = {split: split_of == number for number, split in enumerate(SPLITS)}
+        num_bytes = {split: int(sizes[chosen].sum()) for split, chosen in members.items()}
+        num_texts = {split: len(np.unique(indices[chosen])) for split, chosen in members.items()}
+        return SplitPlan(cut, split_of, num_bytes, num_texts), count, total
+
+
+_plans: dict[str, SplitPlan] = {}  # the last one: a run opens its corpus more than once
+
+
+def _share_out(
+    clusters: Int64[np.ndarray, " N"],
+    positions: Float64[np.ndarray, " N"],
+    sizes: Int64[np.ndarray, " N"],
+    held_out: float,
+) -> UInt8[np.ndarray, " N"] | None:
+    """The split of each document, as an index into `SPLITS`; None where there are too few clusters to fill all.
+
+    A cluster is in the split that its position falls into. In a small corpus that may leave a split empty: it then gets
+    the cluster that is next to it.
+    """
+    if not len(clusters):
+        return None
+    position = np.zeros(clusters.max() + 1)
+    position[clusters] = positions
+    share = np.bincount(clusters, sizes) / sizes.sum()
+    split = np.where(position < held_out, 1, np.where(position < 2 * held_out, 2, 0))
+    split[share > MAX_HELD_OUT_CLUSTER] = 0
+    if len(split) < len(SPLITS):
+        return None
+    for number in (1, 2, 0):
+        if (split == number).any():
+            continue
+        donor = np.bincount(split, minlength=len(SPLITS)).argmax()
+        candidates = np.flatnonzero(split == donor)
+        if number:  # not one that most of the text would go to
+            candidates = candidates[share[candidates] <= max(2 * held_out, share[candidates].min())]
+        order = np.argsort(position[candidates], kind="stable")
+        split[candidates[order[0 if number else -1]]] = number
+    return split[clusters].astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
 class Corpus:
     """Documents of three splits.
 
     Attributes:
-      identity: what the documents depend on, as JSON: the settings that matter, and names and sizes of the files.
-      splits: where each split is read.
+      identity: what the documents depend on, as JSON: the settings that matter, and what the files are.
+      splits: where each split is read, unless `files` are.
       max_train_bytes: reading ends where the training split has so many bytes of text; 0: never.
       words_end_lines: WikiText's convention, in which the end of each line counts as a word (`count_words`).
       nats: -log probability of each document of a split, in order, where the corpus knows it (tales); else None.
+      files: documents of one's own files.
+      notes: what was left out, a line for people each.
     """
 
     identity: dict[str, Any]
-    splits: dict[str, SplitSource]
+    splits: dict[str, SplitSource] = dataclasses.field(default_factory=dict)
     max_train_bytes: int = 0
     words_end_lines: bool = False
     nats: Callable[[str], Iterator[float]] | None = None
+    files: FileSplits | None = None
+    notes: tuple[str, ...] = ()
 
     def documents(self, split: str) -> Iterator[str]:
         """Streams the documents of "train", "valid" or "test", the same ones in the same order every time.
@@ -70,6 +231,9 @@ class Corpus:
         Raises:
           ValueError: one line, for an empty split and for text that cannot be read (file, place and reason).
         """
+        if self.files:
+            yield from self.files.documents(split)
+            return
         wanted, train = self.splits[split], self.splits["train"]
         by_hash = wanted.high - wanted.low < 1
         empty, train_bytes = True, 0
@@ -83,30 +247,38 @@ class Corpus:
                 empty = False
                 yield text
         if empty:
-            fields = [f"corpus.{k}={self.identity[k]}" for k in ("name", "path", "hub_name") if self.identity.get(k)]
+            settings = {k: self.identity[k] for k in ("name", "path", "hub_name") if self.identity.get(k)}
+            fields = " ".join(f"corpus.{name}={printable(value)}" for name, value in settings.items())
             or_raise = f", or raise corpus.held_out={self.identity['held_out']}" if by_hash else ""
-            raise ValueError(f"{' '.join(fields)} must hold a document for the {split} split; give more text{or_raise}")
+            raise ValueError(f"{fields} must hold a document for the {split} split; give more text{or_raise}")
 
     def num_bytes(self, split: str) -> int | None:
         """About how many bytes of text a split has, for a progress bar; None when only reading can tell."""
+        if self.files:
+            return self.files.plan().num_bytes[split]
         wanted = self.splits[split]
         if wanted.source.num_bytes is None:
             return None
         size = int(wanted.source.num_bytes * (wanted.high - wanted.low))
         return min(size, self.max_train_bytes or size) if split == "train" else size
 
+    def num_texts(self, split: str) -> int:
+        """How many files or rows the documents of a split come from; 0: as many as there are documents."""
+        return self.files.plan().num_texts[split] if self.files else 0
 
-def open_corpus(config: CorpusConfig, seed: int) -> Corpus:
-    """The corpus that the settings name; its files are looked for, but not read.
+
+def open_corpus(config: CorpusConfig, seed: int, workdir: Path | None = None) -> Corpus:
+    """The corpus that the settings name; its files are looked for, but not decoded yet.
 
     Args:
       config: the `corpus` settings.
       seed: of the tales; no other corpus depends on it.
+      workdir: of the run, which is no text for it.
 
     Raises:
       ValueError: one line, for a missing path, library or file.
     """
-    return OPENERS[config.name].open(config, seed)
+    return OPENERS[config.name].open(config, seed, workdir)
 
 
 def relevant_settings(config: CorpusConfig) -> dict[str, Any]:
@@ -114,7 +286,8 @@ def relevant_settings(config: CorpusConfig) -> dict[str, Any]:
     return {field: getattr(config, field) for field in ("name", *OPENERS[config.name].settings)}
 
 
-def _open_tales(config: CorpusConfig, seed: int) -> Corpus:
+def _open_tales(config: CorpusConfig, seed: int, workdir: Path | None) -> Corpus:
+    del workdir
     from tale_jax.data.tales import grammar  # its tables are built only where tales are told
 
     def tales(split: str) -> Iterator[grammar.Tale]:
@@ -135,8 +308,8 @@ def _open_tales(config: CorpusConfig, seed: int) -> Corpus:
     )
 
 
-def _open_wikitext(config: CorpusConfig, seed: int) -> Corpus:
-    del seed
+def _open_wikitext(config: CorpusConfig, seed: int, workdir: Path | None) -> Corpus:
+    del seed, workdir
 
     def from_hub(split: str) -> Source:
         variant = "wikitext-2-v1" if config.name == "wikitext2" else "wikitext-103-v1"
@@ -145,49 +318,46 @@ def _open_wikitext(config: CorpusConfig, seed: int) -> Corpus:
         return Source(lambda: readers.articles(row or " \n" for row in rows))
 
     def from_file(path: Path) -> Source:
-        return Source(lambda: readers.articles(readers.lines(path)), path.stat().st_size)
+        return Source(lambda: readers.articles(lines(read_text(path, ""))), path.stat().st_size)
 
     files = {split: _find_split(config, split, ("{}.txt", "wiki.{}.tokens")) for split in SPLITS} if config.path else {}
     sources = {split: from_file(files[split]) if files else from_hub(split) for split in SPLITS}
     return Corpus(
-        identity=relevant_settings(config) | _fingerprint(list(files.values())),
+        identity=relevant_settings(config) | fingerprint(list(files.values())),
         splits={split: SplitSource(sources[split]) for split in SPLITS},
         max_train_bytes=config.max_train_bytes,
         words_end_lines=True,
     )
 
 
-def _open_tinystories(config: CorpusConfig, seed: int) -> Corpus:
+def _open_tinystories(config: CorpusConfig, seed: int, workdir: Path | None) -> Corpus:
     """TinyStories publishes no test split: half of the published validation stories, chosen by hash, are test."""
-    del seed
+    del seed, workdir
     names = ("TinyStoriesV2-GPT4-{}.txt", "TinyStories-{}.txt", "{}.txt")
-    path = Path(config.path).expanduser()
+    path = expand(config.path)
     if not config.path:
         files = []
         train, valid = (_from_hub("roneneldan/TinyStories", "", name, "text") for name in ("train", "validation"))
     else:
         files = [path] if path.is_file() else [_find_split(config, split, names) for split in ("train", "valid")]
-        train, valid = (Source(lambda f=f: readers.stories(f), f.stat().st_size) for f in (files[0], files[-1]))
+        train, valid = (
+            Source(lambda f=f: readers.stories(read_text(f, "")), f.stat().st_size) for f in (files[0], files[-1])
+        )
     splits = {"train": SplitSource(train), "valid": SplitSource(valid, 0.0, 0.5), "test": SplitSource(valid, 0.5, 1.0)}
     if len(files) == 1:  # a file of stories without published splits
         splits = _hold_out(train, {}, config.held_out)
-    return Corpus(relevant_settings(config) | _fingerprint(files), splits, config.max_train_bytes)
+    return Corpus(relevant_settings(config) | fingerprint(files), splits, config.max_train_bytes)
 
 
-def _open_files(config: CorpusConfig, seed: int) -> Corpus:
+def _open_files(config: CorpusConfig, seed: int, workdir: Path | None) -> Corpus:
     del seed
-    files = readers.find_files(config.path)
-    compressed = any(file.suffix.lower() == ".parquet" for file in files)
-    source = Source(
-        lambda: itertools.chain.from_iterable(readers.read_file(file, config.field) for file in files),
-        None if compressed else sum(file.stat().st_size for file in files),
-    )
-    identity = relevant_settings(config) | _fingerprint(files)
-    return Corpus(identity, _hold_out(source, {}, config.held_out), config.max_train_bytes)
+    files, notes = find_files(config.path, workdir)
+    identity = relevant_settings(config) | {"split_rule": SPLIT_RULE} | fingerprint(files)
+    return Corpus(identity, files=FileSplits(files, config, identity), notes=tuple(notes))
 
 
-def _open_hub(config: CorpusConfig, seed: int) -> Corpus:
-    del seed
+def _open_hub(config: CorpusConfig, seed: int, workdir: Path | None) -> Corpus:
+    del seed, workdir
     names = {"train": config.train_split, "valid": config.valid_split, "test": config.test_split}
     source = functools.partial(_from_hub, config.hub_name, config.hub_config, field=config.field)
     sources = {split: source(name) for split, name in names.items() if name}
@@ -198,7 +368,7 @@ def _open_hub(config: CorpusConfig, seed: int) -> Corpus:
 class Opener(NamedTuple):
     """How a corpus is opened, and the settings that its documents depend on; another value of the others is no harm."""
 
-    open: Callable[[CorpusConfig, int], Corpus]
+    open: Callable[[CorpusConfig, int, Path | None], Corpus]
     settings: tuple[str, ...]
 
 
@@ -207,7 +377,7 @@ OPENERS = {
     "wikitext2": Opener(_open_wikitext, ("path", "max_train_bytes")),
     "wikitext103": Opener(_open_wikitext, ("path", "max_train_bytes")),
     "tinystories": Opener(_open_tinystories, ("path", "held_out", "max_train_bytes")),
-    "files": Opener(_open_files, ("path", "field", "held_out", "max_train_bytes")),
+    "files": Opener(_open_files, ("path", "field", "encoding", "held_out", "max_train_bytes")),
     "hub": Opener(
         _open_hub,
         (
@@ -239,27 +409,23 @@ def _hold_out(train: Source, published: dict[str, Source], held_out: float) -> d
 
 def _hash_position(text: str) -> float:
     """The hash of a document's text, as a number in [0, 1)."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
+    return text_hash(text.encode()) / 2**48
 
 
 def _find_split(config: CorpusConfig, split: str, names: tuple[str, ...]) -> Path:
-    folder = Path(config.path).expanduser()
+    folder = expand(config.path)
     if not folder.exists():
-        raise ValueError(f"corpus.path={config.path} does not exist; give the folder that holds {config.name}")
+        raise ValueError(
+            f"corpus.path={printable(config.path)} does not exist; give the folder that holds {config.name}"
+        )
     for name in names:
         if (file := folder / name.format(split)).is_file():
             if not file.stat().st_size:
-                raise ValueError(f"corpus.path={config.path}: {file.name} must not be empty; download it again")
+                raise ValueError(
+                    f"corpus.path={printable(config.path)}: {file.name} must not be empty; download it again"
+                )
             return file
     tried = " or ".join(name.format(split) for name in names)
-    raise ValueError(f"corpus.path={config.path} must be a folder that holds {tried}; there is no such file in it")
-
-
-def _fingerprint(files: list[Path]) -> dict[str, Any]:
-    """Number and bytes of the files, and a digest of their names and sizes (one of the contents would read it all)."""
-    if not files:
-        return {}
-    base = os.path.commonpath([file.absolute().parent for file in files])
-    listing = [(file.absolute().relative_to(base).as_posix(), file.stat().st_size) for file in files]
-    digest = hashlib.blake2b(json.dumps(listing).encode(), digest_size=16).hexdigest()
-    return {"files": len(files), "bytes": sum(size for _, size in listing), "names_and_sizes": digest}
+    raise ValueError(
+        f"corpus.path={printable(config.path)} must be a folder that holds {tried}; there is no such file in it"
+    )

@@ -73,6 +73,7 @@ class Batches:
       batch_size: windows in a batch, over all processes.
       seed: of the order.
       process_index, process_count: number of this process, and how many there are.
+      text: a digest of the text, so that a position in other text is known as such; "": not checked.
       num_threads, prefetch: threads that read ahead, and batches they keep ready. They change no batch.
 
     Raises:
@@ -89,6 +90,7 @@ class Batches:
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
+        text: str = "",
         num_threads: int = 0,
         prefetch: int = 4,
     ):
@@ -111,7 +113,10 @@ class Batches:
             read_options=grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch),
         )
         self._iterator: Any = iter(elastic)
-        self._order = {"num_windows": len(windows), "seed": seed}  # what the order of examples depends on
+        # What the order of examples depends on.
+        self._num_windows, self._order = len(windows), dict[str, int | str](num_windows=len(windows), seed=seed)
+        if text:
+            self._order["text"] = text
         self._batch_size, self._examples = batch_size, 0  # examples given so far, over all processes
 
     def __iter__(self) -> "Batches":
@@ -125,25 +130,30 @@ class Batches:
     @property
     def passes(self) -> float:
         """Passes over all windows so far."""
-        return self._examples / self._order["num_windows"]
+        return self._examples / self._num_windows
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, int | str]:
         """The position after the last batch, as JSON; the same on every process."""
         return {"examples": self._examples, **self._order}
 
-    def set_state(self, state: Mapping[str, int]) -> None:
+    def is_in_this_text(self, state: Mapping[str, int | str]) -> bool:
+        """Whether a position of `get_state` belongs to these windows; an old one without a digest may."""
+        return all(state.get(field, value) == value for field, value in self._order.items() if field != "seed")
+
+    def set_state(self, state: Mapping[str, int | str]) -> None:
         """Goes to a position of `get_state`, whatever the number of processes was.
 
         Raises:
           ValueError: one line, when the position belongs to other windows, or to another order of them.
         """
         for field, value in self._order.items():
-            if state[field] != value:
+            if state.get(field, value) != value:
                 raise ValueError(
                     f"{field}={value} must be {state[field]}, as when the data position was saved; "
-                    "resume with the windows, the seed and the model.seq_len of that run"
+                    "resume with the windows, the seed and the model.seq_len of that run, or, where the text was "
+                    "prepared again, set --config.corpus.changed=continue"
                 )
-        self._examples = state["examples"]
+        self._examples = int(state["examples"])
         self._iterator.set_state({"global_next_index": self._examples})
 
     def close(self) -> None:

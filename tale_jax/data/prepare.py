@@ -2,7 +2,8 @@
 
 Every file is written under a temporary name and renamed when it is whole, the manifest last. A killed run leaves whole
 splits and a temporary file; the next run removes that file and prepares what is missing. Token files that were made
-with other settings are refused, never overwritten.
+with other settings are refused, never overwritten; those of text that has changed since are written anew, with the same
+tokenizer, where corpus.changed=continue.
 
     python launch/prepare.py --config=configs/tales.py --workdir=experiments/tales
 """
@@ -12,24 +13,40 @@ import dataclasses
 import errno
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
 
-from tale_jax.config import Config, change
+from tale_jax.config import Config, CorpusConfig, change
 from tale_jax.data.corpus import SPLITS, Corpus, open_corpus, relevant_settings
+from tale_jax.data.duplicates import RUN_BYTES, RunSample
 from tale_jax.data.encode import encode
 from tale_jax.data.tales.grammar import ratio
+from tale_jax.data.text_files import expand, printable
 from tale_jax.data.token_files import Manifest, document_starts, iter_documents, load_manifest, load_tokens
-from tale_jax.data.tokenizer import Tokenizer, check_tokenizer, tokenizer_file, train_tokenizer
+from tale_jax.data.tokenizer import (
+    JSON_FILE,
+    Tokenizer,
+    check_tokenizer,
+    fillable_vocab_size,
+    tokenizer_file,
+    train_tokenizer,
+)
 from tale_jax.utils.files import atomic_writer, write_atomically
+from tale_jax.utils.locks import writer_lock
 from tale_jax.utils.progress import Progress
 
 MIN_VOCAB_SIZE, MAX_VOCAB_SIZE = 512, 8192  # of a vocabulary that is chosen here
 CHARACTER_SAMPLE_BYTES = 1 << 21  # text whose characters are counted
+# Standard deviations of losses, in nats: between tokens of a document, and between means of documents (passages of
+# about 3 kB). A trigram model of 2,048 tokens on children's books has 2.84 and 0.21.
+TOKEN_DEVIATION, DOCUMENT_DEVIATION = 2.8, 0.2
+MIN_TOLD_INTERVAL = 0.03  # nats per token; a smaller half width is not worth a word
+CHANGED_NOTE = "the text has changed: prepared again, with the same tokenizer; the data position starts anew"
 CHARACTER_COVERAGE = 0.9995  # share of those characters that SentencePiece gives a token of their own
 
 
@@ -51,7 +68,8 @@ def prepare(config: Config, workdir: Path, log: Path | None = None) -> Prepared:
 
     Args:
       config: uses `corpus`, `tokenizer`, `seed` and `model.seq_len`.
-      workdir: created when missing. One that is prepared is only read.
+      workdir: created when missing. One that is prepared is only read, unless its text has changed and
+        `corpus.changed` is "continue".
       log: file that the lines of progress are appended to.
 
     Raises:
@@ -59,7 +77,21 @@ def prepare(config: Config, workdir: Path, log: Path | None = None) -> Prepared:
         used.
       OSError: one line, when `workdir` cannot be written or its disk is full. Splits that were whole still are.
     """
-    present = [split for split in SPLITS if (workdir / "windows" / f"{split}.json").is_file()]
+    if config.corpus.changed != "continue" and len(_present(workdir)) == len(SPLITS):
+        return _prepare(config, workdir, log)  # nothing is written, so that a run beside it does no harm
+    with ExitStack() as held:
+        with _disk_errors_explained(workdir):
+            held.enter_context(writer_lock(workdir, "prepare"))
+        return _prepare(config, workdir, log)
+
+
+def _present(workdir: Path) -> list[str]:
+    """The splits that are whole."""
+    return [split for split in SPLITS if (workdir / "windows" / f"{split}.json").is_file()]
+
+
+def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
+    present = _present(workdir)
     if len(present) < len(SPLITS):
         with _disk_errors_explained(workdir):
             for name in ("tokenizer", "windows"):
@@ -67,32 +99,114 @@ def prepare(config: Config, workdir: Path, log: Path | None = None) -> Prepared:
                 for partial in (workdir / name).glob("*.partial"):  # of a run that was killed
                     partial.unlink()
     manifests = {split: load_manifest(workdir, split) for split in present}
-    corpus = _open_corpus(config, manifests)
-    if corpus and not manifests:
+    corpus = _open_corpus(config, manifests, workdir)
+    old = {split: m for split, m in manifests.items() if corpus and _changed_files(m, corpus, config, len(manifests))}
+    if config.corpus.changed != "continue":
+        old = {}
+    missing = [split for split in SPLITS if corpus and (split not in manifests or split in old)]
+    if corpus and missing:
+        _tell([*corpus.notes, *([CHANGED_NOTE] if old else [])], log)
+        _compare_documents(corpus, log)
+    brought = tokenizer_file(workdir).name == JSON_FILE  # by a model from elsewhere: it stays
+    if corpus and not manifests and not brought:
         tokenizer = _write_tokenizer(corpus, config, workdir, log)
     else:
         tokenizer = Tokenizer.load(tokenizer_file(workdir))
-    for manifest in manifests.values():
-        _check_settings(manifest, config, corpus, tokenizer, workdir)
-    for split in SPLITS:
-        if corpus and split not in manifests:
-            manifests[split] = _write_split(corpus, split, tokenizer, config, workdir, log)
-    return Prepared(workdir, tokenizer, manifests)
+    if brought and tokenizer.vocab_size > config.tokenizer.vocab_size:
+        raise ValueError(
+            f"tokenizer.vocab_size={config.tokenizer.vocab_size} must be that of {tokenizer_file(workdir)}; "
+            f"try tokenizer.vocab_size={tokenizer.vocab_size}"
+        )
+    for split, manifest in manifests.items():
+        _check_settings(manifest, config, None if split in old else corpus, tokenizer, workdir, len(manifests))
+    train_runs: RunSample | None = None
+    for split in missing:
+        assert corpus
+        replaced = [*old[split].replaced, _summary(old[split])] if split in old else []
+        runs = None if corpus.nats else RunSample()  # of tales more is known
+        if runs and split != "train" and train_runs is None:  # that split is whole since an earlier run
+            train_runs = RunSample()
+            for text in corpus.documents("train"):
+                train_runs.add(text)
+        manifests[split] = _write_split(
+            corpus, split, tokenizer, config, workdir, log, runs, train_runs if split != "train" else None, replaced
+        )
+        train_runs = runs if split == "train" else train_runs
+    return Prepared(workdir, tokenizer, {split: manifests[split] for split in SPLITS})
 
 
-def with_vocab_size(config: Config) -> tuple[Config, str]:
+def describe(manifest: Manifest) -> str:
+    """What a prepared split is, in one line."""
+    m = manifest
+    line = f"{m.split:>5}: {m.documents:,} document{'s' * (m.documents != 1)}"
+    if 0 < m.texts < m.documents:
+        line += f" (passages of {m.texts:,} text{'s' * (m.texts != 1)})"
+    line += f", {m.words:,} words, {m.bytes:,} bytes, {m.tokens:,} tokens"
+    if m.entropy:
+        line += f"; entropy {m.entropy['nats_per_token']:.4f} nats/token"
+    if m.seen_share is not None:
+        line += f"; {m.seen_share:.1%} of its runs of {RUN_BYTES} bytes occur in the training split"
+    if m.split != "train" and not m.entropy and (half := loss_interval(m)) >= MIN_TOLD_INTERVAL:
+        line += f"; a loss on it is known to about ±{half:.1g} nats/token"
+        line += ", and says little about any other text" if m.texts == 1 else ""
+    return line
+
+
+def loss_interval(manifest: Manifest) -> float:
+    """Half of the width of the 95 % interval of a loss on a split, in nats per token, from how much text that is."""
+    variance = TOKEN_DEVIATION**2 / max(1, manifest.tokens) + DOCUMENT_DEVIATION**2 / max(1, manifest.documents)
+    return 1.96 * math.sqrt(variance)
+
+
+def _tell(lines: list[str], log: Path | None) -> None:
+    if lines:
+        with Progress("prepare", log=log) as progress:
+            for line in lines:
+                progress.print(line)
+
+
+def _compare_documents(corpus: Corpus, log: Path | None) -> None:
+    """Finds the documents that belong together, where the splits depend on it."""
+    if corpus.files:
+        with Progress("compare documents", total=corpus.files.source_bytes, unit="bytes", log=log) as progress:
+            corpus.files.plan(_advance_below(progress, corpus.files.source_bytes))
+
+
+def _advance_below(progress: Progress, total: int) -> Callable[[int], None]:
+    """`progress.advance`, but never beyond `total` (0: unknown), which is an estimate."""
+    left = total
+
+    def advance(count: int) -> None:
+        nonlocal left
+        step = min(count, left) if total else count
+        left -= step
+        progress.advance(step)
+
+    return advance
+
+
+def _summary(manifest: Manifest) -> dict[str, Any]:
+    """What is kept of a split that another text takes the place of."""
+    files = {name: manifest.corpus.get(name) for name in ("files", "bytes", "contents")}
+    return files | {"documents": manifest.documents, "tokens": manifest.tokens}
+
+
+def with_vocab_size(config: Config, workdir: Path | None = None) -> tuple[Config, str]:
     """The config with a vocabulary that suits its training text, and the reason in words; one of `tokenizer.path` is
     kept."""
     if config.tokenizer.path:
         return config, f"vocabulary {config.tokenizer.vocab_size:,}: that of {config.tokenizer.path}"
-    size, characters = 0, collections.Counter[str]()
-    for text in open_corpus(config.corpus, config.seed).documents("train"):
+    size, characters, texts = 0, collections.Counter[str](), []
+    for text in open_corpus(config.corpus, config.seed, workdir).documents("train"):
         if size < CHARACTER_SAMPLE_BYTES:
             characters.update(text)
+            texts.append(text)
         size += len(text.encode())
         if size >= MAX_VOCAB_SIZE**2:  # more text would change nothing
             break
     vocab_size = suitable_vocab_size(size, characters)
+    if size < CHARACTER_SAMPLE_BYTES // 2:  # of digits, say, even more text cannot fill a usual vocabulary
+        vocab_size = fillable_vocab_size(texts, vocab_size)
     more = " or more" if size >= MAX_VOCAB_SIZE**2 else ""
     reason = f"vocabulary {vocab_size:,}: {size / 1e6:.1f} MB{more} of text"
     return change(config, {"tokenizer.vocab_size": vocab_size}), reason
@@ -117,19 +231,39 @@ def suitable_vocab_size(num_bytes: int, characters: Mapping[str, int]) -> int:
     return vocab_size
 
 
-def _open_corpus(config: Config, manifests: dict[str, Manifest]) -> Corpus | None:
+def _open_corpus(config: Config, manifests: dict[str, Manifest], workdir: Path) -> Corpus | None:
     """The corpus; None when it is gone (as where a workdir was copied to) and all splits are prepared."""
     try:
-        return open_corpus(config.corpus, config.seed)
+        return open_corpus(config.corpus, config.seed, workdir)
     except ValueError:
-        wanted = relevant_settings(config.corpus).items()
-        if len(manifests) == len(SPLITS) and all(wanted <= manifest.corpus.items() for manifest in manifests.values()):
+        wanted = relevant_settings(config.corpus)
+        same = all(_recorded(m.corpus, name) == value for m in manifests.values() for name, value in wanted.items())
+        if len(manifests) == len(SPLITS) and same:
             return None
         raise
 
 
+def _recorded(corpus: dict[str, Any], name: str) -> Any:
+    """A setting of the corpus in a manifest; one that is newer than the manifest had its default."""
+    return corpus.get(name, getattr(CorpusConfig(), name))
+
+
+def _changed_files(manifest: Manifest, corpus: Corpus, config: Config, num_splits: int) -> str:
+    """What differs between the files of a prepared split and those that are there now; "" when nothing does.
+
+    The folder may have another name. A manifest of version 0.2 has no digest of the contents, and its documents were
+    cut and shared out by another rule, which matters only where splits of the two rules would stand together.
+    """
+    old = manifest.corpus
+    for name, value in corpus.identity.items():
+        older = name not in old and (name == "contents" or (name == "split_rule" and num_splits == len(SPLITS)))
+        if name not in relevant_settings(config.corpus) and not older and value != old.get(name):
+            return f"{name} was {old.get(name)} and is {value}"
+    return ""
+
+
 def _check_settings(
-    manifest: Manifest, config: Config, corpus: Corpus | None, tokenizer: Tokenizer, workdir: Path
+    manifest: Manifest, config: Config, corpus: Corpus | None, tokenizer: Tokenizer, workdir: Path, num_splits: int
 ) -> None:
     """Raises ValueError, in one line, with the first setting or file that is not as it was when the split was made."""
     if config.model.seq_len > manifest.window_len:
@@ -137,61 +271,82 @@ def _check_settings(
             f"model.seq_len={config.model.seq_len} must not exceed the windows of {manifest.window_len} tokens that "
             f"{workdir} was prepared with; try model.seq_len={manifest.window_len}, or a new --workdir"
         )
-    settings, old = relevant_settings(config.corpus), manifest.corpus
-    pairs = {f"corpus.{name}": (value, old.get(name)) for name, value in settings.items() if name != "path"}
+    settings = relevant_settings(config.corpus)
+    pairs = {f"corpus.{name}": (value, _recorded(manifest.corpus, name)) for name, value in settings.items()}
+    pairs.pop("corpus.path", None)
     pairs |= {"seed": (config.seed, manifest.seed)}
     for name, value in dataclasses.asdict(config.tokenizer).items():
         pairs[f"tokenizer.{name}"] = (value, manifest.tokenizer_settings[name])
-    remedy = f"choose a new --workdir, or remove {workdir}/windows to prepare again"
+    remedy = "choose a new --workdir"
+    if not (workdir / "checkpoints").is_dir():  # what they have learned belongs to these windows
+        remedy += f", or remove {workdir}/windows to prepare again"
     for field, (value, old_value) in pairs.items():
         if value != old_value:
             raise ValueError(f"{field}={value} must be {old_value}, as in the windows prepared in {workdir}; {remedy}")
-    files = {name: value for name, value in (corpus.identity if corpus else {}).items() if name not in settings}
-    for name, value in files.items():  # the folder may have another name, but not other files
-        if value != old.get(name):
-            field = f"corpus.path={config.corpus.path}" if config.corpus.path else f"corpus.name={config.corpus.name}"
-            difference = f"{name} was {old.get(name)} and is {value}"
-            raise ValueError(f"{field} must be as it was when {workdir} was prepared, but {difference}; {remedy}")
+    if corpus and (difference := _changed_files(manifest, corpus, config, num_splits)):
+        path = config.corpus.path
+        field = f"corpus.path={printable(path)}" if path else f"corpus.name={config.corpus.name}"
+        go_on = "set --config.corpus.changed=continue to prepare it again and go on, or "
+        raise ValueError(
+            f"{field} must be as it was when {workdir} was prepared, but {difference}; {go_on if path else ''}{remedy}"
+        )
     if tokenizer.fingerprint != manifest.tokenizer:
         raise ValueError(f"{workdir}/tokenizer must be the one that {workdir}/windows was prepared with; {remedy}")
 
 
 def _write_tokenizer(corpus: Corpus, config: Config, workdir: Path, log: Path | None) -> Tokenizer:
     if config.tokenizer.path:
-        tokenizer = Tokenizer.load(Path(config.tokenizer.path).expanduser())
+        tokenizer = Tokenizer.load(expand(config.tokenizer.path, "tokenizer.path"))
         check_tokenizer(tokenizer, config.tokenizer)
     else:
-        with Progress(
-            "read for the tokenizer", total=corpus.num_bytes("train") or 0, unit="bytes", log=log
-        ) as progress:
+        total = corpus.num_bytes("train") or 0
+        with Progress("read for the tokenizer", total=total, unit="bytes", log=log) as progress:
+            advance = _advance_below(progress, total)
 
             def documents() -> Iterator[str]:
                 for text in corpus.documents("train"):
                     yield text
-                    progress.advance(len(text.encode()))
+                    advance(len(text.encode()))
 
             tokenizer = train_tokenizer(documents(), config.tokenizer)
     with _disk_errors_explained(workdir):
-        write_atomically(tokenizer_file(workdir), tokenizer.model)
+        tokenizer.save(workdir / "tokenizer")
     return tokenizer
 
 
 def _write_split(
-    corpus: Corpus, split: str, tokenizer: Tokenizer, config: Config, workdir: Path, log: Path | None
+    corpus: Corpus,
+    split: str,
+    tokenizer: Tokenizer,
+    config: Config,
+    workdir: Path,
+    log: Path | None,
+    runs: RunSample | None,
+    train_runs: RunSample | None,
+    replaced: list[dict[str, Any]],
 ) -> Manifest:
     path = workdir / "windows" / f"{split}.bin"
     documents = words = num_bytes = size = 0
+    total = corpus.num_bytes(split)
+
+    def texts() -> Iterator[str]:
+        for text in corpus.documents(split):
+            if runs:
+                runs.add(text)
+            yield text
+
     with _disk_errors_explained(workdir):
         with (
-            Progress(f"prepare {split}", total=corpus.num_bytes(split) or 0, unit="bytes", log=log) as progress,
+            Progress(f"prepare {split}", total=total or 0, unit="bytes", log=log) as progress,
             atomic_writer(path) as file,
         ):
-            for batch in encode(corpus.documents(split), tokenizer, corpus.num_bytes(split), corpus.words_end_lines):
+            advance = _advance_below(progress, total or 0)
+            for batch in encode(texts(), tokenizer, total, corpus.words_end_lines):
                 size += file.write(batch.tokens)
                 documents += batch.documents
                 words += batch.words
                 num_bytes += batch.num_bytes
-                progress.advance(batch.num_bytes)
+                advance(batch.num_bytes)
         manifest = Manifest(
             split=split,
             corpus=corpus.identity,
@@ -205,6 +360,9 @@ def _write_split(
             bytes=num_bytes,
             tokens=size // tokenizer.dtype.itemsize,
             entropy=_entropy(corpus, split, np.memmap(path, tokenizer.dtype, mode="r"), tokenizer),
+            texts=corpus.num_texts(split),
+            seen_share=runs.share_in(train_runs) if runs and train_runs else None,
+            replaced=replaced,
         )
         write_atomically(path.with_suffix(".json"), json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
     return manifest

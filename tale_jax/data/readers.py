@@ -1,101 +1,160 @@
 """Files and hub datasets → streams of documents. Only the current document is in memory, and no text is altered.
 
-The passages of a text file and the articles of a WikiText file, joined, are the file byte for byte. Text that cannot be
-read is an error of one line that names the file, the position in it, and what to do.
+A *text* is a file of prose, or a row of a table. One that is long becomes several documents, its passages, which joined
+are the text byte for byte. Where a passage ends depends on the words around that place alone, so that two printings of
+a book are cut alike (as files are cut for storage in Muthitacharoen et al., "A Low-bandwidth Network File System", SOSP
+2001). What cannot be read is an error of one line that names the file, the row in it, and what to do.
 """
 
+import csv
 import dataclasses
-import glob
-import io
 import itertools
 import json
-import logging
 import re
+import shutil
+import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-BLOCK_BYTES = 1 << 20  # read at once
-MAX_WHOLE_BYTES = 32_000  # a text file up to this size is one document
-NUM_PASSAGES = 128  # a longer one becomes about so many documents, so that every split of a single book gets some,
-MIN_PASSAGE_BYTES, MAX_PASSAGE_BYTES = 2_000, 16_000  # unless they would be shorter or longer than about this
+from tale_jax.data.encodings import format_of
+from tale_jax.data.text_files import (
+    SAMPLE_BYTES,
+    TEXT_SUFFIXES,
+    format_remedy,
+    kind_of,
+    lines,
+    one_line,
+    open_binary,
+    printable,
+    quoted,
+    read_text,
+)
+
+NUM_PASSAGES = 128  # a long text becomes about so many documents, so that every split of a single book gets some,
+MIN_PASSAGE_BYTES, MAX_PASSAGE_BYTES = 2_048, 16_384  # unless they would be shorter or longer than about this
+MAX_ROW_CHARS = 1 << 28  # of a row that is read into memory whole
 
 _BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
-_log = logging.getLogger(__name__)
+_LINE_END = re.compile(rb"\n")
+_NOT_WORDS = bytes(range(0x30)) + b":;<=>?@[\\]^_`{|}~\x7f"
+_LOWER = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", b"abcdefghijklmnopqrstuvwxyz")
+_QUOTES = re.compile(rb"\xe2\x80[\x80-\xbf]|\xc2[\xa0\xab\xbb]")  # quotes, dashes, no-break spaces in UTF-8
 
 
-def find_files(pattern: str) -> list[Path]:
-    """The files of a file, folder (recursive) or glob, sorted by name; empty ones are left out with a warning."""
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        paths = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    elif path.is_file():
-        paths = [path]
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How texts are cut: those up to `whole_bytes` not at all, others into passages of `min_bytes` or more."""
+
+    whole_bytes: int = 32_000
+    min_bytes: int = MIN_PASSAGE_BYTES
+
+
+class Document(NamedTuple):
+    """What BOS and EOS enclose, and the number of the text that it is, or is a passage of."""
+
+    text: str
+    text_index: int
+
+
+def read_documents(files: Iterable[Path], field: str, encoding: str, cut: Cut) -> Iterator[Document]:
+    """The documents of files, in order; blank ones are left out."""
+    index = -1
+    for path in files:
+        for blocks in texts(path, field, encoding):
+            index += 1
+            for passage in passages(blocks, cut):
+                if not passage.isspace():
+                    yield Document(passage, index)
+
+
+def texts(path: Path, field: str, encoding: str) -> Iterator[Iterable[str]]:
+    """The texts of a file, each in blocks: the file itself, or those called `field` in its rows."""
+    kind = kind_of(path)
+    if kind in TEXT_SUFFIXES:
+        yield read_text(path, encoding)
     else:
-        paths = [Path(name) for name in glob.glob(str(path), recursive=True)]
-        if not paths:
-            raise ValueError(f"corpus.path={pattern} does not exist; give a file, a folder or a glob")
-    paths = sorted(p for p in paths if p.suffix.lower() in (".txt", ".jsonl", ".parquet") and p.is_file())
-    if not paths:
-        raise ValueError(f"corpus.path={pattern} must hold .txt, .jsonl or .parquet files; rename or convert them")
-    for file in paths:
-        if not file.stat().st_size:
-            _log.warning("%s is empty and is left out", file)
-    files = [file for file in paths if file.stat().st_size]
-    if not files:
-        raise ValueError(f"corpus.path={pattern} must hold a file that is not empty; give one with text")
-    return files
+        for text in ROWS[kind](path, field, encoding):
+            if text := text.lstrip("\ufeff"):  # a row may have been a file with a byte-order mark
+                yield [text]
 
 
-def read_file(path: Path, field: str) -> Iterator[str]:
-    """The documents of a .txt file, or the texts called `field` in a .jsonl or .parquet file."""
-    if path.suffix.lower() == ".txt":
-        return passages(path)
-    return json_rows(path, field) if path.suffix.lower() == ".jsonl" else parquet_rows(path, field)
+# Passages.
 
 
-def passages(path: Path) -> Iterator[str]:
-    """A text file as one document, or, when it is longer than `MAX_WHOLE_BYTES`, split at blank lines."""
-    size = path.stat().st_size
-    usual = min(max(size // NUM_PASSAGES, MIN_PASSAGE_BYTES), MAX_PASSAGE_BYTES)
-    target = size if size <= MAX_WHOLE_BYTES else usual
-    offset = 0
-    with path.open("rb") as file:
-        for passage in split_passages(file, target):
-            yield decode(passage, path, offset)
-            offset += len(passage)
+def passages(blocks: Iterable[str], cut: Cut) -> Iterator[str]:
+    """A text as one document, or, when it is longer than `cut.whole_bytes`, in passages."""
+    encoded = (block.encode() for block in blocks)
+    head, size = [], 0  # so long that its passages have the greatest length in any case, or the whole text
+    while size < NUM_PASSAGES * MAX_PASSAGE_BYTES and (block := next(encoded, None)) is not None:
+        head.append(block)
+        size += len(block)
+    if not size:
+        return
+    target = 1 << max(1, size // NUM_PASSAGES).bit_length() - 1  # for texts of nearly one length the same
+    target = size if size <= cut.whole_bytes else min(max(target, cut.min_bytes), MAX_PASSAGE_BYTES)
+    if target == size:
+        yield b"".join(head).decode()
+        return
+    for passage in split_passages(_drained(head, encoded), target):
+        yield passage.decode()
 
 
-def split_passages(file: io.BufferedIOBase, target: int) -> Iterator[bytes]:
-    """Splits a file at the first blank line after `target` bytes, or else at the last line end, space or character
-    before 4 * target. The passages depend on the file alone, not on the blocks that it is read in."""
-    limit, start, buffer = 4 * target, 0, b""
+def _drained(head: list[bytes], rest: Iterator[bytes]) -> Iterator[bytes]:
+    """All blocks; those of `head` are let go of."""
+    head.reverse()
+    while head:
+        yield head.pop()
+    yield from rest
+
+
+def split_passages(blocks: Iterator[bytes], target: int) -> Iterator[bytes]:
+    """Splits UTF-8 into passages of `target` / 2 to 2 * `target` bytes, but for the last.
+
+    Each ends at a blank line, or else at a line end, space or character. Of several blank lines (or line ends) the one
+    is taken that has the lowest hash of the words after it: behind a place where two texts differ, the cuts soon agree
+    again. The passages depend on the text alone, not on the blocks that it comes in.
+    """
+    low, limit, start, buffer = max(1, target // 2), 2 * max(2, target), 0, b""
     while True:
-        if len(buffer) - start <= limit and (block := file.read(BLOCK_BYTES + limit)):
+        if len(buffer) - start <= limit + _CONTEXT_BYTES and (block := next(blocks, b"")):
             buffer, start = buffer[start:] + block, 0
             continue
         if start == len(buffer):
             return
-        low, high = min(start + target, len(buffer)), min(start + limit, len(buffer))
-        if blank := _BLANK_LINES.search(buffer, low, high):
-            end = blank.end()
-        elif high == len(buffer):
-            end = high
+        first, last = min(start + low, len(buffer)), min(start + limit, len(buffer))
+        if len(buffer) - start <= target:
+            end = len(buffer)
         else:
-            end = buffer.rfind(b"\n", low, high) + 1 or buffer.rfind(b" ", low, high) + 1 or high
-            while buffer[end] & 0xC0 == 0x80 and end > low:  # a continuation byte: not inside a character
-                end -= 1
+            end = _best(_BLANK_LINES, buffer, first, last) or _best(_LINE_END, buffer, first, last)
+            end = end or (len(buffer) if last == len(buffer) else 0) or buffer.rfind(b" ", first, last) + 1 or last
+        while end < len(buffer) and buffer[end] & 0xC0 == 0x80 and end > first:  # not inside a character
+            end -= 1
         yield buffer[start:end]
         start = end
 
 
-def lines(path: Path) -> Iterator[str]:
-    """The lines of a file, with their ends."""
-    offset = 0
-    with path.open("rb") as file:
-        for line in file:
-            yield decode(line, path, offset)
-            offset += len(line)
+_CONTEXT_BYTES = 64  # after a boundary, of which the letters are hashed
+_MAX_BOUNDARIES = 64  # that are compared for one passage
+
+
+def _best(boundary: re.Pattern[bytes], buffer: bytes, low: int, high: int) -> int:
+    """The end of the boundary in [low, high) with the lowest hash of what follows; 0 without one."""
+    matches = itertools.islice(boundary.finditer(buffer, low, high), _MAX_BOUNDARIES)
+    ends = (match.end() for match in matches if match.end() < len(buffer))
+    return min(((_hash(buffer[end : end + _CONTEXT_BYTES]), end) for end in ends), default=(0, 0))[1]
+
+
+def _hash(context: bytes) -> int:
+    return zlib.crc32(words_only(context)[:24])
+
+
+def words_only(data: bytes) -> bytes:
+    """UTF-8 text without white space, punctuation and (of ASCII) capitals: what two printings of a text share."""
+    if b"\xe2\x80" in data or b"\xc2" in data:
+        data = _QUOTES.sub(b"", data)
+    return data.translate(_LOWER, _NOT_WORDS)
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
@@ -117,54 +176,221 @@ def _is_title(line: str) -> bool:
     return words[:2] == ["", "="] and words[-2] == "=" and "=" not in (words[2], words[-3]) and len(words) > 4
 
 
-def stories(path: Path, separator: bytes = b"<|endoftext|>") -> Iterator[str]:
+def stories(blocks: Iterable[str], separator: str = "<|endoftext|>") -> Iterator[str]:
     """The texts between separators, as TinyStories is published, without the white space around them."""
-    offset, rest = 0, b""
-    with path.open("rb") as file:
-        for block in itertools.chain(iter(lambda: file.read(BLOCK_BYTES), b""), [separator]):
-            *whole, rest = (rest + block).split(separator)
-            for story in whole:
-                if text := decode(story, path, offset).strip():
-                    yield text
-                offset += len(story) + len(separator)
+    rest = ""
+    for block in _chain_text(blocks, separator):
+        *whole, rest = (rest + block).split(separator)
+        for story in whole:
+            if text := story.strip():
+                yield text
 
 
-def json_rows(path: Path, field: str) -> Iterator[str]:
+def _chain_text(blocks: Iterable[str], last: str) -> Iterator[str]:
+    yield from blocks
+    yield last
+
+
+# Rows.
+
+
+def json_lines(path: Path, field: str, encoding: str) -> Iterator[str]:
     """The texts called `field` of a file with one JSON object a line; empty ones are left out."""
-    for number, line in enumerate(lines(path), 1):
-        location = f"{path} line {number}"
+    for number, line in enumerate(lines(read_text(path, encoding), MAX_ROW_CHARS), 1):
+        location = f"{printable(path)} line {number}"
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{location} must be a JSON object ({error}); correct or remove it") from None
+            row = _JSON.decode(line)
+        except (ValueError, RecursionError, MemoryError) as error:
+            hint = "; a .json file must be an array of rows, or one object a line" if kind_of(path) == ".json" else ""
+            raise ValueError(
+                f"{location} must be a JSON object ({one_line(error)}); {_remove_line(path, number)}{hint}"
+            ) from None
         if not isinstance(row, dict):
-            raise ValueError(f"{location} must be a JSON object, not a {type(row).__name__}; give one object a line")
-        text = _field_text(row, field, location)
+            raise ValueError(f"{location} must be a JSON object, not {_json_kind(row)}; give one object a line")
+        yield from _row_text(row, field, location)
+
+
+def json_array(path: Path, field: str, encoding: str) -> Iterator[str]:
+    """The same for a file that is one JSON array of objects, or of the texts themselves; or else for JSON lines."""
+    blocks = read_text(path, encoding)
+    buffer = ""
+    for buffer in blocks:
+        if buffer := buffer.lstrip():
+            break
+    if not buffer.startswith("["):
+        yield from json_lines(path, field, encoding)
+        return
+    buffer, number, after_comma = buffer[1:], 0, False
+    while True:
+        buffer, at_end = buffer.lstrip(), False
+        while not buffer and not at_end:
+            block = next(blocks, None)
+            buffer, at_end = (block or "").lstrip(), block is None
+        location = f"{printable(path)} row {number + 1}"
+        if at_end:
+            raise ValueError(f"{location}: the array must end with ]; download the file again, or correct its end")
+        if buffer[0] == "]" and not after_comma:
+            if buffer[1:].strip() or any(block.strip() for block in blocks):
+                raise ValueError(f"{printable(path)} must hold one array, but has more after it; remove that")
+            return
+        if number and not after_comma:
+            if buffer[0] != ",":
+                raise ValueError(f"{location} must follow a comma; correct the file")
+            buffer, after_comma = buffer[1:], True
+            continue
+        row, buffer = _next_row(buffer, blocks, location)
+        number, after_comma = number + 1, False
+        if isinstance(row, str):
+            row = {field: row}
+        if row is None:
+            continue
+        if not isinstance(row, dict):
+            raise ValueError(f"{location} must be a JSON object or text, not {_json_kind(row)}; correct or remove it")
+        yield from _row_text(row, field, location)
+
+
+def _next_row(buffer: str, blocks: Iterator[str], location: str) -> tuple[Any, str]:
+    """The JSON value that `buffer` begins with, and what follows it; more blocks are read while it is not whole."""
+    while True:
         try:
-            text.encode()
-        except UnicodeEncodeError:  # possible in JSON as \ud83d
-            raise ValueError(f"{location}: {field} must not hold half a surrogate pair; correct or remove it") from None
-        if text.strip():
-            yield text
+            row, end = _JSON.raw_decode(buffer)
+            return row, buffer[end:]
+        except (ValueError, RecursionError, MemoryError) as error:
+            wanted, parts = len(buffer), []  # twice as much as before: not tried again at each block
+            while (
+                wanted > 0
+                and len(buffer) < MAX_ROW_CHARS
+                and isinstance(error, ValueError)
+                and (block := next(blocks, ""))
+            ):
+                parts.append(block)
+                wanted -= len(block)
+            if not parts:
+                raise ValueError(f"{location} must be JSON ({one_line(error)}); correct or remove it") from None
+            buffer += "".join(parts)
 
 
-def parquet_rows(path: Path, field: str) -> Iterator[str]:
+def csv_rows(path: Path, field: str, encoding: str) -> Iterator[str]:
+    """The texts in column `field` of a table with the names of the columns in its first line, but for empty ones."""
+    location = printable(path)
+    table_lines = _csv_lines(read_text(path, encoding))
+    header = next(table_lines, "")
+    delimiter = _delimiter(header, field, "\t" if kind_of(path) == ".tsv" else ",")
+    csv.field_size_limit(MAX_ROW_CHARS // 4)
+    reader = csv.reader(_chain_text_first(header, table_lines), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    column, start = -1, 1
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(
+                f"{location} line {start} must be a row ({one_line(error)}); close its quotes, and write a quote that "
+                "stands inside quotes twice"
+            ) from None
+        if row is None:
+            return
+        place, start = f"{location} line {start}", reader.line_num + 1
+        if not row:
+            continue
+        if column < 0:
+            names = [name.strip() for name in row]
+            if field not in names:
+                raise ValueError(_missing_field(field, place, names))
+            column = names.index(field)
+            continue
+        if len(row) != len(names):
+            raise ValueError(
+                f"{place} must have {len(names)} columns, as the first line has, but has {len(row)}; put quotes around "
+                f"a text with {_DELIMITER_NAMES[delimiter]} in it, or remove the row"
+            )
+        if row[column].strip():
+            yield row[column]
+
+
+_DELIMITER_NAMES = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
+_CSV_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+
+
+def _csv_lines(blocks: Iterable[str]) -> Iterator[str]:
+    """Lines however they end: with the line ends of Unix, Windows or old Macs."""
+    for line in lines(blocks, MAX_ROW_CHARS):
+        yield from _CSV_LINE.findall(line) if "\r" in line else [line]
+
+
+def _chain_text_first(first: str, rest: Iterator[str]) -> Iterator[str]:
+    if first:
+        yield first
+    yield from rest
+
+
+def _delimiter(header: str, field: str, usual: str) -> str:
+    """The character between columns: the one that finds `field` in the header, else the usual one."""
+    for delimiter in (usual, *_DELIMITER_NAMES):
+        if field in [name.strip().strip('"') for name in header.strip().split(delimiter)] and delimiter in header:
+            return delimiter
+    return usual
+
+
+def parquet_rows(path: Path, field: str, encoding: str = "") -> Iterator[str]:
     """The texts in column `field`, 256 rows in memory at a time; empty ones are left out."""
+    del encoding  # parquet is UTF-8
+    name = printable(path)
     try:
-        import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"corpus.path={path} needs pyarrow to be read; pip install pyarrow") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise ValueError(_missing_field(field, str(path), file.schema_arrow.names))
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                yield from filter(str.strip, (_field_text(row, field, str(path)) for row in batch.to_pylist()))
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} must be a parquet file ({one_line(error)}); download or write it again") from None
+        raise ValueError(f"corpus.path={name} needs pyarrow to be read; pip install pyarrow") from None
+    with open_binary(path) as packed, tempfile.TemporaryFile() as temporary:
+        file: Any = packed
+        if path.suffix.lower() != ".parquet":  # compressed as a whole, and read from its end
+            shutil.copyfileobj(packed, temporary)
+            temporary.seek(0)
+            file = temporary
+        head = file.read(SAMPLE_BYTES)
+        file.seek(0)
+        if not head.startswith(b"PAR1"):
+            what, remedy = format_of(head) or ("not a parquet file", "download or write it again")
+            raise ValueError(f"{name} must be a parquet file, but is {what}; {format_remedy(path, remedy)}")
+        row = 0
+        try:
+            table = parquet.ParquetFile(file)
+            names = list(table.schema_arrow.names)
+            batches = table.iter_batches(batch_size=256, columns=[field]) if field in names else iter(())
+        except Exception as error:  # pyarrow raises errors of many kinds for damaged files
+            raise ValueError(f"{name} must be a parquet file ({one_line(error)}); download or write it again") from None
+        if field not in names:
+            raise ValueError(_missing_field(field, name, names))
+        while True:
+            try:
+                batch = next(batches, None)
+                column = batch.column(0) if batch is not None else []
+            except Exception as error:
+                raise ValueError(
+                    f"{name} is damaged after row {row} ({one_line(error)}); download or write it again"
+                ) from None
+            if batch is None:
+                return
+            for value in column:
+                row += 1
+                try:
+                    text = value.as_py()
+                except Exception as error:
+                    raise ValueError(
+                        f"{name} row {row}: {field} cannot be read ({one_line(error)}); write the file again without it"
+                    ) from None
+                yield from _row_text({field: text}, field, f"{name} row {row}")
+
+
+ROWS = {
+    ".jsonl": json_lines,
+    ".ndjson": json_lines,
+    ".json": json_array,
+    ".csv": csv_rows,
+    ".tsv": csv_rows,
+    ".parquet": parquet_rows,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,30 +429,42 @@ class HubRows:
             ) from None
 
 
-def decode(data: bytes, path: Path, offset: int) -> str:
-    """UTF-8 → text; `offset` is the position of `data` in its file, for the error message."""
+_JSON = json.JSONDecoder(parse_int=float)  # int refuses what has thousands of digits
+_JSON_KINDS = {bool: "true or false", float: "a number", int: "a number", list: "an array", dict: "an object"}
+
+
+def _json_kind(value: Any) -> str:
+    return "null" if value is None else _JSON_KINDS.get(type(value), f"of type {type(value).__name__}")
+
+
+def _remove_line(path: Path, number: int) -> str:
+    if kind_of(path) != path.suffix.lower():
+        return "correct or remove it"
+    new = path.with_name(f"{path.stem}.clean")
+    return f"correct or remove it: sed {number}d {quoted(path)} > {quoted(new)} && mv {quoted(new)} {quoted(path)}"
+
+
+def _row_text(row: dict[str, Any], field: str, location: str) -> Iterator[str]:
+    """The text called `field` of a row, unless it is empty."""
+    text = _field_text(row, field, location)
     try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} must be UTF-8, but byte 0x{data[error.start]:02x} at offset {offset + error.start} is not; "
-            "convert the file (iconv -f latin1 -t utf-8) or remove it"
-        ) from None
-
-
-def one_line(error: Exception) -> str:
-    """The message of another library's error, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        text.encode()
+    except UnicodeEncodeError:  # possible in JSON as \ud83d
+        raise ValueError(f"{location}: {field} must not hold half a surrogate pair; correct or remove it") from None
+    if text.strip():
+        yield text
 
 
 def _field_text(row: dict[str, Any], field: str, location: str) -> str:
     if field not in row:
         raise ValueError(_missing_field(field, location, row))
     if row[field] is not None and not isinstance(row[field], str):
-        kind = type(row[field]).__name__
-        raise ValueError(f"corpus.field={field} must be text, but is of type {kind} in {location}; name another field")
+        kind = _json_kind(row[field])
+        raise ValueError(f"corpus.field={field} must be text, but is {kind} in {location}; name another field")
     return row[field] or ""
 
 
 def _missing_field(field: str, location: str, names: Iterable[str]) -> str:
-    return f"corpus.field={field} is not in {location}, which has {', '.join(names) or 'no field'}; name one of these"
+    known = printable(", ".join(str(name) for name in names))
+    known = known if len(known) <= 200 else f"{known[:197]}..."
+    return f"corpus.field={field} is not in {location}, which has {known or 'no field'}; name one of these"

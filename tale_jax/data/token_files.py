@@ -28,7 +28,7 @@ class Manifest:
     """What a prepared split is.
 
     Attributes:
-      corpus: settings of the corpus, and names and sizes of its files (`Corpus.identity`).
+      corpus: settings of the corpus, and digests of its files (`Corpus.identity`).
       seed: of the run.
       tokenizer: SHA-256 of the model file; tokenizer_settings: the settings it was made with.
       window_len: model.seq_len at the time: windows of any length up to it may be read.
@@ -37,6 +37,10 @@ class Manifest:
       entropy: for the held-out tales, by the probabilities of their grammar: `nats_per_tale`, `nats_per_byte` and
         `nats_per_token` (EOS counted, BOS not), for each its standard error over tales (`nats_per_tale_stderr`, …), and
         the sum `nats`; empty for other text.
+      texts: files, or rows of files, that the documents are (passages of); 0: as many as documents.
+      seen_share: of a held-out split: the share of its runs of 50 bytes that occur in the training split; None where
+        that is unknown.
+      replaced: summaries of earlier texts that this one took the place of (`corpus.changed`), the oldest first.
     """
 
     split: str
@@ -51,6 +55,9 @@ class Manifest:
     bytes: int = 0
     tokens: int = 0
     entropy: dict[str, float] = dataclasses.field(default_factory=dict)
+    texts: int = 0
+    seen_share: float | None = None
+    replaced: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     format_version: int = FORMAT_VERSION
 
 

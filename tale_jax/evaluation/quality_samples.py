@@ -118,7 +118,7 @@ def measure_quality(
       train, held_out: token streams of the training split and of one that the model has not seen.
       temperatures: to sample at, each measured by itself.
       seed: of the random numbers.
-      advance: told how many more samples are done; there are at most `NUM_SAMPLES` for each temperature.
+      advance: gets the number of samples that are newly done; there are at most `NUM_SAMPLES` for each temperature.
 
     Returns:
       for each temperature `temperature num_samples words passes measures`, the measures by name with the fields of

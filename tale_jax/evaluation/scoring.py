@@ -158,7 +158,8 @@ class Evaluation:
         """The measures of the split, by name. Where not all of it is scored, words and bytes are estimated from its
         tokens.
 
-        `excess_nats_per_token` is above the entropy of the tales, with its standard error over tales.
+        A measure is None where it has no value. `excess_nats_per_token` is above the entropy of the tales, with its
+        standard error over tales.
         """
         nats, counts, documents = self.scorer(params, self.tokens, self.spans, advance)
         total, tokens, manifest = float(nats.sum()), int(counts.sum()), self.manifest
@@ -170,9 +171,9 @@ class Evaluation:
             "bytes": manifest.bytes if self.whole else round(manifest.bytes * share),
             "nats_per_token": total / tokens,
             "token_perplexity": _exp(total / tokens),
+            "word_perplexity": _exp(_per(total, manifest.words if self.whole else manifest.words * share)),
+            "bits_per_byte": _per(total / math.log(2), manifest.bytes if self.whole else manifest.bytes * share),
         }
-        result["word_perplexity"] = _exp(total / result["words"])
-        result["bits_per_byte"] = total / math.log(2) / result["bytes"]
         result["context"], result["stride"] = self.scorer.context, self.stride
         if self.grammar_nats is not None:
             model, lengths = (np.bincount(documents, weights) for weights in (nats, counts))
@@ -198,5 +199,11 @@ def _batches(items: Iterable[Span], size: int) -> Iterator[list[Span]]:
         yield batch
 
 
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
+def _per(total: float, count: float | int) -> float | None:
+    """None, which JSON writes as null, where there is nothing to divide by: text without a word, say."""
+    return total / count if count else None
+
+
+def _exp(nats: float | None) -> float | None:
+    """None where the perplexity is beyond all numbers, or there is none."""
+    return math.exp(nats) if nats is not None and nats < 700 else None

@@ -29,7 +29,7 @@ def judge_samples(
 
     `accepted_share`: the grammar generates them, and the world in them stays true. `consistent_share`: of those whose
     sentences are the grammar's, as far as the judge reads, the share whose world stays true. `copied_share`: found word
-    for word in the training text. `advance` is told how many more samples are done.
+    for word in the training text. `advance` gets the number of samples that are newly done.
     """
     settings = SampleSettings(max_tokens=sampler.context - 1, temperature=temperature)
     samples = []

@@ -90,7 +90,7 @@ def start_backend(platform: str) -> Backend:
         note = f"falls back to the CPU: {plugin or 'the GPU'} does not start ({reason})"
         jax.config.update("jax_platforms", "cpu")
         devices = jax.devices()
-    first = devices[0]
+    first = jax.local_devices()[0]  # a process knows nothing of the memory of another one's
     name = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}.get(first.platform, "metal")
     if platform not in ("auto", name):
         raise ValueError(

@@ -31,7 +31,7 @@ def print_samples(generation: Generation, as_json: bool = False, **facts: Any) -
 def prompt_loop(stream: Callable[[str], Generation], show: Callable[[Generation], None]) -> None:
     """Reads prompts from stdin and shows what follows each, until an empty line or the end of stdin.
 
-    Ctrl-C stops the sample under way; a prompt that cannot be used is told in one line, and the loop goes on.
+    Ctrl-C stops the sample under way; a prompt that cannot be used gets one line on stderr, and the loop continues.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (lines can be edited and recalled)

@@ -25,6 +25,7 @@ from tale_jax.model.attention import (
     cudnn_causal_attention,
     document_segments,
     rotary_angles,
+    rotary_frequencies,
     rotate,
 )
 from tale_jax.model.initialization import EMBEDDING_STD
@@ -265,7 +266,8 @@ class Transformer(nn.Module):
             slot = start % num_slots
             slot_positions = _write_slots(cache.positions, positions, slot, axis=1)
             mask = causal_mask(positions, slot_positions, window=num_slots)
-        angles = rotary_angles(positions, c.head_dim, c.rope_base)
+        frequencies = rotary_frequencies(c.head_dim, c.rope_base, c.rope_scaling, c.rope_original_len)
+        angles = rotary_angles(positions, frequencies)
 
         embedding = self.param(
             "embedding", nn.initializers.normal(EMBEDDING_STD), (self.vocab_size, c.embed_dim), jnp.float32

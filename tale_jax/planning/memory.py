@@ -96,8 +96,9 @@ def measure_memory(config: Config, trainer: Trainer, compiled: Any, backend: Bac
         process = process or machine.resident_memory() + LATER_PROGRAMS_BYTES + UNROLLED_LAYER_BYTES * unrolled
         checkpoint = int(CHECKPOINT_COPIES * max_concurrent_bytes(state, backend.overlap_io))
         uncounted = HEAP_GAPS * (weights + optimizer + ema) + FLOAT32_SCRATCH * bfloat16_product_bytes(hlo)
-        step = len(backend.devices) * (results + temporaries + int(uncounted))
-        peak = max(peak_so_far, process + len(backend.devices) * arguments + max(step, checkpoint))
+        num_devices = sum(device.process_index == jax.process_index() for device in backend.devices)  # of this process
+        step = num_devices * (results + temporaries + int(uncounted))
+        peak = max(peak_so_far, process + num_devices * arguments + max(step, checkpoint))
     return Memory(
         weights=weights,
         optimizer=optimizer,

@@ -337,4 +337,5 @@ def print_plan(plan: Plan) -> None:
         price = f", {advice.tokens_per_second:,.0f} tokens/s ({advice.speed:.0%} of the speed)" if advice.speed else ""
         console.print(f"  {flags}: {format_bytes(advice.peak_bytes)}{price}", soft_wrap=True)
     if not plan.fits and not plan.advice:
-        console.print("  no change of remat, micro-batch, precision or scan_layers is enough: make the model smaller")
+        all_tried = "no change of remat, micro-batch, precision or scan_layers is enough"
+        console.print(f"  {all_tried}: make the model smaller", soft_wrap=True)

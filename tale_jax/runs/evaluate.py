@@ -29,12 +29,24 @@ def evaluate(
     seed: int = 0,
     with_quality: bool = False,
 ) -> dict[str, Any]:
-    """All measures of a split, as `evaluate.py --json` prints them, kept in `evaluations.jsonl`.
+    """All measures of a split, as `evaluate.py --json` prints them; `evaluations.jsonl` keeps them.
 
-    Losses are in nats, `bits_per_byte` in bits of the text's UTF-8 bytes; the end mark of each document is a token that
-    is counted, its begin mark is not. `params` is the number of weights. For tales `num_samples` are judged too.
-    `with_quality` adds `quality`, one result for each temperature (see `measure_quality`), and writes
-    `quality.jsonl`.
+    Losses are in nats per token, where EOS counts and BOS does not; `bits_per_byte` is per byte of UTF-8. `params` is
+    the number of weights.
+
+    Args:
+      experiment: the model and its workdir.
+      split: train, valid or test.
+      stride: tokens between windows; 0: the context length.
+      num_samples: tales to sample and judge, where the text is tales; 0: none.
+      sample_temperature: of these tales.
+      seed: of all samples.
+      with_quality: adds `quality`, one result for each temperature (see `measure_quality`), and writes
+        `quality.jsonl`.
+
+    Raises:
+      ValueError: one line, for a split that is not prepared or too short to measure samples beside it, or a stride
+        longer than the context.
     """
     config, tokenizer, log = experiment.config, experiment.tokenizer, experiment.workdir / "log.txt"
     scorer = Scorer(experiment.model, tokenizer, config.evaluate.batch_size)
@@ -49,32 +61,35 @@ def evaluate(
                 sampler, experiment.workdir, num_samples, sample_temperature, seed, progress.advance
             )
     if with_quality:
-        result["quality"] = sampled_quality(experiment, split, seed)
+        result["quality"] = _sample_quality(experiment, split, seed)
     JsonLines(experiment.workdir / "evaluations.jsonl").append(result | {"time": time.time()})
     return result
 
 
-def sampled_quality(experiment: Experiment, split: str, seed: int) -> list[dict[str, Any]]:
-    """Samples beside the text of a split, by all measures of `quality.py`; the samples go to `quality.jsonl`."""
+def _sample_quality(experiment: Experiment, split: str, seed: int) -> list[dict[str, Any]]:
+    """All measures of `text_quality.py` of samples beside a split; the samples are written to `quality.jsonl`."""
     sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, batch_size=BATCH_SIZE)
     (train, _), (held_out, _) = (load_tokens(experiment.workdir, name) for name in ("train", split))
     with Progress("sample", unit="texts", log=experiment.workdir / "log.txt") as progress:
         results, records = measure_quality(sampler, train, held_out, seed=seed, advance=progress.advance)
-    about = {"split": split, "step": experiment.step}
-    write_samples(experiment.workdir / "quality.jsonl", [record | about for record in records])
+    origin = {"split": split, "step": experiment.step}
+    write_samples(experiment.workdir / "quality.jsonl", [record | origin for record in records])
     return results
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """The result of `evaluate` human-readable, line by line."""
-    plain = {name: value for name, value in result.items() if name != "quality"}
-    lines = [f"{k:>29}  {v:,.4f}" if isinstance(v, float) else f"{k:>29}  {v}" for k, v in plain.items()]
-    for one in result.get("quality", ()):
-        header, rows = quality_rows(one)
+    """The result of `evaluate`, human-readable, in lines."""
+    numbers = {name: value for name, value in result.items() if name != "quality"}
+    numbers = {name: "–" if value is None else value for name, value in numbers.items()}
+    lines = [f"{k:>29}  {v:,.4f}" if isinstance(v, float) else f"{k:>29}  {v}" for k, v in numbers.items()]
+    for quality in result.get("quality", ()):
+        header, rows = quality_rows(quality)
         cells = [["", *header], *rows]
         widths = [max(len(row[column]) for row in cells) for column in range(len(header) + 1)]
-        lines.append(f"{one['num_samples']} samples at temperature {one['temperature']:g}, {one['words']:,} words")
+        lines.append(
+            f"{quality['num_samples']} samples at temperature {quality['temperature']:g}, {quality['words']:,} words"
+        )
         for name, *values, verdict in cells:
-            numbers = "  ".join(f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=False))
-            lines.append(f"  {name:<{widths[0]}}  {numbers}  {verdict}")
+            columns = "  ".join(f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=False))
+            lines.append(f"  {name:<{widths[0]}}  {columns}  {verdict}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A workdir opened: the one path by which a trained model comes back, for evaluation, sampling and conversion.
+"""A workdir opened: the one path by which a trained model is restored, for evaluation, sampling and conversion.
 
 experiment = open_experiment(Path("experiments/tales"), start_backend("auto"))
 sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer)
@@ -20,9 +20,10 @@ from tale_jax.training.checkpoint import SavedParams
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A trained model as evaluation, sampling and conversion need it.
+    """A trained model, its tokenizer and its settings.
 
-    `weights` are of `step`: last (as the step left them), ema (their moving average), or mean:K (of K checkpoints).
+    `weights` says what `params` are: last (as `step` left them), ema (their moving average), or mean:K (the mean of the
+    K checkpoints up to `step`).
     """
 
     workdir: Path
@@ -41,11 +42,11 @@ def open_experiment(
 
     Args:
       workdir: of the experiment.
-      backend: where the model will compute, from `start_backend`.
+      backend: from `start_backend`.
       step: of the checkpoint; 0: the best by validation loss (for mean:K the newest).
       dtype: what the model computes in; the weights are float32.
-      weights: last, as the step left them; ema, their moving average; auto, ema where the run kept one, else last; or
-        mean:K, the mean over the newest K checkpoints, up to `step`.
+      weights: last, as the step left them; ema, their moving average; auto: ema where the run kept one, else last; or
+        mean:K, the mean over the newest K checkpoints up to `step`.
 
     Raises:
       ValueError: in one line, when there is no experiment, no checkpoint, not that one, or not those weights.
@@ -58,20 +59,20 @@ def open_experiment(
             f"workdir={workdir} must hold a checkpoint (none in {saved.folder}); train first with launch/train.py"
         )
     if step and step not in saved.steps:
-        there = ", ".join(map(str, saved.steps))
-        raise ValueError(f"step={step} must be a checkpoint of {saved.folder}; there is {there}")
+        steps = ", ".join(map(str, saved.steps))
+        raise ValueError(f"step={step} must be a checkpoint of {saved.folder}; there is {steps}")
     model = make_model(dataclasses.replace(config, remat="none"), backend, dtype)
     with saved:
         step = step or (saved.steps[-1] if count else saved.best())
         has_ema = saved.has_ema(step)
-        chosen = [s for s in saved.steps if s <= step][-max(1, count) :]
-        if len(chosen) < count or (weights == "ema" and not has_ema):
-            means = f"mean:K of the {len(chosen)} checkpoints up to step {step}" if count else "mean:K"
+        steps = [s for s in saved.steps if s <= step][-max(1, count) :]
+        if len(steps) < count or (weights == "ema" and not has_ema):
+            means = f"mean:K of the {len(steps)} checkpoints up to step {step}" if count else "mean:K"
             raise ValueError(
                 f"weights={weights} must be what the run kept; there is {'ema, ' if has_ema else ''}last, and {means}"
             )
         weights = weights if weights != "auto" else "ema" if has_ema else "last"
-        params = saved.load(chosen, _abstract_params(model), ema=weights == "ema")
+        params = saved.load(steps, _abstract_params(model), ema=weights == "ema")
     tokenizer = Tokenizer.load(tokenizer_file(workdir))
     return Experiment(workdir, config, step, weights, tokenizer, model, params)
 
@@ -84,7 +85,7 @@ def _abstract_params(model: Transformer) -> Any:
 
 
 def _count_of_mean(weights: str) -> int:
-    """Of checkpoints in mean:K, 0 for other weights. Raises ValueError for what cannot be."""
+    """K of mean:K, 0 for other weights. Raises ValueError, in one line, for weights that there never are."""
     if found := re.fullmatch(r"mean:([1-9]\d*)", weights):
         return int(found[1])
     if weights not in ("auto", "last", "ema"):

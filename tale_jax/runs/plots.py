@@ -1,7 +1,7 @@
 """Plots of one run or several as inline SVG, for a page that is read in light and in dark.
 
 Text stays text, in the font of the page, and colours are CSS variables of the page: `--ink --muted --grid --color-0 ...
---color-5`. Where a plot shows several runs, run i has colour i.
+--color-5`. Where a plot compares runs, run i has colour i.
 """
 
 import html
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 else:  # matplotlib is imported where plots are made: slow to import, and the run-time checks of the tests need a type
     Axes = Figure = Any
+
+FIRST_DOCUMENTS_NOTE = """A training window holds a document and then the opening of the next one, which no model can
+predict from what stands before. The training loss counts these openings; validation has none, so training lies above
+it. The dashed line is measured as validation is, on the first document of some training windows: the same tokens in
+both. Where it lies below validation, the model fits its training text better than new text."""
 
 NUM_COLORS = 6  # --color-0 to --color-5 in the page's style sheet
 INK, MUTED, GRID = "#010101", "#020202", "#030303"  # stand for CSS variables while matplotlib draws
@@ -45,24 +50,25 @@ def plots(runs: Sequence[RunRecords]) -> str:
     }
     with matplotlib.rc_context(style):
         figures = [
-            ("Loss", "wide", _loss_figure(runs)),
-            ("Excess over the entropy floor", "half", _excess_figure(runs)),
-            ("Learning rate", "half", _line_figure(runs, "learning_rate", "learning rate")),
-            ("Gradient norm", "half", _line_figure(runs, "grad_norm", "global norm, before clipping", smooth=True)),
-            ("Throughput", "half", _throughput_figure(runs)),
+            ("Loss", "wide", _loss_figure(runs), _loss_note(runs)),
+            ("Excess over the entropy floor", "half", _excess_figure(runs), ""),
+            ("Learning rate", "half", _line_figure(runs, "learning_rate", "learning rate"), ""),
+            ("Gradient norm", "half", _line_figure(runs, "grad_norm", "global norm, before clipping", smooth=True), ""),
+            ("Throughput", "half", _throughput_figure(runs), ""),
         ]
         shown = [
-            f'<figure class="{shape}"><figcaption>{title}</figcaption><div>{_svg(figure, shape, title)}</div></figure>'
-            for title, shape, figure in figures
+            f'<figure class="{shape}"><figcaption>{title}</figcaption><div>{_svg(figure, shape, title)}</div>'
+            f"{note and f'<p>{html.escape(note)}</p>'}</figure>"
+            for title, shape, figure, note in figures
             if figure is not None
         ]
     return f'<div class="plots">{"".join(shown)}</div>' if shown else "<p>No step has been recorded yet.</p>"
 
 
 def plot_rates(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Draws the rates of benchmark records (see `bench/measure.py`), by their names, as a picture of their own.
+    """Draws the rates of benchmark records (see `bench/throughput.py`), by their names, into a PNG file of its own.
 
-    One panel for training, scoring and so on: tokens a second with quartiles, and the share of the matmul peak beside.
+    One panel each for training, scoring and so on: tokens per second with quartiles, and the share of the matmul peak.
     """
     from matplotlib.figure import Figure
 
@@ -93,14 +99,14 @@ def compact(value: float | int) -> str:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Means over the middle half of a window of about 3 % of the points, so that no fall or spike is dragged out."""
+    """Means of the middle half of the values in a window of about 3 % of the points: a spike or a drop stays narrow."""
     smoothed = []
     for i, value in enumerate(values):
         before = min(i, len(values) // 60)
         after = min(before, len(values) - 1 - i)
         window = sorted(v for v in values[i - before : i + after + 1] if math.isfinite(v))
-        cut = len(window) // 4
-        smoothed.append(statistics.fmean(window[cut : len(window) - cut]) if math.isfinite(value) else math.nan)
+        quarter = len(window) // 4
+        smoothed.append(statistics.fmean(window[quarter : len(window) - quarter]) if math.isfinite(value) else math.nan)
     return smoothed
 
 
@@ -124,7 +130,7 @@ def _new_figure(runs: Sequence[RunRecords], width: float, height: float, ylabel:
 
 
 def _svg(figure: Figure, shape: str, description: str) -> str:
-    """The figure as inline SVG: text stays text in the page's font, colours become CSS variables."""
+    """The figure as inline SVG."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
@@ -140,31 +146,41 @@ def _svg(figure: Figure, shape: str, description: str) -> str:
     return svg.replace("<svg ", f'<svg class="{shape}" role="img" aria-label="{html.escape(description)}" ', 1)
 
 
+def _loss_note(runs: Sequence[RunRecords]) -> str:
+    """What the reader of the loss plot must know."""
+    scored = any(run.column("valid", "train_nats_per_token")[0] for run in runs)
+    return " ".join(FIRST_DOCUMENTS_NOTE.split()) if scored and len(runs) == 1 else ""
+
+
 def _loss_figure(runs: Sequence[RunRecords]) -> Figure | None:
     if not any(run.column("train", "loss")[0] or run.column("valid", "nats_per_token")[0] for run in runs):
         return None
     figure, axes = _new_figure(runs, 10.4, 4.4, "nats per token")
-    late: list[float] = []  # losses after the first fall: what the plot should have room for
-    lone = len(runs) == 1
+    late_losses: list[float] = []  # after the first steep part: what the plot should have room for
+    single = len(runs) == 1
     for run, color in zip(runs, itertools.cycle(COLORS), strict=False):
         steps, losses = run.column("train", "loss")
         smoothed = _smooth(losses)
         if len(steps) > 20:
             axes.plot(steps, losses, color=color, linewidth=0.8, alpha=0.25)
-        label = "training" if lone else run.name
+        label = "training" if single else run.name
         axes.plot(steps, smoothed, color=color, linewidth=1.8, label=label, marker=_dot(steps))
         valid_steps, valid = run.column("valid", "nats_per_token")
-        if lone:
+        first_steps, first = run.column("valid", "train_nats_per_token")
+        if single and first:
+            style: dict[str, Any] = {"linewidth": 1.2, "linestyle": (0, (3, 2)), "marker": "o", "markersize": 3}
+            axes.plot(first_steps, first, color=color, label="training, first document of a window", **style)
+        if single:
             axes.plot(valid_steps, valid, color=COLORS[1], linewidth=1.2, marker="o", markersize=5, label="validation")
         else:
             axes.plot(valid_steps, valid, color=color, linewidth=0, marker="o", markersize=5)
-        start = 0.08 * max([*steps, *valid_steps, 0])
-        late += [v for s, v in zip(steps + valid_steps, smoothed + valid, strict=True) if s >= start]
-    late = [value for value in late if math.isfinite(value)]
+        late = 0.08 * max([*steps, *valid_steps, 0])
+        late_losses += [v for s, v in zip(steps + valid_steps, smoothed + valid, strict=True) if s >= late]
+    late_losses = [value for value in late_losses if math.isfinite(value)]
     floors = {
-        (run.about["floor_nats_per_token"], run.about.get("floor_nats_per_token_stderr") or 0.0)
+        (run.latest_start["floor_nats_per_token"], run.latest_start.get("floor_nats_per_token_stderr") or 0.0)
         for run in runs
-        if run.about.get("floor_nats_per_token")
+        if run.latest_start.get("floor_nats_per_token")
     }
     for floor, error in sorted(floors):
         axes.axhline(floor, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -175,18 +191,18 @@ def _loss_figure(runs: Sequence[RunRecords]) -> Figure | None:
             label, (1, floor), xycoords=("axes fraction", "data"), xytext=(-2, -4), textcoords="offset points",
             ha="right", va="top", color=INK, fontsize=9,
         )  # fmt: skip
-    if late:
-        low, high = min([*late, *(floor for floor, _ in floors)]), max(late)
+    if late_losses:
+        low, high = min([*late_losses, *(floor for floor, _ in floors)]), max(late_losses)
         margin = 0.06 * (high - low) or 0.5
         axes.set_ylim(low - (2.2 if floors else 1.0) * margin, high + margin)
-    if not lone:
+    if not single:
         axes.plot([], [], color=MUTED, linewidth=0, marker="o", markersize=5, label="validation")
     axes.legend(loc="upper right")
     return figure
 
 
 def _dot(steps: Sequence[int]) -> str | None:
-    """A marker where a line of one point would not be seen."""
+    """A marker where a line would be a single point, which is not seen."""
     return "o" if len(steps) == 1 else None
 
 
@@ -217,7 +233,7 @@ def _line_figure(runs: Sequence[RunRecords], field: str, ylabel: str, smooth: bo
             axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.3)
         axes.plot(steps, _smooth(values) if smooth else values, color=color, linewidth=1.6, marker=_dot(steps))
     finite = sorted(value for _, values in curves for value in values if math.isfinite(value))
-    if finite[-1] > 0:  # a few spikes must not flatten everything else
+    if finite[-1] > 0:  # a few spikes must not flatten the rest
         axes.set_ylim(0, 1.15 * (min(finite[-1], 3 * finite[int(0.98 * (len(finite) - 1))])))
     return figure
 
@@ -234,7 +250,7 @@ def _throughput_figure(runs: Sequence[RunRecords]) -> Figure | None:
         for record in run.records.get("train", ())
         if record.get("peak_share") and record.get("tokens_per_second")
     }
-    if ratios and max(ratios) - min(ratios) < 1e-3 * max(ratios):  # one machine and model size: one scale fits all
+    if ratios and max(ratios) - min(ratios) < 1e-3 * max(ratios):  # one machine and model size: one scale for all
         peak = max(ratios)
 
         def scale(factor: float) -> Callable[[Any], Any]:

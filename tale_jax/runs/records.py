@@ -1,4 +1,4 @@
-"""What a workdir holds about its run, read back for reports: config, records, samples, evaluations.
+"""The records of a run, read from its workdir for reports: config, records, samples, evaluations.
 
 run = read_run(Path("experiments/tales"))
 steps, losses = run.column("train", "loss")
@@ -11,27 +11,36 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tale_jax.config import read_config_json
 from tale_jax.training.metrics import Record
 from tale_jax.utils.files import read_json_lines
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecords:
-    """What stands in one workdir."""
+    """The records of one workdir.
+
+    Attributes:
+      name: what the report calls it.
+      config: the settings, {} where there is no config.json.
+      records: of metrics.jsonl by kind, as `read_metrics` gives them.
+      samples: texts along the training, in the order of steps.
+      evaluations: results of launch/evaluate.py, in the order of time.
+    """
 
     name: str
     config: Mapping[str, Any]
-    records: Mapping[str, list[dict[str, Any]]]  # by kind, as read_metrics gives them
+    records: Mapping[str, list[dict[str, Any]]]
     samples: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
 
     @property
-    def about(self) -> Mapping[str, Any]:
-        """The latest "run" record, {} when there is none."""
+    def latest_start(self) -> Mapping[str, Any]:
+        """The "run" record of the latest start or resumption, {} when there is none."""
         return self.records.get("run", [{}])[-1]
 
     def column(self, kind: str, field: str) -> tuple[list[int], list[float]]:
-        """Steps and values of the records that have `field`; null, which stands for "not finite", is NaN."""
+        """Steps and values of the records that have `field`; null, written for what is not finite, becomes NaN."""
         rows = [record for record in self.records.get(kind, ()) if field in record]
         return [r["step"] for r in rows], [math.nan if r[field] is None else float(r[field]) for r in rows]
 
@@ -47,30 +56,41 @@ class RunRecords:
 
 
 def read_run(workdir: Path, name: str = "") -> RunRecords:
-    """Reads a run, named as its folder unless told. Raises ValueError with one line when there is nothing to read."""
+    """Reads a run; "" names it after its folder. Raises ValueError, in one line, when there is nothing to read."""
     if not workdir.is_dir():
-        raise ValueError(f"workdir={workdir} does not exist: name the folder of an experiment")
+        raise ValueError(f"workdir={workdir} does not exist; give the folder of an experiment")
     records = read_metrics(workdir)
     if not records:
-        raise ValueError(f"workdir={workdir} holds no records in metrics.jsonl: train first, then report")
-    config_file = workdir / "config.json"
-    try:
-        config = json.loads(config_file.read_text()) if config_file.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config_file} is not JSON ({error}): restore it from a copy, or remove it") from error
+        raise ValueError(f"workdir={workdir} holds no records in metrics.jsonl; train first, then report")
+    config = _read_config(workdir)
     samples = _without_superseded(read_json_lines(workdir / "samples.jsonl"))
     return RunRecords(
         name or workdir.resolve().name, config, records, samples, read_json_lines(workdir / "evaluations.jsonl")
     )
 
 
+def _read_config(workdir: Path) -> dict[str, Any]:
+    """The settings of a run, as today's format has them where that is possible: any run can be reported."""
+    file = workdir / "config.json"
+    if not file.exists():
+        return {}
+    try:
+        return read_config_json(workdir)
+    except ValueError:  # of a format that is too old or too new
+        try:
+            return json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON ({error}); restore it from a copy, or remove it") from error
+
+
 def _without_superseded(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Samples in the order of steps: where a restarted run came by a step again, what it said then."""
+    """Samples in the order of steps; of a step that was repeated after a crash, those of the last time."""
     kept: list[dict[str, Any]] = []
     for sample in samples:
         if not isinstance(sample.get("step"), int) or not isinstance(sample.get("text"), str):
             continue
-        while kept and (kept[-1]["step"] > sample["step"] or kept[-1] == sample):
+        first = sample["step"] + (0 if sample.get("number") == 0 else 1)  # what the sample supersedes starts here
+        while kept and kept[-1]["step"] >= first:
             kept.pop()
         kept.append(sample)
     return kept
@@ -79,7 +99,8 @@ def _without_superseded(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any
 def read_metrics(workdir: Path) -> dict[str, list[Record]]:
     """The records of `workdir/metrics.jsonl` by kind, each step once (its last record), in the order of steps.
 
-    A "run" record at step s says that training went on from s: what stood beyond s was lost in a crash and is dropped.
+    A "run" record at step s says that training resumed from s: records of later steps were lost in a crash, and are
+    dropped.
     """
     kinds: dict[str, dict[int, Record]] = {}
     for record in read_json_lines(workdir / "metrics.jsonl"):

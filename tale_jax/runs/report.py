@@ -1,11 +1,11 @@
-"""One HTML file that shows what a run did, or compares several: curves, samples, evaluations, config.
+"""One HTML file about a run, or one that compares several: curves, samples, evaluations, config.
 
     python launch/report.py --workdir=experiments/tales
     python launch/report.py --workdir=experiments/a --workdir=experiments/b --out=a_and_b.html
 
 The file needs no network and no script: plots are inline SVG whose colours are CSS variables, so that they follow the
-reader's light or dark theme. Everything is read from the workdir (`metrics.jsonl`, `samples.jsonl`,
-`evaluations.jsonl`, `config.json`), so a run still going on, or one that diverged, can be reported too.
+light or dark theme of the reader. Everything is read from the workdir (`metrics.jsonl`, `samples.jsonl`,
+`evaluations.jsonl`, `config.json`), so a run that is still training, or that diverged, can be reported too.
 """
 
 import html
@@ -17,23 +17,29 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tale_jax.config import settings
 from tale_jax.evaluation.text_quality import quality_rows
 from tale_jax.runs.plots import NUM_COLORS, compact, plots
 from tale_jax.runs.records import RunRecords, read_run
+from tale_jax.utils.files import write_atomically
 from tale_jax.utils.format import format_clock
 
 MAX_SAMPLE_STEPS = 6
 
 
 def write_report(workdirs: Sequence[Path], out: Path | None = None) -> Path:
-    """Writes the report of the workdirs, compared when there are several, and returns where it lies.
+    """Writes the report of a workdir, or of several, compared; returns the path of the file.
 
-    out: the file to write; None: `report.html` in the workdir, or `comparison.html` beside the first of several
-    Raises ValueError when a workdir is missing or holds no metrics.
+    Args:
+      workdirs: folders of experiments; the same one twice counts once.
+      out: the file to write; None: `report.html` in the workdir, or `comparison.html` beside the first of several.
+
+    Raises:
+      ValueError: one line, when a workdir is missing or holds no metrics.
     """
     workdirs = list(dict.fromkeys(path.resolve() for path in workdirs))
     if not workdirs:
-        raise ValueError("no workdir is given: name at least one, as --workdir=experiments/NAME")
+        raise ValueError("no workdir is given; give at least one, as --workdir=experiments/NAME")
     names = [path.name for path in workdirs]
     if len(set(names)) < len(names):
         common = os.path.commonpath(workdirs)
@@ -42,9 +48,7 @@ def write_report(workdirs: Sequence[Path], out: Path | None = None) -> Path:
     if out is None:
         out = workdirs[0] / "report.html" if len(runs) == 1 else workdirs[0].parent / "comparison.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    partial.write_text(_page(runs), encoding="utf-8", errors="replace")
-    partial.replace(out)
+    write_atomically(out, _page(runs).encode("utf-8", errors="replace"))
     return out
 
 
@@ -57,7 +61,7 @@ def _cell(value: Any) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table of `header` (HTML) over the columns, and of rows that each start with their name (text)."""
+    """An HTML table: `header` (HTML) above the columns, and rows that each start with their name (text)."""
     head = "".join(f"<th>{cell}</th>" for cell in ["", *header])
     body = "".join(
         f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(_cell(cell))}</td>' for cell in cells)}</tr>"
@@ -75,34 +79,34 @@ def _wall_seconds(run: RunRecords) -> float | None:
     return sum(spans) if spans else None
 
 
-def _facts(run: RunRecords) -> dict[str, str]:
-    """What one wants to know of a run at a glance, as text; what is not known is left out."""
-    about = run.about
+def _summary(run: RunRecords) -> dict[str, str]:
+    """A run in a few numbers, as text; what is not known is left out."""
+    start = run.latest_start
     rates = [value for value in run.column("train", "tokens_per_second")[1] if math.isfinite(value)]
     shares = [value for value in run.column("train", "peak_share")[1] if math.isfinite(value)]
     waits = [value for value in run.column("train", "data_wait")[1] if math.isfinite(value)]
-    tokens, params, wall = run.last("train", "tokens"), about.get("params"), _wall_seconds(run)
-    floor, error = about.get("floor_nats_per_token"), about.get("floor_nats_per_token_stderr")
-    facts: dict[str, tuple[str, Any]] = {
+    tokens, params, wall = run.last("train", "tokens"), start.get("params"), _wall_seconds(run)
+    floor, error = start.get("floor_nats_per_token"), start.get("floor_nats_per_token_stderr")
+    values: dict[str, tuple[str, Any]] = {
         "Validation loss": ("{:.3f} nats/token", run.last("valid", "nats_per_token")),
         "Bits per byte": ("{:.3f}", run.last("valid", "bits_per_byte")),
         "Excess": ("{:.4f} nats/token", run.last("valid", "excess_nats_per_token")),
         "Entropy floor": ("{:.3f}" + (f" ± {error:.3f}" if error else ""), floor),
         "Training loss": ("{:.3f} nats/token", run.last("train", "loss")),
-        "Steps": ("{:,}" + (f" of {about['total_steps']:,}" if about.get("total_steps") else ""), run.step),
+        "Steps": ("{:,}" + (f" of {start['total_steps']:,}" if start.get("total_steps") else ""), run.step),
         "Tokens seen": ("{}", compact(tokens) if tokens else None),
         "Parameters": ("{}", compact(params) if params else None),
-        "Tokens a parameter": ("{:.1f}", tokens / params if tokens and params else None),
+        "Tokens per parameter": ("{:.1f}", tokens / params if tokens and params else None),
         "Throughput": ("{:,.0f} tokens/s", statistics.median(rates) if rates else None),
         "Share of matmul peak": ("{:.0%}", statistics.median(shares) if shares else None),
         "Waiting for data": ("{:.1%}", statistics.median(waits) if waits else None),
         "Wall time": ("{}", format_clock(wall) if wall else None),
-        "Device": ("{}", about.get("device") or about.get("platform")),
-        "Precision": ("{}", about.get("precision")),
+        "Device": ("{}", start.get("device") or start.get("platform")),
+        "Precision": ("{}", start.get("precision")),
     }
     return {
         name: form.format(value) if value == value else "not finite"  # NaN is the one number that differs from itself
-        for name, (form, value) in facts.items()
+        for name, (form, value) in values.items()
         if value is not None
     }
 
@@ -115,7 +119,7 @@ def _warnings(run: RunRecords) -> Iterator[str]:
 
 
 EVALUATION_FIELDS = (
-    *("step", "context", "stride", "tokens", "words", "bytes"),
+    *("step", "weights", "context", "stride", "tokens", "words", "bytes"),
     *("nats_per_token", "token_perplexity", "word_perplexity", "bits_per_byte"),
     *("floor_nats_per_token", "excess_nats_per_token", "excess_nats_per_token_stderr"),
     *("sample_temperature", "accepted_share", "consistent_share", "copied_share"),
@@ -123,13 +127,13 @@ EVALUATION_FIELDS = (
 
 
 def _evaluations(runs: Sequence[RunRecords]) -> str:
-    """A table with a column for each evaluation, the latest of those made alike."""
-    alike = ("split", "step", "context", "stride", "sample_temperature")
-    latest = {(i, *(str(e.get(key)) for key in alike)): e for i, run in enumerate(runs) for e in run.evaluations}
+    """A table with a column for each evaluation; of those with the same settings the latest."""
+    fields = ("split", "step", "context", "stride", "weights", "sample_temperature")
+    latest = {(i, *(str(e.get(key)) for key in fields)): e for i, run in enumerate(runs) for e in run.evaluations}
     if not latest:
         return ""
-    who = [f"{_name(runs, i)}, " if len(runs) > 1 else "" for i, *_ in latest]
-    header = [name + html.escape(str(e.get("split"))) for name, e in zip(who, latest.values(), strict=True)]
+    names = [f"{_name(runs, i)}, " if len(runs) > 1 else "" for i, *_ in latest]
+    header = [name + html.escape(str(e.get("split"))) for name, e in zip(names, latest.values(), strict=True)]
     fields = [field for field in EVALUATION_FIELDS if any(field in e for e in latest.values())]
     rows = [[field.replace("_", " "), *(e.get(field) for e in latest.values())] for field in fields]
     return f"<h2>Evaluations</h2>{_table(header, rows)}"
@@ -140,16 +144,16 @@ def _quality(runs: Sequence[RunRecords]) -> str:
     parts = []
     for i, run in enumerate(runs):
         evaluation = next((e for e in reversed(run.evaluations) if e.get("quality")), {})
-        for one in evaluation.get("quality", ()):
-            header, rows = quality_rows(one)
-            who = f"{_name(runs, i)}, " if len(runs) > 1 else ""
-            about = f"step {evaluation['step']:,}, temperature {one['temperature']:g}, {one['words']:,} words"
-            parts.append(f"<h3>{who}{about}</h3>{_table(header, rows)}")
+        for result in evaluation.get("quality", ()):
+            header, rows = quality_rows(result)
+            name = f"{_name(runs, i)}, " if len(runs) > 1 else ""
+            title = f"step {evaluation['step']:,}, temperature {result['temperature']:g}, {result['words']:,} words"
+            parts.append(f"<h3>{name}{title}</h3>{_table(header, rows)}")
     if not parts:
         return ""
     note = (
-        "What the model writes, beside held-out text of the same length. “By chance” is the ratio of other held-out "
-        "text. Text without sense can pass; text that fails differs as the verdict says."
+        "Samples of the model, beside held-out text of the same length. “By chance” is the ratio of other held-out "
+        "text. Text without sense can pass; text that does not pass differs as the verdict says."
     )
     return f"<h2>Samples beside held-out text</h2><p>{note}</p>{''.join(parts)}"
 
@@ -161,19 +165,21 @@ def _name(runs: Sequence[RunRecords], index: int) -> str:
 
 
 def _samples(run: RunRecords, last_only: bool) -> str:
-    """Samples along the training: those of the last step, of about half its steps, of a quarter, ..."""
-    all_steps = {sample["step"] for sample in run.samples}
-    halvings = [max(all_steps) / 2**i for i in range(1 if last_only else MAX_SAMPLE_STEPS)]
-    blocks = []
-    for step in dict.fromkeys(min(all_steps, key=lambda step: abs(step - halving)) for halving in halvings):
+    """Samples along the training: of the last step, of the step nearest to half of it, to a quarter, ..."""
+    steps = {sample["step"] for sample in run.samples}
+    wanted = [max(steps) / 2**i for i in range(1 if last_only else MAX_SAMPLE_STEPS)]
+    sections = []
+    for step in dict.fromkeys(min(steps, key=lambda step: abs(step - target)) for target in wanted):
         texts = []
         for sample in (sample for sample in run.samples if sample["step"] == step):
             prompt = str(sample.get("prompt") or "")
             text = sample["text"].removeprefix(prompt)
-            lead = f"<b>{html.escape(prompt)}</b>" if prompt else ""
-            texts.append(f"<blockquote>{lead}{html.escape(text.strip() if not prompt else text.rstrip())}</blockquote>")
-        blocks.append(f"<section><h3>step {step:,}</h3><div>{''.join(texts)}</div></section>")
-    return "".join(blocks)
+            bold_prompt = f"<b>{html.escape(prompt)}</b>" if prompt else ""
+            texts.append(
+                f"<blockquote>{bold_prompt}{html.escape(text.strip() if not prompt else text.rstrip())}</blockquote>"
+            )
+        sections.append(f"<section><h3>step {step:,}</h3><div>{''.join(texts)}</div></section>")
+    return "".join(sections)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -184,27 +190,28 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differences(runs: Sequence[RunRecords]) -> str:
-    """A table of the config fields that are not the same in all runs."""
+    """A table of the settings that are not the same in all runs; what a config does not name has its default."""
     configs = [_flat(run.config) for run in runs]
-    fields = dict.fromkeys(field for config in configs for field in config)
-    rows = [[field, *(config.get(field) for config in configs)] for field in fields]
+    defaults = {name: known.default for name, known in settings().items()}
+    names = dict.fromkeys(name for config in configs for name in config)
+    rows = [[name, *(config.get(name, defaults.get(name)) for config in configs)] for name in names]
     rows = [row for row in rows if len(set(map(repr, row[1:]))) > 1]
     return "<h2>Settings that differ</h2>" + _table([_name(runs, i) for i in range(len(runs))], rows) if rows else ""
 
 
 def _page(runs: Sequence[RunRecords]) -> str:
-    lone = len(runs) == 1
-    facts = [_facts(run) for run in runs]
-    if lone:
+    single = len(runs) == 1
+    summaries = [_summary(run) for run in runs]
+    if single:
         title = runs[0].name
-        tiles = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts[0].items())
-        summary = f"<dl>{tiles}</dl>"
+        tiles = [f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in summaries[0].items()]
+        summary = f"<dl>{''.join(tiles)}</dl>"
     else:
         title = ", ".join(run.name for run in runs)
-        names = list(dict.fromkeys(name for fact in facts for name in fact))
-        rows = [[name, *(fact.get(name) for fact in facts)] for name in names]
+        names = list(dict.fromkeys(name for each in summaries for name in each))
+        rows = [[name, *(each.get(name) for each in summaries)] for name in names]
         summary = _table([_name(runs, i) for i in range(len(runs))], rows) + _differences(runs)
-    samples = "".join((f"<h3>{_name(runs, i)}</h3>" if not lone else "") + _samples(run, not lone)
+    samples = "".join((f"<h3>{_name(runs, i)}</h3>" if not single else "") + _samples(run, not single)
                       for i, run in enumerate(runs) if run.samples)  # fmt: skip
     configs = "".join(
         f"<details><summary>Config of {html.escape(run.name)}</summary>"
@@ -223,7 +230,7 @@ def _page(runs: Sequence[RunRecords]) -> str:
 <style>{STYLE}</style>
 </head>
 <body>
-<header><p>tale_jax · {"report" if lone else "comparison"}</p><h1>{html.escape(title)}</h1></header>
+<header><p>tale_jax · {"report" if single else "comparison"}</p><h1>{html.escape(title)}</h1></header>
 {warnings}
 {summary}
 {plots(runs)}
@@ -260,6 +267,7 @@ figure { margin: 0; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
 figure.wide div { overflow-x: auto; }
 figcaption { margin-bottom: .35rem; font-weight: 600; }
+figure p { margin: .5rem 0 0; max-width: 46rem; color: var(--muted); font-size: .85rem; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg.wide { min-width: 36rem; }
 svg text { font-family: inherit !important; font-variant-numeric: tabular-nums; }

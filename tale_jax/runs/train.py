@@ -10,7 +10,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from tale_jax.training.state import TrainState
 from tale_jax.training.step import Trainer, make_trainer
 from tale_jax.utils.files import JsonLines
 from tale_jax.utils.format import format_bytes
+from tale_jax.utils.locks import writer_lock
 from tale_jax.utils.progress import Progress
 
 MIN_TRAIN_WINDOWS = 16  # scored at each evaluation of a run with windows=document; else a quarter of those of valid
@@ -77,6 +78,12 @@ def train(
     """
     if config.minutes:
         config = autotune(config, workdir, backend, start_time or time.monotonic(), overrides)
+    with ExitStack() as held:
+        from_main_process(lambda: held.enter_context(writer_lock(workdir, "train")))
+        return _train(config, workdir, backend)
+
+
+def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
     prepared = open_workdir(workdir, config)
     tokenizer, tokens = prepared.tokenizer, prepared.tokens("train")
     starts = window_starts(tokens, config.model.seq_len, tokenizer.bos_id if config.windows == "document" else None)
@@ -97,7 +104,7 @@ def train(
             checkpoints.close()
             raise ValueError(refusal(plan, config))
         with (
-            _batches(config, tokens, starts, backend) as batches,
+            _batches(config, prepared, tokens, starts, backend) as batches,
             _errors_after_saving(plan, config, checkpoints),
             _open_sinks(config, workdir) as sinks,
             _received_signals() as signals,
@@ -108,7 +115,10 @@ def train(
                 state = trainer.init()
             else:
                 state, position = checkpoints.restore(trainer.abstract_state, trainer.state_shardings)
-                batches.set_state(position)
+                if config.corpus.changed == "continue" and not batches.is_in_this_text(position):
+                    progress.print("the text has changed: training goes on with the weights, at the start of it")
+                else:
+                    batches.set_state(position)
             release_memory()
             record = _run_record(config, prepared, backend, plan, step)
             sinks.write(record)
@@ -164,7 +174,9 @@ def _check_workdir(workdir: Path, config: Config) -> None:
 
 
 @contextmanager
-def _batches(config: Config, tokens: np.ndarray, starts: np.ndarray, backend: Backend) -> Iterator[Batches]:
+def _batches(
+    config: Config, prepared: Prepared, tokens: np.ndarray, starts: np.ndarray, backend: Backend
+) -> Iterator[Batches]:
     """The batches of this process; their threads end with the `with`."""
     batches = Batches(
         tokens,
@@ -175,6 +187,7 @@ def _batches(config: Config, tokens: np.ndarray, starts: np.ndarray, backend: Ba
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_threads=2 if backend.overlap_io else 0,
+        text=prepared.manifests["train"].corpus.get("contents", ""),
     )
     try:
         yield batches
@@ -296,10 +309,10 @@ class RunHooks(Hooks):
         self._train_spans: list[Span] = []
 
     def score_training_text(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """From now on, scores with the valid split the first document of some training windows, as it stands in them.
+        """From now on every evaluation also scores the first document of some training windows.
 
-        A training window goes on with the opening of the next document, which nothing before it announces; validation
-        has no such tokens. So the training loss is no measure of what was memorised, and this one is.
+        The rest of such a window is the opening of the next document, which no model can predict from what stands
+        before. Validation has no such tokens, so it compares with this number and not with the training loss.
         """
         count = min(len(starts), max(MIN_TRAIN_WINDOWS, len(self._evaluation.spans) // 4))
         chosen = starts[np.arange(count) * len(starts) // count]
@@ -321,9 +334,9 @@ class RunHooks(Hooks):
         return self._stop.number > 0 or any(self._due(step).values())
 
     def _due(self, step: int) -> dict[str, bool]:
-        groups = {"evaluate": self._config.evaluate, "sample": self._config.sample, "save": self._config.checkpoint}
-        last = step == self._config.total_steps
-        return {name: last or (each.every_steps > 0 and step % each.every_steps == 0) for name, each in groups.items()}
+        c, last = self._config, step == self._config.total_steps
+        every = {"evaluate": c.evaluate.every_steps, "sample": c.sample.every_steps, "save": c.checkpoint.every_steps}
+        return {name: last or (steps > 0 and step % steps == 0) for name, steps in every.items()}
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
         if not np.isfinite(metrics["loss"]):
@@ -367,7 +380,7 @@ class RunHooks(Hooks):
         excess = f", {result['excess_nats_per_token']:.4f} over the floor" if "excess_nats_per_token" in result else ""
         self._progress.print(
             f"step {step}: validation {result['nats_per_token']:.4f} nats/token, "
-            f"{result['bits_per_byte']:.3f} bits/byte{excess}"
+            f"{'–' if result['bits_per_byte'] is None else format(result['bits_per_byte'], '.3f')} bits/byte{excess}"
         )
         return result["nats_per_token"]
 
@@ -384,8 +397,8 @@ class RunHooks(Hooks):
             config.prompt, settings, num_samples=config.num_samples, seed=seed, params=params
         )
         lines = JsonLines(self._workdir / "samples.jsonl")
-        for sample in samples:
-            record = {"step": step, "prompt": config.prompt, "text": sample.text}
+        for number, sample in enumerate(samples):
+            record = {"step": step, "number": number, "prompt": config.prompt, "text": sample.text}
             lines.append(record | {"temperature": config.temperature, "seed": seed})
         self._progress.print(f"step {step}: {config.prompt}{samples[0].text.strip()}")
 

@@ -178,7 +178,7 @@ class Inspector:
 
     def _floor(self) -> float | None:
         try:
-            return read_run(self.model.workdir).about.get("floor_nats_per_token")
+            return read_run(self.model.workdir).latest_start.get("floor_nats_per_token")
         except ValueError:
             return None
 

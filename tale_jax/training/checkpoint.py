@@ -68,6 +68,13 @@ class Checkpoints:
             self._manager.save(step, args=items)
         self._losses[step] = loss
 
+    def save_params(self, step: int, params: Any) -> None:
+        """Saves weights that no training here has led to. Raises OSError in one line when it fails."""
+        arrays = ocp.args.StandardSave(params)
+        meta = ocp.args.JsonSave({"step": step, LOSS: None})
+        with self._written():
+            self._manager.save(step, args=ocp.args.Composite(params=arrays, meta=meta))
+
     def restore(self, abstract_state: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest state and data position, laid out on the devices of `shardings`, whichever saved them."""
         step = self.latest
@@ -141,6 +148,16 @@ class SavedParams:
         item = "ema" if ema else "params"
         wanted = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract_params)})
         return mean_of_trees(_restore(self._manager, step, wanted)[item] for step in steps)
+
+
+def save_params(workdir: Path, step: int, params: Any) -> None:
+    """Writes weights alone as the checkpoint of a step: of a model that was trained elsewhere, to be read.
+
+    Raises OSError in one line when it fails.
+    """
+    checkpoints = Checkpoints(workdir, keep=1, max_concurrent_bytes=max_concurrent_bytes(params, overlap_io=False))
+    checkpoints.save_params(step, params)
+    checkpoints.close()
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:

@@ -20,18 +20,24 @@ from pathlib import Path
 from typing import Any
 
 LOCK_FILE = ".lock"
+_held: set[Path] = set()  # folders that this process has locked
 
 
 @contextmanager
 def writer_lock(folder: Path, task: str) -> Iterator[None]:
     """Holds the one lock of `folder`; `task` says what for, as "train".
 
+    The folder is made when missing. A process may take the lock again that it holds, and gives it back with the first.
     On a file system that has no locks nothing is held, and nothing refused.
 
     Raises:
       ValueError: one line with the process that holds the lock.
       OSError: the folder cannot be written.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (key := folder.resolve()) in _held:
+        yield
+        return
     handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
@@ -43,8 +49,10 @@ def writer_lock(folder: Path, task: str) -> Iterator[None]:
         with contextlib.suppress(OSError):  # who holds it is for people; that it is held, the kernel knows
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(holder).encode(), 0)
+        _held.add(key)
         yield
     finally:
+        _held.discard(key)
         os.close(handle)  # which ends the lock
 
 

@@ -104,6 +104,18 @@ def test_positions_in_other_windows_are_refused():
             make(**changes).set_state(state)
 
 
+def test_positions_in_other_text_are_known_as_such():
+    old, state = make().get_state(), make(text="digest").get_state()
+    assert state["text"] == "digest"
+    same, other = make(text="digest"), make(text="another")
+    assert same.is_in_this_text(state) and same.is_in_this_text(old) and make().is_in_this_text(state)
+    assert not other.is_in_this_text(state) and not make(seq_len=9).is_in_this_text(old)
+    same.set_state(state)
+    same.set_state(old)  # of version 0.2
+    with pytest.raises(ValueError, match="text=another must be digest"):
+        other.set_state(state)
+
+
 def test_too_few_windows_and_processes_that_do_not_divide():
     with pytest.raises(ValueError, match=r"batch_size=101 must not exceed the 100 windows of model\.seq_len=10"):
         make(batch_size=101)

@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import errno
+import json
+import random
 import signal
 import subprocess
 import sys
@@ -15,10 +17,11 @@ from helpers import ROOT, build_config
 
 from tale_jax.data import prepare as prepare_module
 from tale_jax.data.corpus import SPLITS, open_corpus
-from tale_jax.data.prepare import prepare, suitable_vocab_size, with_vocab_size
+from tale_jax.data.prepare import describe, loss_interval, prepare, suitable_vocab_size, with_vocab_size
 from tale_jax.data.tales import grammar as tales
 from tale_jax.data.token_files import document_starts, iter_documents, load_tokens
 from tale_jax.data.tokenizer import Tokenizer
+from tale_jax.utils.locks import LOCK_FILE
 
 BOOK = "".join(f"Chapter {n}.\n\nThe fox number {n} went over hill {n * 7 % 13} and far away.\n\n" for n in range(900))
 
@@ -46,7 +49,9 @@ def book_config(tmp_path, **changes):
 
 
 def contents(workdir):
-    return {str(p.relative_to(workdir)): p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(workdir)): p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != LOCK_FILE
+    }
 
 
 def test_token_files_hold_the_documents_between_bos_and_eos(tiny_tales):
@@ -124,7 +129,7 @@ def test_windows_of_other_settings_are_refused_by_the_field_that_differs(tiny_ta
 def test_changed_files_are_noticed_and_missing_ones_are_not_needed(book, tmp_path):
     prepare(book, tmp_path / "work")
     (tmp_path / "texts" / "more.txt").write_text("More.")
-    with pytest.raises(ValueError, match=r"corpus\.path=.* files was 1 and is 2; choose a new --workdir"):
+    with pytest.raises(ValueError, match=r"corpus\.path=.* files was 1 and is 2; set --config.corpus.changed=continue"):
         prepare(book, tmp_path / "work")
     (tmp_path / "texts" / "more.txt").unlink()
     (tmp_path / "texts").rename(tmp_path / "moved")
@@ -133,6 +138,155 @@ def test_changed_files_are_noticed_and_missing_ones_are_not_needed(book, tmp_pat
     moved = book_config(tmp_path, **{"corpus.path": str(tmp_path / "moved")})
     prepare(moved, tmp_path / "work")  # the same files elsewhere
     assert contents(tmp_path / "work") == before
+
+
+def test_another_text_of_the_same_names_and_sizes_is_refused(book, tmp_path):
+    prepare(book, tmp_path / "work")
+    (tmp_path / "texts" / "book.txt").write_text(BOOK.replace("fox", "cow"))
+    with pytest.raises(ValueError, match=r"but contents was \w+ and is \w+; set --config.corpus.changed=continue"):
+        prepare(book, tmp_path / "work")
+
+
+def test_changed_text_is_prepared_again_where_that_is_asked_for(book, tmp_path, capsys):
+    first = prepare(book, tmp_path / "work")
+    more = "".join(f"Page {n}.\n\nThe owl number {n} slept under tree {n * 5 % 11}.\n\n" for n in range(900))
+    (tmp_path / "texts" / "more.txt").write_text(more)
+    go_on = book_config(tmp_path, **{"corpus.changed": "continue"})
+    second = prepare(go_on, tmp_path / "work", tmp_path / "log.txt")
+    assert "prepared again, with the same tokenizer; the data position starts anew" in capsys.readouterr().err
+    assert "prepared again" in (tmp_path / "log.txt").read_text()
+    assert second.tokenizer.model == first.tokenizer.model
+    texts = list(open_corpus(go_on.corpus, 0).documents("train"))
+    assert list(iter_documents(second.tokens("train"), second.tokenizer)) == texts
+    for split in SPLITS:
+        (replaced,) = second.manifests[split].replaced
+        assert replaced["files"] == 1 and replaced["tokens"] == first.manifests[split].tokens
+        assert replaced["contents"] == first.manifests[split].corpus["contents"]
+    before = snapshot(tmp_path / "work")
+    assert prepare(go_on, tmp_path / "work").manifests == second.manifests == prepare(book, tmp_path / "work").manifests
+    assert snapshot(tmp_path / "work") == before
+    with pytest.raises(ValueError, match=r"tokenizer\.vocab_size=400 must be 320"):
+        (tmp_path / "texts" / "more.txt").unlink()
+        prepare(book_config(tmp_path, **{"corpus.changed": "continue", "tokenizer.vocab_size": 400}), tmp_path / "work")
+    assert snapshot(tmp_path / "work") == before
+
+
+def test_a_kill_while_changed_text_is_prepared_is_made_good(book, tmp_path, monkeypatch):
+    prepare(book, tmp_path / "work")
+    (tmp_path / "texts" / "more.txt").write_text(BOOK.replace("fox", "owl"))
+    go_on = book_config(tmp_path, **{"corpus.changed": "continue"})
+    real = prepare_module._write_split
+
+    def killed(corpus, split, *rest):
+        if split == "test":
+            raise KeyboardInterrupt
+        return real(corpus, split, *rest)
+
+    monkeypatch.setattr(prepare_module, "_write_split", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(go_on, tmp_path / "work")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"corpus\.changed=continue"):
+        prepare(book, tmp_path / "work")
+    prepare(go_on, tmp_path / "work")
+    prepare(go_on, tmp_path / "whole")
+    found, wanted = (contents(tmp_path / name) for name in ("work", "whole"))
+    assert {name: found[name] for name in found if name.endswith("train.json")} != {}
+    manifests = prepare(go_on, tmp_path / "work").manifests
+    assert len({manifest.corpus["contents"] for manifest in manifests.values()}) == 1
+    assert manifests["valid"].documents == json.loads(wanted["windows/valid.json"])["documents"]
+
+
+def test_windows_of_version_0_2_are_still_read(book, tmp_path):
+    """It knew no contents, no encoding, and cut documents by another rule."""
+    prepared = prepare(book, tmp_path / "work")
+    for split in SPLITS:
+        path = tmp_path / "work" / "windows" / f"{split}.json"
+        values = json.loads(path.read_text())
+        for name in ("contents", "split_rule", "encoding"):
+            del values["corpus"][name]
+        for name in ("texts", "seen_share", "replaced"):
+            del values[name]
+        path.write_text(json.dumps(values))
+    again = prepare(book, tmp_path / "work")
+    assert again.manifests["train"].tokens == prepared.manifests["train"].tokens
+    (tmp_path / "work" / "windows" / "test.json").unlink()
+    with pytest.raises(ValueError, match="split_rule was None and is 2"):  # splits of two rules would overlap
+        prepare(book, tmp_path / "work")
+
+
+def test_the_share_of_held_out_text_that_training_has_is_reported(tmp_path):
+    (tmp_path / "texts").mkdir()
+    rng = random.Random(0)
+    lines = ["".join(rng.choice("abcdefgh ") for _ in range(70)) for _ in range(400)]
+    rows = [" ".join(rng.sample(lines, 12)) for _ in range(300)]
+    (tmp_path / "texts" / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    prepared = prepare(book_config(tmp_path, **{"corpus.held_out": 0.1}), tmp_path / "work")
+    assert prepared.manifests["train"].seen_share is None
+    for split in ("valid", "test"):
+        share = prepared.manifests[split].seen_share
+        assert share == pytest.approx(21 / 71, abs=0.1)  # of 71 bytes with their space, 21 places begin a run of a line
+        assert f"{share:.1%} of its runs of 50 bytes occur in the training split" in describe(prepared.manifests[split])
+    (tmp_path / "work" / "windows" / "valid.json").unlink()  # as if a run had been killed after train
+    again = prepare(book_config(tmp_path, **{"corpus.held_out": 0.1}), tmp_path / "work")
+    assert again.manifests["valid"].seen_share == prepared.manifests["valid"].seen_share
+
+
+def test_a_small_valid_split_says_how_little_it_tells(book, tmp_path):
+    book = book_config(tmp_path, **{"corpus.held_out": 0.2})
+    manifest = prepare(book, tmp_path / "work").manifests["valid"]
+    assert manifest.texts == 1 < manifest.documents
+    line = describe(manifest)
+    assert f"{manifest.documents} documents (passages of 1 text)" in line
+    assert f"known to about ±{loss_interval(manifest):.1g} nats/token, and says little about any other text" in line
+    large = dataclasses.replace(manifest, documents=4000, tokens=4_000_000)
+    assert "known to" not in describe(large)
+    assert "1 document," in describe(dataclasses.replace(manifest, documents=1))
+
+
+@pytest.mark.parametrize("size", [5_000, 6_000, 20_000, 70_000, 300_000])
+def test_one_small_file_fills_all_three_splits(tmp_path, size):
+    (tmp_path / "texts").mkdir()
+    rng, words = random.Random(size), BOOK.split()[:200]
+    text = "".join(f"{' '.join(rng.choices(words, k=12))}.\n\n" for _ in range(size // 40))
+    (tmp_path / "texts" / "book.txt").write_text(text[:size])
+    config = book_config(tmp_path, **{"tokenizer.vocab_size": 300})
+    manifests = prepare(config, tmp_path / "work").manifests
+    assert sum(manifest.bytes for manifest in manifests.values()) == size
+    assert all(manifest.documents for manifest in manifests.values())
+    assert manifests["train"].bytes > size / 2
+    (tmp_path / "texts" / "book.txt").write_text(text[:4_900])
+    with pytest.raises(ValueError, match="must hold at least 5,000 bytes of text"):
+        prepare(config, tmp_path / "other")
+
+
+def test_no_bar_goes_beyond_its_total(tmp_path, monkeypatch):
+    done = collections.Counter()
+
+    class Progress(prepare_module.Progress):
+        def advance(self, count=1):
+            done[self] += count
+            assert not self._total or done[self] <= self._total
+            super().advance(count)
+
+    monkeypatch.setattr(prepare_module, "Progress", Progress)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "book.txt").write_bytes(BOOK.encode("utf-16"))
+    (tmp_path / "texts" / "rows.csv").write_text("text\n" + "".join(f"row {n} of a table\n" for n in range(500)))
+    prepare(book_config(tmp_path, **{"corpus.encoding": "utf-16"}), tmp_path / "work")
+    assert len(done) == 5
+
+
+def test_what_was_not_read_is_said_and_logged(book, tmp_path, capsys):
+    (tmp_path / "texts" / "cover.png").write_bytes(b"x")
+    workdir = tmp_path / "texts" / "run"
+    prepare(book, workdir, workdir / "log.txt")
+    err, log = capsys.readouterr().err, (workdir / "log.txt").read_text()
+    for line in ("1 file was not read: 1 .png (hidden files are left out)", f"{workdir} is the folder of a run"):
+        assert line in err and line in log
+    before = snapshot(workdir / "windows")
+    prepare(book, workdir, workdir / "log.txt")  # log.txt beside the texts is no text
+    assert snapshot(workdir / "windows") == before
 
 
 def test_a_given_tokenizer_is_copied_and_kept_to(tiny_tales, book, tmp_path):
@@ -240,7 +394,7 @@ def test_a_prepared_workdir_is_only_read(book, tmp_path):
 
 def snapshot(folder):
     """When the files and folders were written, and which they are."""
-    stats = {path: path.stat() for path in [folder, *folder.rglob("*")]}
+    stats = {path: path.stat() for path in [folder, *folder.rglob("*")] if path.name != LOCK_FILE}
     return {path: (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats.items()}
 
 
@@ -263,6 +417,11 @@ def test_the_vocabulary_of_a_corpus_is_that_of_its_training_text(tmp_path, monke
     assert found.tokenizer.vocab_size == 1024 and reason == "vocabulary 1,024: 1.6 MB of text"
     mine = build_config(**{"tokenizer.path": "mine.model", "corpus.name": "files", "corpus.path": str(tmp_path)})
     assert with_vocab_size(mine)[0] == mine
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "d.txt").write_text(" ".join(str(random.Random(n).randrange(10)) for n in range(70_000)))
+    digits = build_config(**{"corpus.name": "files", "corpus.path": str(tmp_path / "digits")})
+    found, _ = with_vocab_size(digits, tmp_path / "work")
+    assert found.tokenizer.vocab_size == 281  # digits fill no more
     monkeypatch.setattr(prepare_module, "MAX_VOCAB_SIZE", 512)
     found, reason = with_vocab_size(config)
     assert found.tokenizer.vocab_size == 512 and reason == "vocabulary 512: 0.3 MB or more of text"

@@ -2,11 +2,9 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT
 
 SCRIPT = '''"""A script that costs 100% nothing."""
 
@@ -80,6 +78,11 @@ MISTAKES = {
     (*BASE, "--config.modl.embed_dim=1"): ["--config.modl.embed_dim", "did you mean --config.model.embed_dim?"],
     (*BASE, "--config.embed_dim=1"): ["--config.embed_dim", "did you mean --config.model.embed_dim?"],
     (*BASE, "--config.model.zzzz=1"): ["--config.model.zzzz", "model has", "num_layers"],
+    (*BASE, "--config.model.word_dropout=0.1"): ["model.word_dropout", "it is now --config.model.embedding_dropout"],
+    (*BASE, "--config.average.decay=0.9"): ["--config.average.decay", "it is now --config.ema.decay"],
+    (*BASE, "--config.optimizer.cautious=True"): ["--config.optimizer.cautious", "it was removed; leave it out"],
+    (*BASE, "--config.zzzz=1"): ["--config.zzzz: there is no such setting", "tale_jax/config.py"],
+    (*BASE, "--config.seed.zz=1"): ["--config.seed.zz", "there is no such setting"],
     (*BASE, "--config.model=1"): ["--config.model=1", "group"],
     (*BASE, "--config.metrics.tensorboard=maybe"): ["--config.metrics.tensorboard=maybe", "true or false"],
     ("--workdir=w", "--config.seed=1"): ["--config.seed", "--config=configs/NAME.py"],

@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 from helpers import run_script, start_script
 
+from tale_jax.utils.locks import LOCK_FILE
+
 TINY = "--config=configs/tales.py:tiny"
 FEW = ["--config.corpus.num_train_tales=60", "--config.corpus.num_valid_tales=8", "--config.corpus.num_test_tales=8"]
 SMALL = [*FEW, "--config.model.embed_dim=32", "--config.model.seq_len=64", "--config.sample.max_tokens=8"]
+
+
+def files_of(workdir: Path) -> dict[Path, bytes]:
+    """What every file holds, but for the one that says who writes here."""
+    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != LOCK_FILE}
 
 
 def flags(workdir: Path, *more: str) -> list[str]:
@@ -20,9 +27,9 @@ def flags(workdir: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory) -> Path:
+def finished(tmp_path_factory) -> Path:
     """A workdir that prepare.py and train.py made."""
-    workdir = tmp_path_factory.mktemp("told") / "run"
+    workdir = tmp_path_factory.mktemp("finished") / "run"
     done = run_script("prepare", *flags(workdir))
     assert done.returncode == 0, done.stderr
     assert str(workdir) in done.stdout
@@ -32,13 +39,15 @@ def told(tmp_path_factory) -> Path:
     return workdir
 
 
-def test_a_finished_run_says_so(told):
-    done = run_script("train", *flags(told))
+def test_a_finished_run_says_so(finished):
+    done = run_script("train", *flags(finished))
     assert done.returncode == 0 and "finished" in done.stdout
 
 
-def test_evaluate(told):
-    done = run_script("evaluate", f"--workdir={told}", "--json", "--num_samples=4", "--split=test", "--weights=mean:2")
+def test_evaluate(finished):
+    done = run_script(
+        "evaluate", f"--workdir={finished}", "--json", "--num_samples=4", "--split=test", "--weights=mean:2"
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["split"] == "test" and result["step"] == 20 and result["nats_per_token"] > 0
@@ -48,22 +57,22 @@ def test_evaluate(told):
     )
 
 
-def test_sample(told):
-    done = run_script("sample", f"--workdir={told}", "--prompt=Once", "--max_tokens=5", "--num_samples=2", "--json")
+def test_sample(finished):
+    done = run_script("sample", f"--workdir={finished}", "--prompt=Once", "--max_tokens=5", "--num_samples=2", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert len(result["samples"]) == 2 and result["tokens_per_second"] > 0 and result["weights"] == "last"
     assert all({"text", "tokens", "logprob"} <= set(sample) for sample in result["samples"])
 
 
-def test_report(told):
-    done = run_script("report", f"--workdir={told}")
+def test_report(finished):
+    done = run_script("report", f"--workdir={finished}")
     assert done.returncode == 0, done.stderr
-    assert (told / "report.html").stat().st_size > 10_000 and "report.html" in done.stdout
+    assert (finished / "report.html").stat().st_size > 10_000 and "report.html" in done.stdout
 
 
-def test_a_moved_workdir_is_all_that_is_needed(told, tmp_path):
-    shutil.copytree(told, tmp_path / "moved")
+def test_a_moved_workdir_is_all_that_is_needed(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "moved")
     done = run_script("sample", f"--workdir={tmp_path / 'moved'}", "--max_tokens=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -97,37 +106,37 @@ def test_interrupt_saves_and_the_same_command_goes_on(tmp_path):
             [TINY, "--workdir={tmp}/x", "--config.minutes=1", "--config.passes=2"],
             "passes must not be given where",
         ),
-        ("train", [TINY, "--workdir={told}", *SMALL, "--config.model.num_layers=3"], "num_layers=3 must be 2"),
-        ("train", [TINY, "--workdir={told}", *SMALL, "--config.model.seq_len=128"], "model.seq_len=128"),
+        ("train", [TINY, "--workdir={finished}", *SMALL, "--config.model.num_layers=3"], "num_layers=3 must be 2"),
+        ("train", [TINY, "--workdir={finished}", *SMALL, "--config.model.seq_len=128"], "model.seq_len=128"),
         ("train", [TINY, "--workdir={tmp}/file/x"], "file/x"),
-        ("prepare", [TINY, "--workdir={told}", *SMALL, "--config.model.seq_len=128"], "windows of 64 tokens"),
+        ("prepare", [TINY, "--workdir={finished}", *SMALL, "--config.model.seq_len=128"], "windows of 64 tokens"),
         ("evaluate", ["--workdir={tmp}/nothing"], "must hold an experiment"),
-        ("evaluate", ["--workdir={told}", "--split=train-set"], "--split=train-set must be one of"),
-        ("evaluate", ["--workdir={told}", "--step=7"], "step=7 must be a checkpoint"),
-        ("evaluate", ["--workdir={told}", "--weights=ema"], "weights=ema must be what the run kept"),
-        ("sample", ["--workdir={told}", "--weights=mean:9"], "mean:K of the 2 checkpoints up to step 20"),
+        ("evaluate", ["--workdir={finished}", "--split=train-set"], "--split=train-set must be one of"),
+        ("evaluate", ["--workdir={finished}", "--step=7"], "step=7 must be a checkpoint"),
+        ("evaluate", ["--workdir={finished}", "--weights=ema"], "weights=ema must be what the run kept"),
+        ("sample", ["--workdir={finished}", "--weights=mean:9"], "mean:K of the 2 checkpoints up to step 20"),
         ("evaluate", ["--workdir={untrained}"], "must hold a checkpoint"),
         ("sample", ["--workdir={untrained}"], "must hold a checkpoint"),
         ("sample", ["--workdir={broken}"], "is not a checkpoint that can be read"),
-        ("sample", ["--workdir={told}", "--prompt=  "], "prompt="),
-        ("sample", ["--workdir={told}", "--top_p=1.5"], "top_p=1.5 must be above 0 and at most 1"),
-        ("sample", ["--workdir={told}", "--prompt=" + "tale " * 200], "must fit the context of 64"),
+        ("sample", ["--workdir={finished}", "--prompt=  "], "prompt="),
+        ("sample", ["--workdir={finished}", "--top_p=1.5"], "top_p=1.5 must be above 0 and at most 1"),
+        ("sample", ["--workdir={finished}", "--prompt=" + "tale " * 200], "must fit the context of 64"),
         ("report", ["--workdir={tmp}/nothing"], "nothing"),
     ],
 )
-def test_a_mistake_is_one_line_and_nothing_is_lost(told, tmp_path, name, arguments, line):
+def test_a_mistake_is_one_line_and_nothing_is_lost(finished, tmp_path, name, arguments, line):
     (tmp_path / "file").write_text("in the way")
     for folder in ("untrained", "broken"):
         (tmp_path / folder).mkdir()
-        shutil.copy(told / "config.json", tmp_path / folder)
-        shutil.copytree(told / "tokenizer", tmp_path / folder / "tokenizer")
+        shutil.copy(finished / "config.json", tmp_path / folder)
+        shutil.copytree(finished / "tokenizer", tmp_path / folder / "tokenizer")
     (tmp_path / "broken" / "checkpoints" / "5").mkdir(parents=True)
-    before = {path: path.read_bytes() for path in told.rglob("*") if path.is_file()}
-    places = {"tmp": tmp_path, "told": told, "untrained": tmp_path / "untrained", "broken": tmp_path / "broken"}
+    before = files_of(finished)
+    places = {"tmp": tmp_path, "finished": finished, "untrained": tmp_path / "untrained", "broken": tmp_path / "broken"}
     done = run_script(name, *(a.format(**places) if "{" in a else a for a in arguments))
     assert done.returncode == 2, done.stderr
     assert line in done.stderr and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
-    assert before == {path: path.read_bytes() for path in told.rglob("*") if path.is_file()}
+    assert before == files_of(finished)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

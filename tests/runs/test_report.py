@@ -5,13 +5,12 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from tale_jax.runs.report import write_report
 
-ROOT = Path(__file__).parents[1]
 VOID = {"meta", "br", "hr", "img", "link"}
 
 
@@ -93,7 +92,7 @@ def test_one_run(tmp_path):
 def test_samples_beside_held_out_text(tmp_path):
     """The last evaluation that has them is shown, a table for each temperature."""
     workdir = make_run(tmp_path / "tales")
-    measure = {"samples": 0.5, "held_out": 0.0, "least": 0.0, "most": 0.02, "ratio": None, "other_ratio": 1.25,
+    measure = {"samples": 0.5, "held_out": 0.0, "lower": 0.0, "upper": 0.02, "ratio": None, "control_ratio": 1.25,
                "passes": False, "verdict": "too high: <repeats>"}  # fmt: skip
     quality = [
         {"temperature": t, "num_samples": 64, "words": 6345, "passes": False, "measures": {"repetition": measure}}
@@ -105,12 +104,29 @@ def test_samples_beside_held_out_text(tmp_path):
     checker = check(write_report([workdir]))
     text = " ".join(checker.texts)
     for words in ("step 40, temperature 0.8, 6,345 words", "temperature 1, 6,345", "too high: <repeats>", "0.500",
-                  "1.25", "0.000 to 0.020", "runs of 4 words"):  # fmt: skip
+                  "1.25", "0.000 to 0.020", "4-grams that the text had before"):  # fmt: skip
         assert words in text, words
     assert "step 30, temperature" not in text
     other = make_run(tmp_path / "other")
     assert text.count("repeats") == 2 and "too high: <repeats>" in " ".join(check(write_report([workdir, other])).texts)
     assert "beside held-out" not in " ".join(check(write_report([other])).texts)
+
+
+def test_why_training_lies_above_validation_is_said_where_it_does(tmp_path):
+    workdir = make_run(tmp_path / "tales")
+    plain = check(write_report([workdir]))
+    assert "first document" not in " ".join(plain.texts)
+    metrics = (workdir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in metrics]
+    for record in records:
+        if record["kind"] == "valid":
+            record["train_nats_per_token"] = record["nats_per_token"] - 0.01
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = " ".join(check(write_report([workdir])).texts)
+    assert "training, first document of a window" in text  # in the legend
+    assert "The training loss counts these openings; validation has none" in text
+    other = make_run(tmp_path / "other")
+    assert "first document" not in " ".join(check(write_report([workdir, other])).texts)
 
 
 def test_runs_are_compared(tmp_path):
@@ -124,7 +140,7 @@ def test_runs_are_compared(tmp_path):
     assert "a, b, c" in text
 
 
-def test_a_setting_younger_than_a_run_does_not_differ_from_what_it_was_trained_with(tmp_path):
+def test_a_setting_that_an_older_config_lacks_does_not_differ_from_its_default(tmp_path):
     runs = [make_run(tmp_path / name, rate=rate) for name, rate in (("old", 1e-3), ("new", 5e-4))]
     settings = {"seed": 0, "minutes": 0.0, "optimizer": {"learning_rate": 5e-4, "normuon_beta": 0.0, "momentum": 0.9}}
     (runs[1] / "config.json").write_text(json.dumps(settings))
@@ -165,7 +181,7 @@ def test_only_metrics_are_needed(tmp_path):
     check(write_report([workdir]))
 
 
-def test_samples_of_steps_told_again_after_a_restart(tmp_path):
+def test_samples_of_steps_repeated_after_a_crash(tmp_path):
     workdir = make_run(tmp_path / "tales")
     samples = [{"step": step, "prompt": "", "text": text} for step, text in ((10, "ten"), (20, "lost"), (10, "again"))]
     (workdir / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
@@ -183,7 +199,7 @@ def test_samples_of_steps_told_again_after_a_restart(tmp_path):
         (lambda workdir: (make_run(workdir) / "config.json").write_text("{"), "config.json is not JSON"),
     ],
 )
-def test_nothing_to_report_is_told_in_one_line(tmp_path, make, message):
+def test_nothing_to_report_is_one_line(tmp_path, make, message):
     make(tmp_path / "tales")
     with pytest.raises(ValueError, match=message) as raised:
         write_report([tmp_path / "tales"])

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import os
+import struct
 import sys
-import types
+import time
 
 import numpy as np
 import pytest
@@ -150,58 +152,112 @@ def test_tensorboard_files_hold_the_numbers(tmp_path):
     assert any(b"train/loss" in path.read_bytes() for path in files)
 
 
-class FakeWandb(types.ModuleType):
-    """Stands for wandb: notes what it is asked, and has credentials or not."""
+# Weights & Biases: offline runs of the real library, read back from the file that `wandb sync` would send.
 
-    def __init__(self, logged_in=True, error=None):
-        super().__init__("wandb")
-        self.errors = types.SimpleNamespace(Error=RuntimeError)
-        self.calls, self.logged_in, self.error = [], logged_in, error
-        self.config = types.SimpleNamespace(update=lambda *_, **__: None)
-
-    def login(self, *, prompt, verify):
-        assert prompt is False
-        return self.logged_in
-
-    def Settings(self, **settings):  # noqa: N802
-        return settings
-
-    def init(self, **arguments):
-        if self.error:
-            raise RuntimeError(self.error)
-        self.calls.append(arguments)
-        return self
-
-    def define_metric(self, *_, **__): ...
-
-    def log(self, numbers):
-        self.calls.append(numbers)
-
-    def finish(self): ...
+BLOCK, HEADER = 32768, 7  # bytes, of the format of that file: LevelDB's log
 
 
-def test_wandb_goes_on_under_the_same_id(tmp_path, monkeypatch):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    for step in (1, 2):
-        sink = WandbSink(tmp_path, mode="offline", project="p", config={})
-        sink.write({"kind": "run", "step": 0})
+def wandb_records(path):
+    """Every record of an offline run so far, as (kind, protobuf)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts, found = path.read_bytes(), HEADER, b"", []
+    while at + HEADER <= len(data):
+        if BLOCK - at % BLOCK < HEADER:  # what is left of a block is too short for a header
+            at += BLOCK - at % BLOCK
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        parts += data[at + HEADER : at + HEADER + size]
+        at += HEADER + size
+        if kind in (1, 4):  # whole, or the last part
+            record = Record.FromString(parts)
+            found.append((record.WhichOneof("record_type"), getattr(record, record.WhichOneof("record_type"))))
+            parts = b""
+    return found
+
+
+def finished_wandb_records(workdir):
+    """The records of the offline runs of a workdir, oldest first; a process of the library's own writes them."""
+    found = []
+    for path in sorted(workdir.glob("wandb/offline-run-*/*.wandb")):
+        for _ in range(600):
+            if any(kind == "exit" for kind, _ in wandb_records(path)):
+                break
+            time.sleep(0.1)
+        found += wandb_records(path)
+    return found
+
+
+def values_of(items):
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """The library, with no credentials and no settings of whoever runs the tests."""
+    library = pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    return library
+
+
+def history(records):
+    own = ("_step", "_runtime", "_timestamp")
+    rows = (values_of(record.item) for kind, record in records if kind == "history")
+    return [{name: value for name, value in row.items() if name not in own} for row in rows]
+
+
+@pytest.mark.usefixtures("wandb")
+def test_wandb_records_a_run_and_goes_on_under_its_id(tmp_path):
+    settings = {"seed": 3, "model": {"num_layers": 2}}
+    config = dataclasses.replace(OFF, wandb="offline", wandb_project="stories")
+    for start in (0, 10):
+        with open_sinks(config, tmp_path, settings) as sinks:
+            sinks.write({"kind": "run", "step": start, "platform": "cpu"})
+            sinks.write(train(start + 10, 2.5) | {"grad_norm": 0.5, "time": 1.0})
+            sinks.write({"kind": "valid", "step": start + 10, "nats_per_token": 2.0, "time": 1.0})
+        time.sleep(1)  # the library names the folder of a run by the second
+    records = finished_wandb_records(tmp_path)
+    runs = [record for kind, record in records if kind == "run"]
+    assert {(run.project, run.display_name) for run in runs} == {("stories", tmp_path.name)}
+    assert {run.run_id for run in runs} == {(tmp_path / "wandb_id").read_text().strip()}
+    assert values_of(runs[0].config.update).items() >= settings.items()
+    updates = [values_of(record.update) for kind, record in records if kind == "config"]
+    assert [update["run"]["step"] for update in updates if "run" in update] == [0, 10]
+    assert history(records) == [
+        {"step": 10, "train/loss": 2.5, "train/grad_norm": 0.5},
+        {"step": 10, "valid/nats_per_token": 2.0},
+        {"step": 20, "train/loss": 2.5, "train/grad_norm": 0.5},
+        {"step": 20, "valid/nats_per_token": 2.0},
+    ]
+    metrics = [record for kind, record in records if kind == "metric"]
+    assert any(metric.glob_name == "*" and metric.step_metric == "step" for metric in metrics)
+
+
+@pytest.mark.usefixtures("wandb")
+def test_wandb_takes_steps_that_a_restart_repeats(tmp_path):
+    sink = WandbSink(tmp_path, mode="offline", project="p", config={})
+    for step in (10, 20, 10):
         sink.write(train(step))
-        sink.close()
-    first, logged, second, _ = fake.calls
-    assert first["id"] == second["id"]
-    assert first["mode"] == "offline"
-    assert logged == {"step": 1, "train/loss": 1.0}
+    sink.close()
+    assert [row["step"] for row in history(finished_wandb_records(tmp_path))] == [10, 20, 10]
 
 
-def test_wandb_without_credentials_fails_at_once(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(logged_in=False))
+def test_wandb_online_without_credentials_fails_at_once(tmp_path, monkeypatch, wandb):
+    """The library is asked, without a question to the user, and a line says what to do."""
+    asked = []
+    monkeypatch.setattr(wandb, "login", lambda **how: asked.append(how) or False)
     with pytest.raises(ValueError, match=r"^metrics.wandb=online needs credentials.*offline$"):
         WandbSink(tmp_path, mode="online", project="p", config={})
+    assert asked == [{"prompt": False, "verify": False}]
     assert not list(tmp_path.iterdir())
 
 
-def test_wandb_trouble_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(error="no\nnetwork"))
+def test_wandb_trouble_is_one_line(tmp_path, monkeypatch, wandb):
+    def fail(**_):
+        raise wandb.errors.CommError("no\nnetwork")
+
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(wandb, "init", fail)
     with pytest.raises(ValueError, match=r"^metrics.wandb=online: no network; metrics.wandb=offline needs no network$"):
         WandbSink(tmp_path, mode="online", project="p", config={})

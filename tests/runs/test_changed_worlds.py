@@ -1,0 +1,70 @@
+"""What may happen to a workdir between two commands: another writer, more text, text without words."""
+
+import json
+import random
+
+import pytest
+from helpers import build_config, run_script
+
+from tale_jax.runs.train import train
+from tale_jax.utils.locks import writer_lock
+
+TINY = {
+    "corpus.name": "files",
+    "corpus.held_out": 0.15,
+    "windows": "stream",
+    "model.mask_documents": False,
+    "model.num_layers": 1,
+    "model.seq_len": 32,
+    "total_steps": 4,
+    "tokenizer.vocab_size": 400,
+    "evaluate.max_windows": 4,
+    "evaluate.every_steps": 2,
+    "checkpoint.every_steps": 2,
+    "sample.max_tokens": 8,
+    "precision": "float32",
+}
+
+
+def words(count, seed):
+    rng = random.Random(seed)
+    return "\n\n".join(
+        " ".join(rng.choices(["moon", "river", "tale", "cat", "hen", "sea"], k=12)) for _ in range(count)
+    )
+
+
+def test_a_second_writer_of_any_kind_is_refused_in_one_line(tmp_path, monkeypatch):
+    with writer_lock(tmp_path, "train"):
+        flags = ("--config=configs/tales.py:tiny", f"--workdir={tmp_path}", "--config.backend.platform=cpu")
+        for script in ("train", "prepare"):
+            done = run_script(script, *flags)
+            assert done.returncode == 2, done.stderr
+            assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+            assert "is in use by train (process" in done.stderr and "kill" in done.stderr
+
+
+def test_more_text_is_refused_or_goes_on_with_the_weights(tmp_path, cpu, capsys):
+    texts, workdir = tmp_path / "texts", tmp_path / "run"
+    texts.mkdir()
+    (texts / "one.txt").write_text(words(300, 0))
+    settings = TINY | {"corpus.path": str(texts), "tokenizer.vocab_size": 300}
+    train(build_config(**settings), workdir, cpu)
+    (texts / "two.txt").write_text(words(300, 1))
+    longer = settings | {"total_steps": 6}
+    with pytest.raises(ValueError, match=r"corpus\.changed=continue"):
+        train(build_config(**longer), workdir, cpu)
+    assert train(build_config(**longer, **{"corpus.changed": "continue"}), workdir, cpu).step == 6
+    assert "the text has changed: training goes on with the weights" in capsys.readouterr().err
+    steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert steps.count(4) >= 1 and max(steps) == 6
+
+
+def test_text_without_words_has_no_word_perplexity_and_training_goes_on(tmp_path, cpu):
+    """One word of a hundred thousand letters: four windows of it hold no whole word."""
+    rng = random.Random(0)
+    (tmp_path / "dna.txt").write_text("".join(rng.choices("ACGT", k=100_000)))
+    config = build_config(**(TINY | {"corpus.path": str(tmp_path / "dna.txt")}))
+    assert train(config, tmp_path / "run", cpu).step == 4
+    done = run_script("evaluate", f"--workdir={tmp_path / 'run'}", "--json")
+    result = json.loads(done.stdout.splitlines()[-1], parse_constant=lambda name: pytest.fail(name))
+    assert result["bits_per_byte"] > 0 and (result["word_perplexity"] is None or result["word_perplexity"] > 0)

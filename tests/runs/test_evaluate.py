@@ -1,0 +1,58 @@
+"""A split is measured whole, the numbers agree with each other, and every evaluation is kept."""
+
+import json
+import math
+import shutil
+
+import pytest
+
+from tale_jax.model.transformer import count_parameters
+from tale_jax.runs.evaluate import describe, evaluate
+from tale_jax.runs.experiment import open_experiment
+
+FIELDS = (
+    "split tokens words bytes nats_per_token token_perplexity word_perplexity bits_per_byte context stride step params"
+)
+
+
+@pytest.fixture
+def experiment(trained, tmp_path, cpu):
+    shutil.copytree(trained, tmp_path / "run")
+    return open_experiment(tmp_path / "run", cpu)
+
+
+def test_result_is_complete_and_consistent(experiment):
+    result = evaluate(experiment, "test", num_samples=4)
+    assert set(FIELDS.split()) <= set(result)
+    manifest = json.loads((experiment.workdir / "windows" / "test.json").read_text())
+    assert (result["words"], result["bytes"]) == (manifest["words"], manifest["bytes"])
+    assert result["tokens"] == manifest["tokens"] - manifest["documents"]
+    total = result["nats_per_token"] * result["tokens"]
+    assert result["bits_per_byte"] == pytest.approx(total / math.log(2) / result["bytes"])
+    assert result["word_perplexity"] == pytest.approx(math.exp(total / result["words"]))
+    assert result["excess_nats_per_token"] == pytest.approx(
+        result["nats_per_token"] - result["floor_nats_per_token"], rel=1e-6
+    )
+    for share in ("accepted_share", "consistent_share", "copied_share"):
+        assert 0 <= result[share] <= 1
+    last = (experiment.workdir / "evaluations.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["nats_per_token"] == result["nats_per_token"]
+    assert result["params"] == count_parameters(experiment.params) and result["step"] == experiment.step
+
+
+def test_no_tales_are_sampled_where_none_are_asked_for(experiment):
+    result = evaluate(experiment, num_samples=0)
+    assert "accepted_share" not in result and "excess_nats_per_token" in result
+
+
+def test_a_result_is_described_line_by_line():
+    measure = {"samples": 0.5, "held_out": 0.0, "lower": 0.0, "upper": 0.02, "ratio": None, "control_ratio": 1.25}
+    measure |= {"passes": False, "verdict": "too high: repeats itself"}
+    quality = {"temperature": 0.8, "num_samples": 64, "words": 6345, "measures": {"repetition": measure}}
+    lines = describe({"split": "valid", "nats_per_token": 1.23456, "tokens": 99, "quality": [quality]}).splitlines()
+    assert lines[0].split() == ["split", "valid"] and lines[1].split() == ["nats_per_token", "1.2346"]
+    assert lines[3] == "64 samples at temperature 0.8, 6,345 words"
+    assert lines[4].split() == ["samples", "held-out", "ratio", "by", "chance", "allowed", "verdict"]
+    values = ["0.500", "0.000", "–", "1.25", "0.000", "to", "0.020", "too", "high:", "repeats", "itself"]
+    assert lines[5].endswith("too high: repeats itself") and lines[5].split()[-len(values) :] == values
+    assert len({line.index(word) for line, word in zip(lines[4:], ("verdict", "too high"), strict=True)}) == 1
