@@ -91,7 +91,7 @@ def layers_one_by_one(decoder, params):
     """Logits by calling each block by itself, so that a method of one layer can be told from another's."""
     c = decoder.config
     positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1], dtype=jnp.int32), TOKENS.shape)
-    mask, angles = causal_mask(positions, positions), rotary_angles(positions, c.head_dim, c.rope_base)
+    mask, angles = causal_mask(positions, positions), rotary_angles(positions, rotary_frequencies(c.head_dim, c.rope_base))
     x = params["embedding"][TOKENS] * (c.embed_dim**0.5 if c.scale_embeddings else 1)
     block = Block(c, decoder.dtype, decoder.materialize_transposes, True)
     for layer in range(c.num_layers):
