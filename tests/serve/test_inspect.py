@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tale_jax.data.token_files import load_tokens
-from tale_jax.model.attention import attention, attention_weights, causal_mask, rotary_angles
+from tale_jax.model.attention import attention, attention_weights, causal_mask, rotary_angles, rotary_frequencies
 from tale_jax.model.transformer import Block
 from tale_jax.serve.inspect import forward, lens_logits
 from tale_jax.serve.models import Variant, ablate, names_of
@@ -91,7 +91,8 @@ def layers_one_by_one(decoder, params):
     """Logits by calling each block by itself, so that a method of one layer can be told from another's."""
     c = decoder.config
     positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1], dtype=jnp.int32), TOKENS.shape)
-    mask, angles = causal_mask(positions, positions), rotary_angles(positions, rotary_frequencies(c.head_dim, c.rope_base))
+    mask = causal_mask(positions, positions)
+    angles = rotary_angles(positions, rotary_frequencies(c.head_dim, c.rope_base))
     x = params["embedding"][TOKENS] * (c.embed_dim**0.5 if c.scale_embeddings else 1)
     block = Block(c, decoder.dtype, decoder.materialize_transposes, True)
     for layer in range(c.num_layers):
