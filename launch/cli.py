@@ -102,6 +102,8 @@ def _parse(args: list[str]) -> list[str]:
         raise ValueError(_explain_config(config_names, args, error)) from error
     if len(rest) > 1:
         raise ValueError(f"{rest[1]!r} is not a flag: write every argument as --name=value (see --help)")
+    # Of jax 0.4.34 beside newer libraries; nothing here needs it, and an error is to be one line.
+    logging.get_absl_logger().addFilter(lambda record: "Failed to load jax profiler" not in record.getMessage())
     if FLAGS["verbosity"].using_default_value:
         FLAGS.verbosity = logging.WARNING  # what libraries log would break the progress bar
     return rest

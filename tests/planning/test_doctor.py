@@ -100,6 +100,7 @@ def test_problems_are_told_with_what_to_do(quick, monkeypatch, tmp_path, auto, c
 def test_two_plugins_and_a_mac_without_one_are_told(quick, monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "is_apple_silicon", lambda: True)
     monkeypatch.setattr(machine, "macos_version", lambda: (15, 0))
+    monkeypatch.setattr(machine.sys, "version_info", (3, 13, 0))  # jax-mps needs 3.12
     assert any("the GPU is not used: no plugin is installed" in line for line in doctor.examine(tmp_path)["advice"])
     monkeypatch.setattr(machine, "version", lambda name: "1" if name in ("jax-mps", "jax-metal") else "")
     assert any("installed and clash" in line for line in doctor.examine(tmp_path)["problems"])

@@ -110,8 +110,11 @@ def this_machine() -> tuple[str, ...]:
 def assert_golden(found: Golden, wanted: Golden, half: bool = False) -> None:
     if this_machine() == MACHINE:
         assert found == wanted
-    else:
-        assert found == pytest.approx(wanted, rel=1e-3 if half else 1e-5)
+        return
+    tolerance = 1e-3 if half else 1e-5
+    if this_machine()[-1].split(".")[:2] != MACHINE[-1].split(".")[:2]:  # another XLA sums in another order
+        tolerance *= 20
+    assert list(found) == pytest.approx(list(wanted), rel=tolerance)
 
 
 @pytest.fixture(scope="module")
