@@ -55,7 +55,7 @@ ROOMS = {
 }
 MAX_LAUNCH_LINES = 40
 MAX_LOOSE_MODULES = 4
-MAX_TRAINING_LINES = 1850
+MAX_TRAINING_LINES = 1800
 
 SOURCES = sorted(path for folder in ("tale_jax", "configs", "launch") for path in (ROOT / folder).rglob("*.py"))
 
@@ -132,7 +132,8 @@ def test_training_can_be_read_in_an_hour():
     """What someone reads to understand training: batches, model, loss, optimizer, step and loop."""
     names = "data/loader.py model/*.py training/*.py"
     files = [file for name in names.split() for file in (ROOT / "tale_jax").glob(name)]
-    files = [file for file in files if file.name not in ("metrics.py", "checkpoint.py")]  # what is told and saved of it
+    others = ("metrics.py", "checkpoint.py", "decoding.py")  # what is told and saved of it; what only sampling needs
+    files = [file for file in files if file.name not in others]
     count = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
     assert count <= MAX_TRAINING_LINES, count
 

@@ -35,7 +35,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.inference.sampling import SamplingParams, sample_token
-from tale_jax.model.transformer import Cache, Transformer
+from tale_jax.model.decoding import Cache
+from tale_jax.model.transformer import Transformer
 
 CHUNK = 16  # tokens that are decoded before the host sees them
 MIN_SLOTS = 64  # of the cache: short texts do not attend to all of a long context, and still share one program

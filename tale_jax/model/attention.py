@@ -224,23 +224,3 @@ def attention_weights(
     """How much of each key's value `attention` takes for each query, in float32; each row sums to 1."""
     batch, heads, length, _ = query.shape
     return jax.nn.softmax(_scores(query, key, mask, False), axis=-1).reshape(batch, heads, length, key.shape[2])
-
-
-def attend_one(
-    query: Float[Array, "B N 1 H"],
-    key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S H"],
-    mask: Bool[Array, "_ 1 S"],
-) -> Float[Array, "B N 1 H"]:
-    """`attention` of one query a sequence, as decoding asks for it: the same values, by sums instead of products.
-
-    A product of one row is no work, only a passage over the cache. As a sum XLA fuses it with the conversion to
-    float32; as a product of bfloat16 on a CPU it first writes the whole cache again in float32 (up to seven times
-    slower, measured).
-    """
-    batch, heads, _, width = query.shape
-    grouped = (query * width**-0.5).reshape(batch, key.shape[1], -1, 1, width).astype(jnp.float32)
-    scores = jnp.sum(grouped * key[:, :, None].astype(jnp.float32), axis=-1)  # [B, K, G, S]
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1)
-    mixed = jnp.sum(weights[..., None] * value[:, :, None].astype(jnp.float32), axis=-2)
-    return mixed.reshape(batch, heads, 1, width).astype(value.dtype)

@@ -11,14 +11,12 @@ after another: names, shapes and initial values do not depend on `scan_layers` o
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tale_jax.config import Config, ModelConfig
 from tale_jax.model.attention import (
-    attend_one,
     attention,
     attention_weights,
     causal_mask,
@@ -28,6 +26,7 @@ from tale_jax.model.attention import (
     rotary_frequencies,
     rotate,
 )
+from tale_jax.model.decoding import Cache, attend_one, write_slots
 from tale_jax.model.initialization import EMBEDDING_STD
 from tale_jax.model.layers import dropout, matmul, rms_norm, split_heads, swiglu
 from tale_jax.model.loss import Head, cross_entropy, logits, weighted_cross_entropy
@@ -35,37 +34,6 @@ from tale_jax.model.loss import Head, cross_entropy, logits, weighted_cross_entr
 # `apply(..., mutable=[TAPS])` also gives what happens inside: `embedded` [B, T, D], and of the blocks `residual`
 # [L, B, T, D] and `attention/weights` [L, B, N, T, S], each in a tuple of one. Otherwise nothing of it is computed.
 TAPS = "intermediates"
-
-
-class Cache(flax.struct.PyTreeNode):
-    """Keys and values already computed: a ring of S slots for each layer, the oldest overwritten first.
-
-    `length` is one number where all rows are equally long, or one for each row.
-    """
-
-    keys: Float[Array, "L B K S H"]
-    values: Float[Array, "L B K S H"]
-    positions: Int[Array, "B S"]  # of the token in each slot; -1 is empty
-    length: Int[Array, "*B"]  # tokens written so far
-
-    @classmethod
-    def empty(cls, config: ModelConfig, batch_size: int, dtype: Any, num_slots: int = 0) -> "Cache":
-        """A cache for `batch_size` sequences with `num_slots` slots (0: the context length of the model)."""
-        num_slots = num_slots or config.seq_len
-        shape = (config.num_layers, batch_size, config.num_kv_heads, num_slots, config.head_dim)
-        return cls(
-            keys=jnp.zeros(shape, dtype),
-            values=jnp.zeros(shape, dtype),
-            positions=jnp.full((batch_size, num_slots), -1, jnp.int32),
-            length=jnp.zeros((), jnp.int32),
-        )
-
-
-def _write_slots(ring: Array, new: Array, slot: Array, axis: int) -> Array:
-    """The ring [B, ...] with `new` from `slot` on along `axis`; each row has a slot of its own where there are [B]."""
-    if not slot.ndim:
-        return jax.lax.dynamic_update_slice_in_dim(ring, new, slot, axis)
-    return jax.vmap(lambda r, n, s: jax.lax.dynamic_update_slice_in_dim(r, n, s, axis - 1))(ring, new, slot)
 
 
 @runtime_checkable
@@ -139,7 +107,7 @@ class Attention(nn.Module):
         query, key = rotate(query, angles), rotate(key, angles)
         if cached is not None:
             key, value = (
-                _write_slots(old, new.astype(old.dtype), slot, axis=2)
+                write_slots(old, new.astype(old.dtype), slot, axis=2)
                 for old, new in zip(cached, (key, value), strict=True)
             )
             cached = key, value
@@ -264,7 +232,7 @@ class Transformer(nn.Module):
         else:
             num_slots = cache.positions.shape[1]
             slot = start % num_slots
-            slot_positions = _write_slots(cache.positions, positions, slot, axis=1)
+            slot_positions = write_slots(cache.positions, positions, slot, axis=1)
             mask = causal_mask(positions, slot_positions, window=num_slots)
         frequencies = rotary_frequencies(c.head_dim, c.rope_base, c.rope_scaling, c.rope_original_len)
         angles = rotary_angles(positions, frequencies)

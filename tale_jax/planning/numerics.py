@@ -23,7 +23,7 @@ import numpy as np
 from tale_jax.config import Config, change
 from tale_jax.hardware import machine
 from tale_jax.hardware.backend import Backend, for_platform, matmul_peak, start_backend
-from tale_jax.model.transformer import Cache
+from tale_jax.model.decoding import Cache
 from tale_jax.planning.programs import UntrainedTokenizer
 from tale_jax.planning.timing import random_windows, timed_step
 from tale_jax.training.state import TrainState

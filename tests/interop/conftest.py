@@ -1,7 +1,5 @@
-"""What the comparisons measure is printed as tables at the end, and kept in `interop.json` where pytest starts."""
+"""What the comparisons measure is printed as tables at the end."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,5 +23,3 @@ def pytest_terminal_summary(terminalreporter):
         for row in rows:
             cells = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
             terminalreporter.write_line(" | ".join(cells))
-    if ROWS:
-        Path("interop.json").write_text(json.dumps(ROWS, indent=1) + "\n")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from tale_jax.model.attention import (
-    attend_one,
     attention,
     causal_mask,
     document_segments,
@@ -14,6 +13,7 @@ from tale_jax.model.attention import (
     rotary_frequencies,
     rotate,
 )
+from tale_jax.model.decoding import attend_one
 
 
 def inputs(length, heads=4, kv_heads=2, width=8, dtype=jnp.float32):

@@ -11,8 +11,8 @@ import pytest
 from helpers import assert_trees_close, assert_trees_equal, build_config
 
 from tale_jax.model import transformer
+from tale_jax.model.decoding import Cache
 from tale_jax.model.transformer import (
-    Cache,
     Transformer,
     count_parameters,
     flops_per_token,
