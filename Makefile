@@ -14,11 +14,11 @@ PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 DEMO := experiments/tales
 
-.PHONY: help env demo test test-slow test-core test-interop lint clean
+.PHONY: help env demo test test-slow test-core test-interop test-clients lint clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: ## make or update the environment .venv, with the best Python found
 	@VENV='$(VENV)' PYTHON='$(PYTHON)' EXTRAS='$(EXTRAS)' CONSTRAINTS='$(CONSTRAINTS)' .ci/make-env
@@ -48,6 +48,10 @@ test-interop: ## exported and imported models beside transformers 4 and 5 and ll
 	@.venv-interop/bin/python -m pip install -q --no-input --disable-pip-version-check --no-deps --upgrade \
 	    --target .venv-interop/transformers4 -r .ci/constraints/transformers4.txt
 	@.venv-interop/bin/python -m pytest -q -m interop $(PYTEST_ARGS) tests/interop
+
+test-clients: ## the server with OpenAI's client, schemathesis, and Chromium if it is on PATH, in .venv-clients
+	@EXTRAS=dev,clients VENV=.venv-clients PYTHON='$(PYTHON)' .ci/make-env
+	@.venv-clients/bin/python -m pytest -q -m 'not slow' $(PYTEST_ARGS) tests/serve
 
 lint: env ## ruff and pyright
 	@$(PY) -m ruff check .

@@ -58,21 +58,25 @@ MIN_VOCAB_SIZE = 256 + 4 + 1  # a token for each byte, four special tokens, a ch
 UNKNOWN_TOTAL_STEPS = 1 << 30  # of a run whose length is not known before its text is there; also the longest run
 WARMUP_SHARE = 0.02  # of the run, where schedule.warmup_steps is 0
 
-FORMAT = 2  # of config.json
-# Settings that format 1 had not, with values that change nothing.
-_NEW_IN_2 = {
-    "corpus": {"encoding": "", "changed": ""},
-    "model": {"head_dim": 0, "rope_scaling": 0.0, "rope_original_len": 8192},
-    "checkpoint": {"keep_every": 0},
+FORMAT = 3  # of config.json
+# Settings that an older format had not, by the format that brought them, with values that change nothing.
+NEW_SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {"corpus": {"encoding": "", "changed": ""}},
+    3: {
+        "model": {"head_dim": 0, "rope_scaling": 0.0, "rope_original_len": 8192},
+        "checkpoint": {"keep_every": 0},
+    },
 }
 
 
-def _with_settings_of_2(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: _NEW_IN_2.get(name, {}) | part if isinstance(part, dict) else part for name, part in values.items()}
+def _with_settings(new: dict[str, dict[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
+    return {name: new.get(name, {}) | part if isinstance(part, dict) else part for name, part in values.items()}
 
 
 # From format 1 on every format loads: an entry n makes values of format n into those of format n + 1.
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_settings_of_2}
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    number - 1: functools.partial(_with_settings, new) for number, new in NEW_SETTINGS.items()
+}
 
 # Names from before format 1, for whoever still writes them.
 RENAMED = {

@@ -446,19 +446,13 @@ def test_an_older_format_is_brought_to_the_present_one(tmp_path, monkeypatch):
     assert Config.load(tmp_path) == config
 
 
-def test_format_1_knows_heads_of_one_width_only(tmp_path):
-    config = build_config()
-    config.save(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text()) | {"format": 1}
-    for name in ("head_dim", "rope_scaling", "rope_original_len"):
-        del saved["model"][name]
-    (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert Config.load(tmp_path) == config
-
-
-def test_format_1_had_fewer_settings(tmp_path):
-    values = {"format": 1} | dataclasses.asdict(build_config())
-    del values["corpus"]["encoding"], values["corpus"]["changed"], values["checkpoint"]["keep_every"]
+@pytest.mark.parametrize("number", range(1, FORMAT))
+def test_an_older_format_had_fewer_settings(tmp_path, number):
+    values = {"format": number} | dataclasses.asdict(build_config())
+    for later in range(number + 1, FORMAT + 1):
+        for group, names in config_module.NEW_SETTINGS[later].items():
+            for name in names:
+                del values[group][name]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert Config.load(tmp_path) == build_config()
 

@@ -10,25 +10,9 @@ import time
 
 import httpx2 as httpx
 import pytest
-from helpers import run_script, start_script
+from helpers import run_script, served
 
 PROMPT = "Once there was"
-
-
-@contextlib.contextmanager
-def served(*flags):
-    """A server process and its address; it is killed when it is still there at the end."""
-    process = start_script("serve", "--port=0", *flags)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.search(r"http://\S+:\d+", line)
-        assert found, (line, process.stderr and process.stderr.read())
-        yield process, found[0]
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +94,7 @@ def test_a_body_that_does_not_end_or_is_too_large(url):
 
 
 def test_openai_s_client(url):
-    openai = pytest.importorskip("openai")
+    openai = pytest.importorskip("openai", reason="needs the extra clients")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     assert [model.id for model in client.models.list()] == ["chatty"]
     wanted = {"model": "chatty", "prompt": PROMPT, "max_tokens": 30, "seed": 1, "logprobs": 3}
