@@ -59,7 +59,7 @@ def until(page, condition):
 def open_at(page, url, **state):
     values = {"prompt": PROMPT, "max_tokens": 24, **state}
     page.goto(f"{url}/#" + "&".join(f"{name}={str(value).replace(' ', '+')}" for name, value in values.items()))
-    page.wait_for_selector("#next .bars li")
+    page.wait_for_selector("#next .bars li", state="attached")
 
 
 def write(page):

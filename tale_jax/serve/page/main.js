@@ -180,6 +180,10 @@ $("key-form").addEventListener("submit", (event) => {
   start();
 });
 window.addEventListener("hashchange", () => start());
+if (matchMedia("(max-width: 52rem)").matches) { // the text first, where they stand one below the other
+  $("sampling").open = false;
+  $("after").open = false;
+}
 
 async function restart() {
   try {

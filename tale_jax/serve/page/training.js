@@ -50,7 +50,8 @@ export async function render(panel, page) {
     const step = state.trained;
     try {
       const choice = await at(step);
-      const looked = { ...weights(state.model, step), prompt: lookedAt(page), layer: state.layer, head: state.head };
+      const given = state.text || page.tree.nodes.length ? lookedAt(page) : state.prompt + (await at(steps.at(-1))).text;
+      const looked = { ...weights(state.model, step), prompt: given, layer: state.layer, head: state.head };
       const seen = await post("/inspect/attention", looked);
       if (step !== state.trained) return;
       const text = new TokenText(`Text at step ${step}`);
