@@ -9,7 +9,7 @@ import dataclasses
 import json
 
 from absl import flags
-from cli import run
+from cli import overrides, run
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/m2_air.py:tuned")
@@ -25,17 +25,16 @@ flags.mark_flag_as_required("config")
 
 def main(_: list[str]) -> None:
     from tale_jax.config import Config
-
-    config = Config.build(CONFIG.value)
+    from tale_jax.convert.formats import with_base
     from tale_jax.hardware.backend import start_backend
     from tale_jax.planning import calibrate, plan
     from tale_jax.utils.format import parse_bytes
 
+    config = with_base(Config.build(CONFIG.value), WORKDIR.value, overrides("config"))
     backend = start_backend(config.backend.platform)
     if TABLE.value:
         runs = calibrate.calibration_configs(config).items()
-        calibrate.print_calibrations({name: calibrate.calibrate(run, backend.platform) for name, run in runs})
-        return
+        return calibrate.print_calibrations({name: calibrate.calibrate(run, backend.platform) for name, run in runs})
     memory = parse_bytes(MEMORY.value)
     if MAC.value:
         made = plan.make_mac_plan(config, backend, WORKDIR.value, memory)

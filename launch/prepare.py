@@ -19,6 +19,8 @@ def main(_: list[str]) -> None:
     from tale_jax.data.prepare import describe, prepare, with_vocab_size
 
     config, workdir = Config.build(CONFIG.value), Path(str(WORKDIR.value))
+    if config.base:
+        raise ValueError(f"base={config.base} is prepared by launch/train.py, which brings its tokenizer; run that")
     if config.minutes and "tokenizer.vocab_size" not in overrides("config"):
         config, reason = with_vocab_size(config, workdir)
         print(reason)

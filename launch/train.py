@@ -20,9 +20,12 @@ def main(_: list[str]) -> None:
     from tale_jax.config import Config
 
     config, workdir = Config.build(CONFIG.value), Path(WORKDIR.value)
+    from tale_jax.convert.formats import import_base, with_base
     from tale_jax.hardware.backend import start_backend  # JAX is imported when the config is known to be right
     from tale_jax.runs.train import train
 
+    config = with_base(config, workdir, overrides("config"))
+    import_base(config, workdir)
     outcome = train(config, workdir, start_backend(config.backend.platform), overrides("config"), START_TIME)
     if outcome.signal:
         sys.exit(128 + outcome.signal)

@@ -18,7 +18,7 @@ import functools
 import json
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,14 @@ REMAT = ("none", "block", *REMAT_POLICIES)  # those are names in jax.checkpoint_
 WANDB_MODES = ("off", "offline", "online")
 WINDOWS = ("stream", "document")
 OPTIMIZERS = ("adamw", "muon")
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # the linear layers of a block
+TUNABLE = ("seq_len", "dropout", "embedding_dropout", "mask_documents", "scan_layers")  # of a base's `model` settings
 
 MIN_VOCAB_SIZE = 256 + 4 + 1  # a token for each byte, four special tokens, a character of the text
 UNKNOWN_TOTAL_STEPS = 1 << 30  # of a run whose length is not known before its text is there; also the longest run
 WARMUP_SHARE = 0.02  # of the run, where schedule.warmup_steps is 0
 
-FORMAT = 2  # of config.json
+FORMAT = 3  # of config.json
 # Settings that format 1 had not, with values that change nothing.
 _NEW_IN_2 = {
     "corpus": {"encoding": "", "changed": ""},
@@ -71,8 +73,13 @@ def _with_settings_of_2(values: dict[str, Any]) -> dict[str, Any]:
     return {name: _NEW_IN_2.get(name, {}) | part if isinstance(part, dict) else part for name, part in values.items()}
 
 
+def _with_settings_of_3(values: dict[str, Any]) -> dict[str, Any]:
+    """Fine-tuning; and what came into format 2 while it was young."""
+    return {"base": "", "lora": dataclasses.asdict(LoraConfig())} | _with_settings_of_2(values)
+
+
 # From format 1 on every format loads: an entry n makes values of format n into those of format n + 1.
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_settings_of_2}
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_settings_of_2, 2: _with_settings_of_3}
 
 # Names from before format 1, for whoever still writes them.
 RENAMED = {
@@ -192,6 +199,37 @@ class ModelConfig(Group):
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig(Group):
+    """Low-rank updates (adapters) that are trained in the place of a base's weights."""
+
+    rank: int = setting(0, "rank of the updates", not_negative, at_most(1 << 16), off="train all weights", usual=8)
+    alpha: float = setting(16.0, "updates are multiplied by alpha / rank", positive)
+    dropout: float = setting(0.0, "share of what the updates read that is dropped", below_one, off="off")
+    rank_stabilized: bool = setting(False, "multiply by alpha / sqrt(rank) instead (rsLoRA)")
+    dora: bool = setting(False, "also train the size of each column of a matrix (DoRA)")
+    matrices: str = setting("", f"which linear layers, with commas between: {', '.join(MATRICES)}", off="all")
+
+    def broken(self) -> Broken:
+        unknown = [name for name in self.chosen if name not in MATRICES]
+        if unknown or len(set(self.chosen)) < len(self.chosen):
+            near = difflib.get_close_matches(unknown[0], MATRICES, n=1) if unknown else []
+            remedy = f"did you mean {near[0]}?" if near else "try query,value"
+            yield "matrices", f"name some of {', '.join(MATRICES)}, each once", remedy
+        if self.dora and not self.rank:
+            yield "dora", "be False where lora.rank=0", "set lora.rank=8"
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The names of the linear layers that have an update."""
+        return tuple(name.strip() for name in self.matrices.split(",")) if self.matrices else MATRICES
+
+    @property
+    def scale(self) -> float:
+        """What updates are multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Group):
     """The update of the weights: by `name` for the matrices in the blocks, by Adam for embedding, head and norms."""
 
@@ -307,10 +345,12 @@ class Config(Group):
     )
     precision: str = setting("auto", "dtype of the computation; weights stay float32", choices=PRECISIONS)
     windows: str = setting("stream", "end wherever they are full, or begin with a document", choices=WINDOWS)
+    base: str = setting("", "model to fine-tune: a workdir or a Hugging Face folder", off="train from random weights")
     remat: str = setting("none", "what the backward pass recomputes, by jax.checkpoint", choices=REMAT, free=True)
     corpus: CorpusConfig = group(CorpusConfig)
     tokenizer: TokenizerConfig = group(TokenizerConfig)
     model: ModelConfig = group(ModelConfig)
+    lora: LoraConfig = group(LoraConfig)
     optimizer: OptimizerConfig = group(OptimizerConfig)
     schedule: ScheduleConfig = group(ScheduleConfig)
     ema: EmaConfig = group(EmaConfig)
@@ -325,6 +365,10 @@ class Config(Group):
         batch, micro, length = self.batch_size, self.micro_batch_size, self.model.seq_len
         if not self.total_steps and self.passes <= 0:
             yield "passes", "be positive when total_steps=0", "try passes=1.0, or set total_steps"
+        if self.base and self.minutes:
+            yield "minutes", "be 0 with a base, whose size is what it is", "set total_steps or passes, and minutes=0"
+        if self.lora.rank and self.optimizer.name != "adamw":
+            yield "optimizer.name", f"be adamw with lora.rank={self.lora.rank}", "try adamw"
         if micro and batch % micro:
             yield "micro_batch_size", f"divide batch_size={batch}", f"try {nearest_divisor(batch, micro)}"
         if self.schedule.short_seq_fraction and length % self.schedule.seq_len_divisor:
@@ -386,6 +430,20 @@ class Config(Group):
             raise mistake("schedule.warmup_steps", warmup, f"not exceed total_steps={total}", remedy)
         schedule = dataclasses.replace(self.schedule, warmup_steps=warmup)
         return dataclasses.replace(self, total_steps=total, schedule=schedule)
+
+    def with_base(self, base: "Config", overrides: Collection[str] = ()) -> "Config":
+        """The config with the model and the tokenizer of a base. Of the model `TUNABLE` may be overridden.
+
+        Raises ValueError, in one line, for a setting in `overrides` (dotted names) that belongs to the base.
+        """
+        for (name, mine, _), (_, theirs, _) in zip(iter_settings(self), iter_settings(base), strict=True):
+            part, _, field = name.partition(".")
+            if name in overrides and part in ("model", "tokenizer") and field not in TUNABLE and mine != theirs:
+                rule = f"be {format_value(theirs)}, as base={self.base} has it"
+                raise mistake(name, mine, rule, f"leave out --config.{name}")
+        kept = {field: getattr(self.model, field) for field in TUNABLE if f"model.{field}" in overrides}
+        model = dataclasses.replace(base.model, **kept)
+        return dataclasses.replace(self, model=model, tokenizer=base.tokenizer)
 
     def difference(self, other: "Config") -> tuple[str, Any, Any] | None:
         """What makes this another experiment than `other`, a run of known length: the first field and both values."""

@@ -107,7 +107,7 @@ def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
     if corpus and missing:
         _tell([*corpus.notes, *([CHANGED_NOTE] if old else [])], log)
         _compare_documents(corpus, log)
-    brought = tokenizer_file(workdir).name == JSON_FILE  # by a model from elsewhere: it stays
+    brought = bool(config.base) or tokenizer_file(workdir).name == JSON_FILE  # with the model: it stays
     if corpus and not manifests and not brought:
         tokenizer = _write_tokenizer(corpus, config, workdir, log)
     else:

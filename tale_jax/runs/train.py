@@ -7,6 +7,7 @@ the first one alone writes everything else.
 
 import dataclasses
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -22,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tale_jax.config import Config
 from tale_jax.data.loader import Batches, window_starts
 from tale_jax.data.prepare import Prepared, prepare
-from tale_jax.data.tokenizer import Tokenizer
+from tale_jax.data.tokenizer import Tokenizer, tokenizer_file
 from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans
 from tale_jax.hardware.backend import Backend, matmul_peak
 from tale_jax.hardware.distributed import any_process, from_main_process, is_main_process, wait_for_processes
@@ -32,6 +33,7 @@ from tale_jax.planning.autotune import autotune
 from tale_jax.planning.memory import memory_budget
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.plan import Plan, headline, plan_run, refusal, remedies
+from tale_jax.runs.experiment import base_folder, open_base
 from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes
 from tale_jax.training.loop import Hooks, fit
 from tale_jax.training.metrics import Meter, Sinks, open_sinks
@@ -76,6 +78,8 @@ def train(
       MemoryError: memory ran out all the same; older checkpoints are intact.
       OSError: the workdir cannot be written, or its disk is full; older checkpoints are intact.
     """
+    if config.lora.rank and not config.base:
+        raise ValueError("base= must name the model whose weights the adapters change; give --config.base=DIR")
     if config.minutes:
         config = autotune(config, workdir, backend, start_time or time.monotonic(), overrides)
     with ExitStack() as held:
@@ -92,7 +96,7 @@ def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
     with Progress("train", total=config.total_steps, unit="steps", log=log, show=is_main_process()) as progress:
         precision, reason = from_main_process(lambda: _choose_precision(config, backend))
         trainer = make_trainer(config, backend, jnp.dtype(precision), tokenizer.bos_id)
-        throttle = max_concurrent_bytes(trainer.abstract_state, backend.overlap_io)
+        throttle = max_concurrent_bytes(trainer.abstract_state.replace(base=None), backend.overlap_io)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle, config.checkpoint.keep_every)
         if (step := checkpoints.latest or 0) >= config.total_steps:
             checkpoints.close()
@@ -112,9 +116,11 @@ def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
             if is_main_process():
                 config.save(workdir)
             if checkpoints.latest is None:
-                state = trainer.init()
+                state = trainer.init(*_base_params(config, workdir, backend))
             else:
                 state, position = checkpoints.restore(trainer.abstract_state, trainer.state_shardings)
+                if config.lora.rank:
+                    state = state.replace(base=trainer.init(*_base_params(config, workdir, backend)).base)
                 if config.corpus.changed == "continue" and not batches.is_in_this_text(position):
                     progress.print("the text has changed: training goes on with the weights, at the start of it")
                 else:
@@ -128,6 +134,10 @@ def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
             hooks = RunHooks(config, workdir, tokenizer, trainer, checkpoints, batches, sinks, progress, record, stop)
             if config.windows == "document":
                 hooks.score_training_text(tokens, starts)
+            if config.base:
+                hooks.score_base_text(base_folder(workdir, config))
+                if step == 0:
+                    hooks.on_base(state)
             scheduled = scheduled_batches(hooks.timed(batches), config.schedule, config.total_steps, step)
             state, step = fit(trainer, state, scheduled, hooks, step)
             checkpoints.save(step, state, batches.get_state(), None)  # does nothing where this step was saved
@@ -137,6 +147,11 @@ def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
                 f"stopped at step {step} of {config.total_steps}, saved; the same command goes on from there"
             )
         return Outcome(step, config.total_steps, stop.number)
+
+
+def _base_params(config: Config, workdir: Path, backend: Backend) -> tuple[Any, ...]:
+    """The weights to start from; empty where they are random."""
+    return (open_base(workdir, config, backend).params,) if config.base else ()
 
 
 def _choose_precision(config: Config, backend: Backend) -> list[str]:
@@ -154,10 +169,24 @@ def open_workdir(workdir: Path, config: Config) -> Prepared:
 
     def make() -> None:
         _check_workdir(workdir, config)
+        if config.base:
+            _copy_tokenizer(base_folder(workdir, config), workdir)
         prepare(config, workdir, workdir / "log.txt")
 
     from_main_process(make)
     return prepare(config, workdir)
+
+
+def _copy_tokenizer(base: Path, workdir: Path) -> None:
+    """The tokenizer of the base, and its chat template, for the text of this run."""
+    if not tokenizer_file(workdir).is_file():
+        if not tokenizer_file(base).is_file():
+            raise ValueError(f"base={base} must hold a tokenizer (none in {base}/tokenizer); restore it")
+        partial = workdir / "tokenizer.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(base / "tokenizer", partial)
+        shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
+        partial.rename(workdir / "tokenizer")
 
 
 def _check_workdir(workdir: Path, config: Config) -> None:
@@ -293,7 +322,7 @@ class RunHooks(Hooks):
         decoder = trainer.model.clone(dtype=jnp.float32)
         self._sampler = Sampler(decoder, None, tokenizer, batch_size=config.sample.num_samples)
         self._replicate = jax.jit(lambda tree: tree, out_shardings=trainer.replicated)
-        self._bos_id = tokenizer.bos_id
+        self._tokenizer, self._bos_id = tokenizer, tokenizer.bos_id
         self._scorer = Scorer(
             trainer.model,
             tokenizer,
@@ -305,6 +334,7 @@ class RunHooks(Hooks):
         self._evaluation = Evaluation(
             workdir, "valid", self._scorer, tokenizer, config.windows, max_windows=config.evaluate.max_windows
         )
+        self._base_evaluation: Evaluation | None = None
         self._train_tokens: np.ndarray | None = None
         self._train_spans: list[Span] = []
 
@@ -319,6 +349,17 @@ class RunHooks(Hooks):
         context = self._config.model.seq_len
         self._train_tokens = tokens
         self._train_spans = list(first_document_spans(tokens, chosen, context, self._bos_id))
+
+    def score_base_text(self, base: Path) -> None:
+        """Before the first step and after the last, the text of the base is scored too: what was forgotten."""
+        if (base / "windows" / "valid.json").is_file():
+            tokenizer, windows = self._tokenizer, Config.load(base).windows
+            maximum = self._config.evaluate.max_windows
+            self._base_evaluation = Evaluation(base, "valid", self._scorer, tokenizer, windows, max_windows=maximum)
+
+    def on_base(self, state: TrainState) -> None:
+        """The model before the first step."""
+        self._evaluate(state.eval_params, 0)
 
     def timed(self, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """The batches; how long the loop waits for them is measured."""
@@ -373,11 +414,17 @@ class RunHooks(Hooks):
             if self._train_tokens is not None:
                 nats, counts, _ = self._scorer(params, self._train_tokens, self._train_spans, part.advance)
                 result["train_nats_per_token"] = float(nats.sum() / counts.sum())
-        keep = ("nats_per_token", "bits_per_byte", "tokens", "excess_nats_per_token", "train_nats_per_token")
+            if self._base_evaluation and step in (0, self._config.total_steps):
+                old = self._base_evaluation(params)
+                result |= {f"base_{name}": old[name] for name in ("nats_per_token", "bits_per_byte")}
+        keep = ("base_nats_per_token", "base_bits_per_byte")
+        keep += ("nats_per_token", "bits_per_byte", "tokens", "excess_nats_per_token", "train_nats_per_token")
         self._sinks.write(
             {"kind": "valid", "step": step, "time": time.time()} | {k: result[k] for k in keep if k in result}
         )
         excess = f", {result['excess_nats_per_token']:.4f} over the floor" if "excess_nats_per_token" in result else ""
+        if "base_nats_per_token" in result:
+            excess += f"; on the base's own text {result['base_nats_per_token']:.4f} nats/token"
         self._progress.print(
             f"step {step}: validation {result['nats_per_token']:.4f} nats/token, "
             f"{'–' if result['bits_per_byte'] is None else format(result['bits_per_byte'], '.3f')} bits/byte{excess}"
