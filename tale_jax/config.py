@@ -365,10 +365,6 @@ class Config(Group):
         batch, micro, length = self.batch_size, self.micro_batch_size, self.model.seq_len
         if not self.total_steps and self.passes <= 0:
             yield "passes", "be positive when total_steps=0", "try passes=1.0, or set total_steps"
-        if self.base and self.minutes:
-            yield "minutes", "be 0 with a base, whose size is what it is", "set total_steps or passes, and minutes=0"
-        if self.lora.rank and self.optimizer.name != "adamw":
-            yield "optimizer.name", f"be adamw with lora.rank={self.lora.rank}", "try adamw"
         if micro and batch % micro:
             yield "micro_batch_size", f"divide batch_size={batch}", f"try {nearest_divisor(batch, micro)}"
         if self.schedule.short_seq_fraction and length % self.schedule.seq_len_divisor:

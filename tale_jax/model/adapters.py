@@ -38,6 +38,11 @@ class Adapted(flax.struct.PyTreeNode):
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
 
 
+def without_adapters(params: Any, config: LoraConfig) -> Adapted:
+    """The weights of a base, waiting for their updates."""
+    return Adapted(params, None, config.scale, config.dropout)
+
+
 def init_adapters(params: Any, config: LoraConfig, key: Array) -> Any:
     """Updates of the chosen matrices, by the names of their modules. Raises ValueError for too large a rank."""
     tree: dict[str, Any] = {}

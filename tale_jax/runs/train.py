@@ -44,6 +44,7 @@ from tale_jax.utils.files import JsonLines
 from tale_jax.utils.format import format_bytes
 from tale_jax.utils.locks import writer_lock
 from tale_jax.utils.progress import Progress
+from tale_jax.utils.settings import mistake
 
 MIN_TRAIN_WINDOWS = 16  # scored at each evaluation of a run with windows=document; else a quarter of those of valid
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "bad_alloc", "Insufficient Memory")
@@ -80,6 +81,10 @@ def train(
     """
     if config.lora.rank and not config.base:
         raise ValueError("base= must name the model whose weights the adapters change; give --config.base=DIR")
+    if config.lora.rank and config.optimizer.name != "adamw":
+        raise mistake("optimizer.name", config.optimizer.name, "be adamw with lora.rank above 0", "try adamw")
+    if config.base and config.minutes:
+        raise mistake("minutes", config.minutes, "be 0 with a base, whose size is known", "set total_steps or passes")
     if config.minutes:
         config = autotune(config, workdir, backend, start_time or time.monotonic(), overrides)
     with ExitStack() as held:

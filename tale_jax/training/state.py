@@ -6,7 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from tale_jax.model.adapters import Adapted, init_adapters
+from tale_jax.model.adapters import init_adapters, without_adapters
 from tale_jax.model.initialization import with_induction_heads
 from tale_jax.model.transformer import Transformer
 from tale_jax.training.loss_scale import first_scale, needs_scale
@@ -45,7 +45,7 @@ def init_state(
         params = with_induction_heads(params, model.config)
     adapted = None
     if lora and lora.rank:
-        adapted, params = Adapted(params, None, lora.scale, lora.dropout), init_adapters(params, lora, init_key)
+        adapted, params = without_adapters(params, lora), init_adapters(params, lora, init_key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -95,6 +95,10 @@ def test_what_cannot_be_a_base(trained, text, tmp_path, cpu):
         config_of("lora", trained, text, **{"model.num_layers": 9})
     with pytest.raises(ValueError, match=r"base= must name the model"):
         train(dataclasses.replace(config_of("lora", trained, text), base=""), tmp_path / "x", cpu)
+    with pytest.raises(ValueError, match=r"optimizer.name=\"muon\" must be adamw with lora.rank above 0; try adamw"):
+        train(config_of("lora", trained, text, **{"optimizer.name": "muon"}), tmp_path / "x", cpu)
+    with pytest.raises(ValueError, match=r"minutes=2.0 must be 0 with a base"):
+        train(config_of("lora", trained, text, minutes=2.0), tmp_path / "x", cpu)
     shutil.copytree(trained, tmp_path / "bare")
     shutil.rmtree(tmp_path / "bare" / "tokenizer")
     with pytest.raises(ValueError, match=r"base=.*bare must hold a tokenizer"):
