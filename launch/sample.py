@@ -9,7 +9,6 @@ written; a second one, or Ctrl-D, ends the session. Each turn has a new seed.
 """
 
 import dataclasses
-import functools
 
 from absl import flags
 from cli import run
@@ -36,7 +35,7 @@ flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 
 def main(_: list[str]) -> None:
     from tale_jax.hardware.backend import start_backend
-    from tale_jax.inference.chat import print_samples, prompt_loop
+    from tale_jax.inference.chat import answer_prompt, answer_prompts
     from tale_jax.inference.sampler import Sampler, SampleSettings
     from tale_jax.planning.numerics import choose_precision
     from tale_jax.runs.experiment import open_experiment
@@ -46,12 +45,9 @@ def main(_: list[str]) -> None:
     dtype = choose_precision(backend, FLAGS.precision)[0]
     experiment = open_experiment(FLAGS.workdir, backend, FLAGS.step, dtype, FLAGS.weights)
     sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, donate=backend.donate)
-    stream = functools.partial(sampler.stream, num_samples=FLAGS.num_samples)
-    show = functools.partial(print_samples, as_json=FLAGS.json, step=experiment.step, weights=experiment.weights)
-    if FLAGS.interactive:
-        prompt_loop(stream, show, settings, FLAGS.seed, FLAGS.prompt)
-    else:
-        show(stream(FLAGS.prompt, settings, seed=FLAGS.seed))
+    facts = {"step": experiment.step, "weights": experiment.weights}
+    write = answer_prompts if FLAGS.interactive else answer_prompt
+    write(sampler, FLAGS.prompt, settings, FLAGS.num_samples, FLAGS.seed, FLAGS.json, facts)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,16 @@ said, so that `/seed` can repeat the turn.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tale_jax.inference.sampler import Generation, SampleSettings
+from tale_jax.inference.sampler import Generation, Sampler, SampleSettings
 
 MAX_SEED = (1 << 32) - 1
 COMMAND_WIDTH = 27  # characters
@@ -57,6 +58,33 @@ def print_samples(
         compiling = ", with compiling" if generation.compiled else ""
         rate = f"{generation.tokens_per_second:,.0f} tokens/s"
         _tell(f"seed {generation.seed}; {generation.tokens:,} tokens in {generation.seconds:.2f} s{compiling}: {rate}")
+
+
+def answer_prompt(
+    sampler: Sampler,
+    prompt: str,
+    settings: SampleSettings,
+    num_samples: int,
+    seed: int,
+    as_json: bool,
+    facts: Mapping[str, Any],
+) -> None:
+    """Prints what follows one prompt; see `print_samples`."""
+    print_samples(sampler.stream(prompt, settings, num_samples=num_samples, seed=seed), as_json, **facts)
+
+
+def answer_prompts(
+    sampler: Sampler,
+    prompt: str,
+    settings: SampleSettings,
+    num_samples: int,
+    seed: int,
+    as_json: bool,
+    facts: Mapping[str, Any],
+) -> None:
+    """A session that begins with `prompt`, where it is not empty; see `prompt_loop`."""
+    stream = functools.partial(sampler.stream, num_samples=num_samples)
+    prompt_loop(stream, functools.partial(print_samples, as_json=as_json, **facts), settings, seed, prompt)
 
 
 def prompt_loop(

@@ -61,6 +61,15 @@ class Outcome:
     signal: int
     first_step: int
 
+    def describe(self, workdir: Path) -> str:
+        """That the run has finished, and, where nothing was left to do, how to go on all the same."""
+        model = f"the model: {workdir}/checkpoints/{self.step}"
+        line = f"{workdir} has finished its {self.total_steps} steps; {model}"
+        if self.first_step < self.step:
+            return line
+        longer = f"--workdir={shlex.quote(str(workdir))} --config.total_steps={2 * self.total_steps}"
+        return f"{line}\nnothing was left to do; to train longer: python launch/train.py {longer}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Start:
