@@ -6,6 +6,8 @@ python launch/evaluate.py --workdir=experiments/wikitext2 --quality
 """
 
 import json
+import os
+import sys
 
 from absl import flags
 from cli import run
@@ -46,7 +48,7 @@ def main(_: list[str]) -> None:
     if JSON.value:
         print(json.dumps(result))
     else:
-        print(describe(result))
+        print(describe(result, os.get_terminal_size(1).columns if sys.stdout.isatty() else 0))
         print(f"The result is kept in {WORKDIR.value}/evaluations.jsonl")
 
 

@@ -82,8 +82,11 @@ def _sample_quality(experiment: Experiment, split: str, seed: int) -> list[dict[
     return results
 
 
-def describe(result: Mapping[str, Any]) -> str:
-    """The result of `evaluate`, human-readable, in lines: with each measure the 95 % interval where it is known."""
+def describe(result: Mapping[str, Any], width: int = 0) -> str:
+    """The result of `evaluate`, human-readable, in lines: with each measure the 95 % interval where it is known.
+
+    A table that is wider than `width` (0: as wide as it likes) becomes two lines for each row.
+    """
     shown = {name: value for name, value in result.items() if name != "quality" and not name.endswith(STANDARD_ERROR)}
     lines = [f"{name:>{NAME_WIDTH}}  {_with_interval(name, value, result)}" for name, value in shown.items()]
     if 0 < result.get("texts", 0) < min(result.get("documents", 0), FEW_TEXTS):
@@ -98,9 +101,15 @@ def describe(result: Mapping[str, Any]) -> str:
         lines.append(
             f"{quality['num_samples']} samples at temperature {quality['temperature']:g}, {quality['words']:,} words"
         )
+        table = []
         for name, *values, verdict in cells:
             columns = "  ".join(f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=False))
-            lines.append(f"  {name:<{widths[0]}}  {columns}  {verdict}")
+            table.append(f"  {name:<{widths[0]}}  {columns}  {verdict}")
+        if width and max(map(len, table)) > width:
+            table = []
+            for name, samples, held_out, *_, allowed, verdict in rows:
+                table += [f"  {name}", f"    {samples} (held-out {held_out}, range {allowed}): {verdict}"]
+        lines += table
     if result.get("quality"):
         lines.append(NOT_TESTED)
     return "\n".join(lines)
