@@ -6,8 +6,6 @@ python launch/evaluate.py --workdir=experiments/wikitext2 --quality
 """
 
 import json
-import os
-import sys
 
 from absl import flags
 from cli import run
@@ -31,7 +29,7 @@ flags.mark_flag_as_required("workdir")
 def main(_: list[str]) -> None:
     from tale_jax.hardware.backend import start_backend
     from tale_jax.planning.numerics import choose_precision
-    from tale_jax.runs.evaluate import describe, evaluate
+    from tale_jax.runs.evaluate import describe, evaluate, terminal_width
     from tale_jax.runs.experiment import open_experiment
 
     backend = start_backend("auto")
@@ -48,7 +46,7 @@ def main(_: list[str]) -> None:
     if JSON.value:
         print(json.dumps(result))
     else:
-        print(describe(result, os.get_terminal_size(1).columns if sys.stdout.isatty() else 0))
+        print(describe(result, terminal_width()))
         print(f"The result is kept in {WORKDIR.value}/evaluations.jsonl")
 
 

@@ -4,6 +4,8 @@ python launch/evaluate.py --workdir=experiments/tales --split=test --json
 python launch/evaluate.py --workdir=experiments/wikitext2 --quality
 """
 
+import shutil
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -113,6 +115,11 @@ def describe(result: Mapping[str, Any], width: int = 0) -> str:
     if result.get("quality"):
         lines.append(NOT_TESTED)
     return "\n".join(lines)
+
+
+def terminal_width() -> int:
+    """Columns of the terminal that stdout is; 0 where it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
 
 
 def _with_interval(name: str, value: Any, result: Mapping[str, Any]) -> str:

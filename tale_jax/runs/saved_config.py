@@ -23,7 +23,7 @@ def with_saved_config(args: Sequence[str]) -> list[str]:
     As they are where the workdir has no config, or there is no workdir.
     """
     workdir = re.search(r"\0--?workdir[=\0]([^\0]+)", "\0".join(["", *args[1:]]))
-    if workdir is None or any(re.match(r"--?config(=|$)", arg) for arg in args):
+    if workdir is None or any(re.match(r"--?config(=.|$)", arg) for arg in args):
         return [*args]
     folder, this = os.path.expanduser(workdir[1]), str(Path(__file__).resolve())
     if not os.path.isfile(os.path.join(folder, "config.json")):
