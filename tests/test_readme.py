@@ -208,7 +208,7 @@ def test_every_setting_named_anywhere_exists():
     ]
     wrong = [f"{t.place}: {fault}" for t, name, value in flags if (fault := check_setting(name, value.rstrip(".:")))]
     groups = "|".join(sorted(GROUPS | {"average"}))
-    files = r"(?:py|json|jsonl|md|html|bin|txt|model|partial)\b"
+    files = r"(?:py|json|jsonl|md|html|bin|txt|model|partial|safetensors|gguf)\b"
     named = [
         (text, match)
         for text in TEXTS
