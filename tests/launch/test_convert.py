@@ -7,6 +7,7 @@ pytest.importorskip("tokenizers", reason="needs the convert extra")
 pytest.importorskip("gguf", reason="needs the convert extra")
 
 
+@pytest.mark.slow
 def test_out_and_in(trained, tmp_path):
     done = run_script("convert", f"--workdir={trained}", "--to=huggingface", f"--out={tmp_path}/model")
     assert done.returncode == 0, done.stderr

@@ -127,6 +127,7 @@ def test_openai_s_client(url):
     asyncio.run(several())
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_text_of_sample_py(url, chat_workdir):
     flags = ["--max_tokens=40", "--seed=3", "--temperature=0.8", "--top_p=0.9", "--json"]
     done = run_script("sample", f"--workdir={chat_workdir}", f"--prompt={PROMPT}", *flags)
