@@ -149,6 +149,7 @@ def test_inside(page, url):
     page.click(".thumb >> nth=1")
     said = page.locator("section p[aria-live]")
     assert "looks at" in said.text_content()
+    page.wait_for_selector(".layers tbody tr")  # of the last token, before any is chosen
     page.locator(".token").nth(4).click()
     until(page, "document.querySelector('p[aria-live]').textContent.includes('(4) looks at')")
     assert page.locator(".lens tbody tr").count() == 3 and page.locator(".layers tbody tr").count() == 3
@@ -190,6 +191,8 @@ def test_two_models(page, url):
     assert one != two and one.startswith(PROMPT) and two.startswith(PROMPT)
     page.locator(".card >> nth=1").locator(".token >> nth=5").hover()
     page.wait_for_selector(".details .bars li")
+    open_at(page, url, tab="compare", step2=10, seed=2)
+    until(page, "document.querySelector('#seed').value === '2' && document.querySelector('#step2')?.value === '10'")
 
 
 def test_chat(page, url):

@@ -5,6 +5,7 @@ import { sampling, set, state, weights } from "./state.js";
 import { TokenText, distribution, el, nats, shown } from "./view.js";
 
 export async function render(panel, page) {
+  if (!state.model2) set({ model2: page.models.at(-1).id });
   if (!page.models.some(({ id }) => id === state.model2)) set({ model2: page.models.at(-1).id, step2: 0 });
   const model = el("select", { id: "model2", onchange: () => { set({ model2: model.value, step2: 0 }); choose(); } },
     ...page.models.map(({ id }) => el("option", { value: id }, id)));

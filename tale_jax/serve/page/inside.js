@@ -11,6 +11,11 @@ export function lookedAt(page) {
   return ids.length ? ids.slice(0, page.about.context - 1) : state.prompt;
 }
 
+// The position that is looked at: one that was chosen, or the last.
+function position(tokens) {
+  return state.at >= 0 && state.at < tokens.length ? state.at : tokens.length - 1;
+}
+
 export async function render(panel, page) {
   const box = el("textarea", { rows: 3, id: "inside-text", spellcheck: "false" });
   const plain = state.text || page.tree.nodes[state.node]?.tokens.map((t) => t.text).join("") || state.prompt;
@@ -25,7 +30,6 @@ export async function render(panel, page) {
       const prompt = lookedAt(page);
       const seen = await post("/inspect/tokens", { ...weights(), ...sampling(), prompt, top: 1 });
       sum.textContent = `${seen.tokens.length} tokens with the start mark, ${nats(seen.nats)} nats in all`;
-      if (state.at < 0 || state.at >= seen.tokens.length) set({ at: seen.tokens.length - 1 });
       const drawLens = await lensOf(lens, prompt);
       await attentionOf(attention, page, prompt, () => drawLens());
     } catch (error) {
@@ -58,12 +62,13 @@ async function attentionOf(section, page, prompt, moved) {
 
   function show() {
     const rows = seen.heads[state.head].weights;
-    const row = rows[Math.min(state.at, rows.length - 1)];
+    const at = position(seen.tokens);
+    const row = rows[at];
     text.weigh(row);
-    text.mark(state.at);
+    text.mark(at);
     const order = row.map((weight, key) => [weight, key]).sort((a, b) => b[0] - a[0]).slice(0, 5);
     const parts = order.map(([weight, key]) => `“${shown(seen.tokens[key])}” (${key}) ${(100 * weight).toFixed(0)} %`);
-    words.textContent = `“${shown(seen.tokens[state.at])}” (${state.at}) looks at ${parts.join(", ")}.`;
+    words.textContent = `“${shown(seen.tokens[at])}” (${at}) looks at ${parts.join(", ")}.`;
   }
 
   async function redraw() {
@@ -91,6 +96,7 @@ async function attentionOf(section, page, prompt, moved) {
   }
 
   await redraw();
+  moved();
 }
 
 // What the model would say next if it ended after each layer. Gives what draws the position that is looked at.
@@ -114,7 +120,7 @@ async function lensOf(section, prompt) {
     all, head, own);
 
   return function draw() {
-    const at = Math.min(state.at, seen.tokens.length - 1);
+    const at = position(seen.tokens);
     const next = seen.tokens[at + 1];
     head.textContent = `After “${shown(seen.tokens[at])}” (${at})${next ? `, where “${shown(next)}” follows` : ""}`;
     for (const cell of all.querySelectorAll("td")) cell.classList.toggle("marked", Number(cell.dataset.at) === at);

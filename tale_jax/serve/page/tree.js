@@ -129,7 +129,7 @@ export function judge(text, model = state.model) {
 export function ending(finish, verdict) {
   const how = { length: "cut off at max tokens", stop: "", stopped: "stopped", opened: "opened from a file" }[finish] ?? "";
   if (!verdict) return how;
-  if (!verdict.accepted) return `not accepted (${verdict.kind}): ${verdict.reason}`;
+  if (!verdict.accepted) return `not accepted: ${verdict.reason}`;
   const floor = verdict.floor_nats_per_token === null ? "" : `, entropy floor ${verdict.floor_nats_per_token.toFixed(3)}`;
   return `accepted: a tale of the grammar, which gives it ${verdict.nats_per_token.toFixed(3)} nats/token${floor}`;
 }
