@@ -128,7 +128,8 @@ export function distribution(top, { chosen = null, pick = null, verb = "go on wi
 
 // Attention weights, queries from top to bottom, keys from left to right.
 export function heatMap(weights, label) {
-  const canvas = el("canvas", { role: "img", "aria-label": label, width: weights.length, height: weights.length });
+  const named = label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" }; // beside a text that names it
+  const canvas = el("canvas", { ...named, width: weights.length, height: weights.length });
   const [r, g, b] = getComputedStyle(document.documentElement).getPropertyValue("--weight-rgb").split(",").map(Number);
   const image = new ImageData(weights.length, weights.length);
   weights.forEach((row, query) =>
