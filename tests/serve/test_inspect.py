@@ -15,7 +15,10 @@ from tale_jax.model.transformer import Block
 from tale_jax.serve.inspect import forward, lens_logits
 from tale_jax.serve.models import Variant, ablate, names_of
 
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(4, 500, (2, 24)), jnp.int32)
+
+def some_tokens():
+    """Two rows of ids. Not made at import, for JAX must not start before the tests set it."""
+    return jnp.asarray(np.random.default_rng(0).integers(4, 500, (2, 24)), jnp.int32)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def params(model):
 
 def test_taps_leave_the_plain_program_as_it_is(decoder, params, monkeypatch):
     def plain(params):
-        return decoder.apply({"params": params}, TOKENS)[0]
+        return decoder.apply({"params": params}, some_tokens())[0]
 
     with_sow = str(jax.make_jaxpr(plain)(params))
     monkeypatch.setattr(nn.Module, "sow", lambda *_, **__: True)
@@ -41,18 +44,18 @@ def test_taps_leave_the_plain_program_as_it_is(decoder, params, monkeypatch):
 
 
 def test_tapped_logits_are_the_plain_ones_to_the_bit(decoder, params):
-    plain = jax.jit(lambda params: decoder.apply({"params": params}, TOKENS)[0])(params)
-    tapped = jax.jit(lambda params: forward(decoder, params, TOKENS)[0])(params)
+    plain = jax.jit(lambda params: decoder.apply({"params": params}, some_tokens())[0])(params)
+    tapped = jax.jit(lambda params: forward(decoder, params, some_tokens())[0])(params)
     np.testing.assert_array_equal(plain, tapped)
 
 
 def test_the_lens_of_the_last_layer_is_the_model(decoder, params):
-    logits, taps = forward(decoder, params, TOKENS)
+    logits, taps = forward(decoder, params, some_tokens())
     states = taps["blocks"]["residual"][0]
-    assert states.shape == (decoder.config.num_layers, *TOKENS.shape, decoder.config.embed_dim)
+    assert states.shape == (decoder.config.num_layers, *some_tokens().shape, decoder.config.embed_dim)
     np.testing.assert_array_equal(lens_logits(decoder, params, states[-1]), logits)
     scale = decoder.config.embed_dim**0.5 if decoder.config.scale_embeddings else 1
-    np.testing.assert_allclose(taps["embedded"][0], params["embedding"][TOKENS] * scale, rtol=1e-6)
+    np.testing.assert_allclose(taps["embedded"][0], params["embedding"][some_tokens()] * scale, rtol=1e-6)
 
 
 def test_attention_weights_mix_the_values_as_attention_does():
@@ -75,14 +78,14 @@ def test_an_ablated_head_is_one_whose_output_is_zero(decoder, params):
 
     def intercept(next_call, arguments, options, context):
         if context.module.name == "output" and next(layers) % decoder.config.num_layers == layer:
-            heads = arguments[0].reshape(*TOKENS.shape, -1, width).at[:, :, head].set(0)
+            heads = arguments[0].reshape(*some_tokens().shape, -1, width).at[:, :, head].set(0)
             arguments = (heads.reshape(arguments[0].shape), *arguments[1:])
         return next_call(*arguments, **options)
 
-    full = plain.apply({"params": params}, TOKENS)[0]
+    full = plain.apply({"params": params}, some_tokens())[0]
     with nn.intercept_methods(intercept):
         expected = layers_one_by_one(plain, params)
-    ablated = plain.apply({"params": ablate(params, [(layer, head)], [], width)}, TOKENS)[0]
+    ablated = plain.apply({"params": ablate(params, [(layer, head)], [], width)}, some_tokens())[0]
     np.testing.assert_allclose(ablated, expected, atol=1e-5)
     assert not np.allclose(full, ablated, atol=1e-3)
 
@@ -90,10 +93,10 @@ def test_an_ablated_head_is_one_whose_output_is_zero(decoder, params):
 def layers_one_by_one(decoder, params):
     """Logits by calling each block by itself, so that a method of one layer can be told from another's."""
     c = decoder.config
-    positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1], dtype=jnp.int32), TOKENS.shape)
+    positions = jnp.broadcast_to(jnp.arange(some_tokens().shape[1], dtype=jnp.int32), some_tokens().shape)
     mask = causal_mask(positions, positions)
     angles = rotary_angles(positions, rotary_frequencies(c.head_dim, c.rope_base))
-    x = params["embedding"][TOKENS] * (c.embed_dim**0.5 if c.scale_embeddings else 1)
+    x = params["embedding"][some_tokens()] * (c.embed_dim**0.5 if c.scale_embeddings else 1)
     block = Block(c, decoder.dtype, decoder.materialize_transposes, True)
     for layer in range(c.num_layers):
         weights = jax.tree_util.tree_map(lambda w, layer=layer: w[layer], params["blocks"])
@@ -102,7 +105,7 @@ def layers_one_by_one(decoder, params):
 
 
 def test_an_ablated_layer_adds_nothing(decoder, params):
-    taps = forward(decoder, ablate(params, [], [1], decoder.config.head_dim), TOKENS)[1]
+    taps = forward(decoder, ablate(params, [], [1], decoder.config.head_dim), some_tokens())[1]
     states = taps["blocks"]["residual"][0]
     np.testing.assert_array_equal(states[1], states[0])
 
