@@ -1,9 +1,12 @@
 """What tests share: the tiny config and trainer, trees compared, launch scripts as a user starts them."""
 
+import contextlib
 import dataclasses
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +110,19 @@ def run_script(name: str, *flags: str, cwd: Path = ROOT) -> subprocess.Completed
     process = start_script(name, *flags, cwd=cwd)
     stdout, stderr = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+@contextlib.contextmanager
+def served(*flags: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A server process and its address; it is killed when it is still there at the end."""
+    process = start_script("serve", "--port=0", *flags)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://\S+:\d+", line)
+        assert found, (line, process.stderr and process.stderr.read())
+        yield process, found[0]
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
