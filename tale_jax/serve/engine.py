@@ -201,7 +201,7 @@ class Engine:
                 while not self._queue and not self.running and not self._stopped:
                     self._condition.wait()
                 if self._stopped:
-                    left = [*self._queue, *(job.job for block in self.blocks for job in block.texts if job)]
+                    left = [*self._queue]
                     self._queue.clear()
                     break
             self._admit()
@@ -211,6 +211,8 @@ class Engine:
                     self._try(block, lambda _, block=block, results=results: block.collect(results))
         for job in left:
             _tell(job, Failure("the server was stopped"))
+        for block in self.blocks:
+            block.fail("the server was stopped")
 
     def _try(self, block: "_Block", act: Callable[[Any], Any]) -> Any:
         """What `act` gives, or None, and the end of all jobs in the block, when it fails."""

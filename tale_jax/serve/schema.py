@@ -340,6 +340,11 @@ ERROR = {
         }
     },
 }
+EVENT = {  # of a stream: a chunk as JSON, or [DONE]
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}},
+}
 ERRORS = {
     400: "bad JSON, a bad value, or something that is not supported",
     401: "no valid key, where one is asked for",
@@ -362,7 +367,7 @@ def openapi(version: str) -> dict[str, Any]:
     answer = {"description": "the answer", "content": {"application/json": {"schema": {"type": "object"}}}}
     paths: dict[str, Any] = {}
     for path, schema in SCHEMAS.items():
-        stream = {"text/event-stream": {"schema": {"type": "string"}}} if "stream" in schema["properties"] else {}
+        stream = {"text/event-stream": {"schema": EVENT}} if "stream" in schema["properties"] else {}
         paths[path] = {
             "post": {
                 "summary": schema["description"],

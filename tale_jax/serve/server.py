@@ -51,7 +51,9 @@ from tale_jax.serve.schema import MAX_CHOICES, SCHEMAS, Invalid, openapi, read
 
 PAGE = Path(__file__).parent / "page"
 BODY_SECONDS = 30  # a body takes at most
+BACKLOG = 1024  # connections that wait to be accepted
 DRAIN_SECONDS = 60  # texts under way get after Ctrl-C
+FORCED_SECONDS = 2  # readers get after a second one to take what was written
 OPEN_PATHS = ("/health", "/openapi.json")  # and the page: served without a key
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store"}
@@ -529,6 +531,9 @@ class Guard:
         self.app.metrics.open += 1
         try:
             await (refusal or self.inner)(scope, receive, counted)
+        except asyncio.CancelledError:
+            if not self.app.draining:
+                raise
         finally:
             self.app.metrics.open -= 1
 
@@ -672,14 +677,23 @@ async def _serve(
         ws="none",
         server_header=False,
         proxy_headers=False,
-        backlog=1024,
+        backlog=BACKLOG,
         timeout_graceful_shutdown=2,
     )
     server, ending = _Uvicorn(config), asyncio.Event()
 
+    async def end_now() -> None:
+        """Texts under way end with an error, rather than cancelled by uvicorn, which logs a traceback."""
+        for model in models:
+            await asyncio.to_thread(model.engine.stop)
+        await _rest(app, FORCED_SECONDS)
+        server.should_exit = server.force_exit = True
+
+    forced: list[asyncio.Task[None]] = []
+
     def end() -> None:
-        if app.draining:
-            server.should_exit = server.force_exit = True
+        if app.draining and not forced:
+            forced.append(asyncio.create_task(end_now()))
         app.draining = True
         ending.set()
 
@@ -692,6 +706,7 @@ async def _serve(
     host, port = listener.getsockname()[:2]
     names = ", ".join(f"{model.name} (step {model.default.step:,})" for model in models)
     shown = f"[{host}]" if ":" in host else host
+    listener.listen(BACKLOG)  # before the line that says so
     print(f"serves {names} at http://{shown}:{port}; Ctrl-C ends it", flush=True)
     try:
         await server.serve(sockets=[listener])
@@ -705,11 +720,16 @@ async def _drain(app: App, server: uvicorn.Server, ending: asyncio.Event) -> Non
     """After the first signal: waits until the texts under way have ended, then lets the server end."""
     await ending.wait()
     print("ends when the texts under way have ended; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+    await _rest(app, DRAIN_SECONDS)
+    server.should_exit = True
+
+
+async def _rest(app: App, seconds: float) -> None:
+    """Waits until no request is under way, but no longer than so many seconds."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(DRAIN_SECONDS):
+        async with asyncio.timeout(seconds):
             while app.metrics.open or not all(model.engine.idle for model in app.models.values()):
                 await asyncio.sleep(0.05)
-    server.should_exit = True
 
 
 def _read_keys(path: str) -> list[str]:

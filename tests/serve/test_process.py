@@ -142,7 +142,7 @@ def test_the_same_seed_gives_the_text_of_sample_py(url, chat_workdir):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_texts_end_and_refuses_new_ones(chat_workdir, number):
     with served(f"--workdir={chat_workdir}", "--rows=4") as (process, url):
-        with httpx.stream("POST", f"{url}/v1/completions", json=long_body(max_tokens=3000), timeout=120) as answer:
+        with httpx.stream("POST", f"{url}/v1/completions", json=long_body(n=12), timeout=120) as answer:
             lines = (line for line in answer.iter_lines() if line)
             next(lines)
             process.send_signal(number)
