@@ -28,7 +28,6 @@ HEAP_GAPS = 0.25  # bytes of gaps between freed arrays, for each byte of the tra
 MIN_SCRATCH_TERMS = 256
 FLOAT32_SCRATCH = 0.45  # share of the results of these products, in float32, that the buffers take at the peak
 CHECKPOINT_COPIES = 1.5  # bytes for each byte written at once: arrays on their way to a checkpoint are also compressed
-ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2}  # by HLO's name of a dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +119,12 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree_util.tree_leaves(tree))
 
 
+def array_bytes(dtype: str, dims: str) -> int:
+    """Bytes of an array that a compiled program writes as dtype[dims]: f32[2,3], pred[]."""
+    bits = re.search(r"\d+", dtype)
+    return (int(bits[0]) // 8 if bits else 1) * math.prod(int(size) for size in dims.split(",") if size)
+
+
 def aliased_bytes(hlo: str) -> int:
     """Bytes of the results of a compiled program that take the memory of donated arguments.
 
@@ -129,8 +134,7 @@ def aliased_bytes(hlo: str) -> int:
     aliases = re.search(r"input_output_alias=\{(.*?\)) \}", header)
     if not aliases:
         return 0
-    shapes = re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", header.partition("->")[2])
-    sizes = [int(bits or 8) // 8 * math.prod(int(size) for size in dims.split(",") if size) for _, bits, dims in shapes]
+    sizes = [array_bytes(*array) for array in re.findall(r"(\w+)\[([\d,]*)\]", header.partition("->")[2])]
     return sum(sizes[int(index or 0)] for index in re.findall(r"\{(\d*)\}: \(", aliases[1]))
 
 
@@ -140,7 +144,7 @@ def largest_logits_bytes(hlo: str, vocab_size: int, embed_dim: int) -> int:
     for dtype, dims in set(re.findall(r"\b(f32|bf16|f16)\[([\d,]+)\]", hlo)):
         shape = [int(size) for size in dims.split(",")]
         if vocab_size in shape and sorted(shape)[-2:] != sorted((vocab_size, embed_dim)):
-            sizes.append(math.prod(shape) * ITEM_BYTES[dtype])
+            sizes.append(array_bytes(dtype, dims))
     return max(sizes)
 
 
