@@ -14,11 +14,11 @@ PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 DEMO := experiments/tales
 
-.PHONY: help env demo test test-slow test-core lint clean
+.PHONY: help env demo test test-slow test-core lint readme-blocks clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: ## make or update the environment .venv, with the best Python found
 	@VENV='$(VENV)' PYTHON='$(PYTHON)' EXTRAS='$(EXTRAS)' CONSTRAINTS='$(CONSTRAINTS)' .ci/make-env
@@ -44,6 +44,9 @@ test-core: env ## the quick tests without the launch scripts, for another set of
 lint: env ## ruff and pyright
 	@$(PY) -m ruff check .
 	@$(PY) -m pyright --pythonpath $(PY)
+
+readme-blocks: env ## run what the README files show output of (after make demo), and put its numbers in
+	@$(PY) tests/readme_blocks.py
 
 clean: ## remove the environments and caches, never the experiments
 	@rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis dist build *.egg-info

@@ -53,5 +53,6 @@ def get_config(variant: str = ""):
         config.checkpoint.every_steps = 10
         config.sample.max_tokens = 30
     elif variant:
-        raise ValueError(f"configs/tales.py:{variant} is not a variant; there are :hour and :tiny")
+        there_is = "configs/tales.py:hour and configs/tales.py:tiny"
+        raise ValueError(f"configs/tales.py:{variant} is not a variant; there is {there_is}")
     return config

@@ -7,12 +7,12 @@ python launch/bench.py --config=configs/m2_air.py --profile
 python launch/bench.py --config=configs/tales.py --startup
 """
 
-import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under `python -P`
+from cli import define_path, run
 from absl import flags
-from cli import run
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
@@ -25,13 +25,14 @@ flags.DEFINE_string("peer", "", "command of another benchmark, to take turns wit
 flags.DEFINE_integer("rounds", 3, "turns with the peer", lower_bound=1)
 flags.DEFINE_bool("profile", False, "what part of a training step is products, attention, head and loss, optimizer, …")
 flags.DEFINE_bool("startup", False, "time to the first step and to the first sampled text; this prepares the corpus")
-flags.DEFINE_string("plot", "", "PNG file for a plot of the rates")
+PLOT = define_path("plot", "file to write", "file for a plot of the rates: .png, .svg or .pdf")
 flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 
 
 def main(_: list[str]) -> None:
     from tale_jax.bench.run import BenchRequest, bench
     from tale_jax.config import Config
+    from tale_jax.utils.files import json_line
 
     request = BenchRequest(
         kinds=tuple(FLAGS.only),
@@ -43,9 +44,9 @@ def main(_: list[str]) -> None:
         startup=FLAGS.startup,
         flags=tuple(arg for arg in sys.argv[1:] if arg.startswith(("--config", "--only", "--seconds"))),
     )
-    record = bench(Config.build(CONFIG.value), request, Path(FLAGS.plot) if FLAGS.plot else None, quiet=FLAGS.json)
+    record = bench(Config.build(CONFIG.value), request, PLOT.value, quiet=FLAGS.json)
     if FLAGS.json:
-        print(json.dumps(record))
+        print(json_line(record))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ python launch/evaluate.py --workdir=experiments/wikitext2 --stride=64 --json
 python launch/evaluate.py --workdir=experiments/wikitext2 --quality
 """
 
-import json
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under `python -P`
+from cli import define_path, run
 from absl import flags
-from cli import run
 
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of the experiment")
+WORKDIR = define_path("workdir", "folder", "folder of the experiment", required=True)
 SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "split to score")
 STEP = flags.DEFINE_integer("step", 0, "step of the checkpoint; 0: the best by validation loss", lower_bound=0)
 WEIGHTS = flags.DEFINE_string("weights", "auto", "last, ema, auto (ema where there is one), or mean:K of K checkpoints")
@@ -23,7 +25,6 @@ TEMPERATURE = flags.DEFINE_float("sample_temperature", 0.7, "temperature of thes
 QUALITY = flags.DEFINE_bool("quality", False, "measure samples beside held-out text; quality.jsonl keeps them")
 SEED = flags.DEFINE_integer("seed", 0, "random seed of all samples", lower_bound=0)
 JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
-flags.mark_flag_as_required("workdir")
 
 
 def main(_: list[str]) -> None:
@@ -31,6 +32,8 @@ def main(_: list[str]) -> None:
     from tale_jax.planning.numerics import choose_precision
     from tale_jax.runs.evaluate import describe, evaluate
     from tale_jax.runs.experiment import open_experiment
+    from tale_jax.utils.files import json_line
+    from tale_jax.utils.streams import say
 
     backend = start_backend("auto")
     dtype = choose_precision(backend, PRECISION.value)[0]
@@ -44,10 +47,10 @@ def main(_: list[str]) -> None:
         with_quality=QUALITY.value,
     )
     if JSON.value:
-        print(json.dumps(result))
+        print(json_line(result))
     else:
-        print(describe(result))
-        print(f"The result is kept in {WORKDIR.value}/evaluations.jsonl")
+        say(describe(result))
+        say(f"The result is kept in {WORKDIR.value}/evaluations.jsonl")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,16 @@ python launch/plan.py --config=configs/tales.py --json
 """
 
 import dataclasses
-import json
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under `python -P`
+from cli import define_path, overrides, run
 from absl import flags
-from cli import run
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/m2_air.py:tuned")
-WORKDIR = flags.DEFINE_string("workdir", "", "folder with prepared text, from which the length of a pass is known")
+WORKDIR = define_path("workdir", "folder", "folder with prepared text, from which the length of a pass is known")
 MEMORY = flags.DEFINE_string("memory", "", "budget, as 8GB; empty: what this machine has")
 MAC = flags.DEFINE_bool("mac", False, "plan for the GPU of a Mac with --memory (8GB), on whatever machine this is")
 TIME = flags.DEFINE_bool("time", True, "time a few steps")
@@ -26,9 +28,10 @@ flags.mark_flag_as_required("config")
 def main(_: list[str]) -> None:
     from tale_jax.config import Config
 
-    config = Config.build(CONFIG.value)
+    config = Config.build(CONFIG.value, overrides("config"))
     from tale_jax.hardware.backend import start_backend
     from tale_jax.planning import calibrate, plan
+    from tale_jax.utils.files import json_line
     from tale_jax.utils.format import parse_bytes
 
     backend = start_backend(config.backend.platform)
@@ -48,7 +51,7 @@ def main(_: list[str]) -> None:
         result["calibration"] = calibrate.calibrate(config, backend.platform)
         calibrate.print_calibrations({"this run": result["calibration"]})
     if JSON.value:
-        print(json.dumps(result))
+        print(json_line(result))
 
 
 if __name__ == "__main__":

@@ -6,23 +6,21 @@
 The file needs no network. A run that is still training can be reported, too.
 """
 
+import sys
 from pathlib import Path
 
-from absl import flags
-from cli import run
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under `python -P`
+from cli import define_path, run
 
-from tale_jax.runs.report import write_report
-
-WORKDIR = flags.DEFINE_multi_string("workdir", None, "folder of an experiment; several are compared", required=True)
-OUT = flags.DEFINE_string(
-    "out", "", "file to write; empty: report.html in the workdir, or comparison.html beside the first"
-)
+WORKDIR = define_path("workdir", "folder", "folder of an experiment; several are compared", required=True, several=True)
+OUT = define_path("out", "file to write", "the report; else report.html in the workdir, or comparison.html beside it")
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    path = write_report([Path(folder) for folder in WORKDIR.value], Path(OUT.value) if OUT.value else None)
-    print(f"The report is {path}")
+def main(_: list[str]) -> None:
+    from tale_jax.runs.report import write_report
+    from tale_jax.utils.streams import say
+
+    say(f"The report is {write_report(WORKDIR.value, OUT.value)}")
 
 
 if __name__ == "__main__":

@@ -4,17 +4,21 @@
     python launch/sample.py --workdir=experiments/tales --prompt="Once upon a time" --temperature=0.7 --num_samples=3
     python launch/sample.py --workdir=experiments/tales --interactive
 
-An interactive session ends with an empty line; Ctrl-C stops the sample under way.
+An interactive session takes a prompt a line, and commands: /help lists them. Ctrl-C stops the text that is being
+written; a second one, or Ctrl-D, ends the session. Each turn has a new seed.
 """
 
 import dataclasses
 import functools
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under `python -P`
+from cli import define_path, run
 from absl import flags
-from cli import run
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "folder of the experiment", required=True)
+define_path("workdir", "folder", "folder of the experiment", required=True)
 flags.DEFINE_string("prompt", "", "text to continue; empty: the start of a document")
 flags.DEFINE_integer("max_tokens", 256, "new tokens of a sample, at most")
 flags.DEFINE_float("temperature", 0.8, "logits are divided by it; 0: greedy, 1: as trained")
@@ -23,13 +27,13 @@ flags.DEFINE_float("top_p", 1.0, "sample only among the most likely tokens with 
 flags.DEFINE_float("min_p", 0.0, "sample only among tokens at least this share as likely as the most likely; 0: all")
 flags.DEFINE_float("repetition_penalty", 1.0, "above 1 makes tokens seen before less likely; 1: off")
 flags.DEFINE_integer("num_samples", 1, "samples, decoded together")
-flags.DEFINE_integer("seed", 0, "random seed of the samples")
+flags.DEFINE_integer("seed", 0, "random seed of the samples; --interactive adds 1 for each turn")
 flags.DEFINE_multi_string("stop", [], "text that ends a sample, which is cut before it; may be repeated")
 flags.DEFINE_enum("long_prompt", "refuse", ["refuse", "window"], "a prompt over the context: refused, or its end used")
 flags.DEFINE_integer("step", 0, "step of the checkpoint; 0: the best by validation loss", lower_bound=0)
 flags.DEFINE_string("weights", "auto", "last, ema, auto (ema where there is one), or mean:K of K checkpoints")
 flags.DEFINE_enum("precision", "float32", ["auto", "float32", "bfloat16", "float16"], "dtype to compute in")
-flags.DEFINE_bool("interactive", False, "ask for prompts, one after another")
+flags.DEFINE_bool("interactive", False, "ask for prompts, one after another; /help lists commands")
 flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 
 
@@ -45,9 +49,11 @@ def main(_: list[str]) -> None:
     dtype = choose_precision(backend, FLAGS.precision)[0]
     experiment = open_experiment(FLAGS.workdir, backend, FLAGS.step, dtype, FLAGS.weights)
     sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, donate=backend.donate)
-    stream = functools.partial(sampler.stream, settings=settings, num_samples=FLAGS.num_samples, seed=FLAGS.seed)
+    stream = functools.partial(sampler.stream, num_samples=FLAGS.num_samples)
     show = functools.partial(print_samples, as_json=FLAGS.json, step=experiment.step, weights=experiment.weights)
-    prompt_loop(stream, show) if FLAGS.interactive else show(stream(FLAGS.prompt))
+    if not FLAGS.interactive:
+        return show(stream(FLAGS.prompt, settings, seed=FLAGS.seed))
+    prompt_loop(stream, show, settings, FLAGS.seed, FLAGS.prompt)
 
 
 if __name__ == "__main__":

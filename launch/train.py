@@ -1,33 +1,51 @@
-"""Trains a model, or resumes the training of a workdir.
+"""Trains a model, or goes on with the run of a workdir.
 
 python launch/train.py --config=configs/tales.py --workdir=experiments/tales
 python launch/train.py --config=configs/files.py --config.corpus.path=my-texts/ --workdir=experiments/mine
+python launch/train.py --workdir=experiments/mine
+python launch/train.py --workdir=experiments/mine --config.total_steps=4000
+
+Without --config the run in the workdir goes on with its own settings; those given beside it change or check them.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
-from absl import flags
-from cli import START_TIME, overrides, run
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under `python -P`
+from cli import START_TIME, define_path, overrides, run, use_saved_config
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py or configs/tales.py:tiny")
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of the experiment; it is made when missing, else resumed")
-flags.mark_flags_as_required(["config", "workdir"])
+CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py; left out: that of the workdir")
+WORKDIR = define_path(
+    "workdir", "folder to write", "folder of the experiment; it is made when missing, else resumed", required=True
+)
 
 
 def main(_: list[str]) -> None:
     from tale_jax.config import Config
 
-    config, workdir = Config.build(CONFIG.value), Path(WORKDIR.value)
+    workdir = WORKDIR.value
+    if CONFIG.value is None:
+        raise ValueError(
+            f"workdir={workdir} holds no run to go on with (no config.json there); give a recipe for a new one: "
+            "--config=configs/NAME.py, or --config=configs/files.py --config.corpus.path=TEXTS for your own text"
+        )
+    given = overrides("config")
+    config = Config.build(CONFIG.value, given)
     from tale_jax.hardware.backend import start_backend  # JAX is imported when the config is known to be right
     from tale_jax.runs.train import train
+    from tale_jax.utils.streams import say
 
-    outcome = train(config, workdir, start_backend(config.backend.platform), overrides("config"), START_TIME)
+    outcome = train(config, workdir, start_backend(config.backend.platform), given, START_TIME)
     if outcome.signal:
         sys.exit(128 + outcome.signal)
-    print(f"{workdir} has finished its {outcome.total_steps} steps; the model: {workdir}/checkpoints/{outcome.step}")
+    say(f"{workdir} has finished its {outcome.total_steps} steps; the model: {workdir}/checkpoints/{outcome.step}")
+    if outcome.first_step == outcome.step:
+        longer = f"--workdir={shlex.quote(str(workdir))} --config.total_steps={2 * outcome.total_steps}"
+        say(f"nothing was left to do; to train longer: python launch/train.py {longer}")
 
 
 if __name__ == "__main__":
+    use_saved_config(sys.argv)
     run(main)

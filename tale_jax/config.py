@@ -18,7 +18,7 @@ import functools
 import json
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,173 @@ REMOVED = {
     "optimizer.cautious",
     "schedule.small_fraction",
     "schedule.small_divisor",
+}
+# What the settings are called elsewhere: nanoGPT, Hugging Face, PyTorch, LLaMA. Without "_", "-" and case.
+COMMON_NAMES = {
+    "lr": "optimizer.learning_rate",
+    "learningrate": "optimizer.learning_rate",
+    "maxlr": "optimizer.learning_rate",
+    "peaklr": "optimizer.learning_rate",
+    "minlr": "schedule.final_fraction",
+    "lrscheduler": "schedule.name",
+    "lrschedulertype": "schedule.name",
+    "scheduler": "schedule.name",
+    "lrdecay": "schedule.name",
+    "warmup": "schedule.warmup_steps",
+    "warmupiters": "schedule.warmup_steps",
+    "numwarmupsteps": "schedule.warmup_steps",
+    "warmupratio": "schedule.warmup_steps",
+    "optim": "optimizer.name",
+    "opt": "optimizer.name",
+    "optimizertype": "optimizer.name",
+    "wd": "optimizer.weight_decay",
+    "l2": "optimizer.weight_decay",
+    "adambeta1": "optimizer.beta1",
+    "adambeta2": "optimizer.beta2",
+    "b1": "optimizer.beta1",
+    "b2": "optimizer.beta2",
+    "adamepsilon": "optimizer.eps",
+    "epsilon": "optimizer.eps",
+    "gradclip": "optimizer.clip_norm",
+    "maxgradnorm": "optimizer.clip_norm",
+    "clip": "optimizer.clip_norm",
+    "clipgradnorm": "optimizer.clip_norm",
+    "gradientclip": "optimizer.clip_norm",
+    "bs": "batch_size",
+    "batch": "batch_size",
+    "batchsize": "batch_size",
+    "globalbatchsize": "batch_size",
+    "trainbatchsize": "batch_size",
+    "microbatch": "micro_batch_size",
+    "microbatchsize": "micro_batch_size",
+    "devicebatchsize": "micro_batch_size",
+    "perdevicetrainbatchsize": "micro_batch_size",
+    "gradientaccumulationsteps": "micro_batch_size",
+    "gradaccum": "micro_batch_size",
+    "accumulationsteps": "micro_batch_size",
+    "evalbatchsize": "evaluate.batch_size",
+    "perdeviceevalbatchsize": "evaluate.batch_size",
+    "epoch": "passes",
+    "epochs": "passes",
+    "numepochs": "passes",
+    "numtrainepochs": "passes",
+    "maxepochs": "passes",
+    "steps": "total_steps",
+    "maxsteps": "total_steps",
+    "maxiters": "total_steps",
+    "iters": "total_steps",
+    "iterations": "total_steps",
+    "numsteps": "total_steps",
+    "numiterations": "total_steps",
+    "trainsteps": "total_steps",
+    "time": "minutes",
+    "maxminutes": "minutes",
+    "dtype": "precision",
+    "fp16": "precision",
+    "bf16": "precision",
+    "mixedprecision": "precision",
+    "randomseed": "seed",
+    "rngseed": "seed",
+    "gradientcheckpointing": "remat",
+    "checkpointing": "remat",
+    "ctx": "model.seq_len",
+    "contextlength": "model.seq_len",
+    "contextsize": "model.seq_len",
+    "contextwindow": "model.seq_len",
+    "context": "model.seq_len",
+    "blocksize": "model.seq_len",
+    "sequencelength": "model.seq_len",
+    "seqlength": "model.seq_len",
+    "maxseqlen": "model.seq_len",
+    "maxlength": "model.seq_len",
+    "maxpositionembeddings": "model.seq_len",
+    "nctx": "model.seq_len",
+    "npositions": "model.seq_len",
+    "layers": "model.num_layers",
+    "nlayer": "model.num_layers",
+    "nlayers": "model.num_layers",
+    "numhiddenlayers": "model.num_layers",
+    "depth": "model.num_layers",
+    "numblocks": "model.num_layers",
+    "heads": "model.num_heads",
+    "nhead": "model.num_heads",
+    "nheads": "model.num_heads",
+    "numattentionheads": "model.num_heads",
+    "nkvhead": "model.num_kv_heads",
+    "nkvheads": "model.num_kv_heads",
+    "kvheads": "model.num_kv_heads",
+    "numkeyvalueheads": "model.num_kv_heads",
+    "nembd": "model.embed_dim",
+    "dim": "model.embed_dim",
+    "dmodel": "model.embed_dim",
+    "modeldim": "model.embed_dim",
+    "hiddensize": "model.embed_dim",
+    "hiddendim": "model.embed_dim",
+    "embeddingdim": "model.embed_dim",
+    "embdim": "model.embed_dim",
+    "embedsize": "model.embed_dim",
+    "width": "model.embed_dim",
+    "ffndim": "model.mlp_dim",
+    "ffdim": "model.mlp_dim",
+    "dff": "model.mlp_dim",
+    "intermediatesize": "model.mlp_dim",
+    "mlpwidth": "model.mlp_dim",
+    "ropetheta": "model.rope_base",
+    "rmsnormeps": "model.norm_eps",
+    "layernormeps": "model.norm_eps",
+    "tieweights": "model.tie_embeddings",
+    "tiewordembeddings": "model.tie_embeddings",
+    "weighttying": "model.tie_embeddings",
+    "dropoutrate": "model.dropout",
+    "pdrop": "model.dropout",
+    "residpdrop": "model.dropout",
+    "attndropout": "model.dropout",
+    "hiddendropoutprob": "model.dropout",
+    "vocab": "tokenizer.vocab_size",
+    "vocabsize": "tokenizer.vocab_size",
+    "nvocab": "tokenizer.vocab_size",
+    "tokenizerpath": "tokenizer.path",
+    "data": "corpus.path",
+    "datadir": "corpus.path",
+    "datapath": "corpus.path",
+    "trainfile": "corpus.path",
+    "textpath": "corpus.path",
+    "inputfile": "corpus.path",
+    "dataset": "corpus.name",
+    "datasetname": "corpus.name",
+    "textcolumn": "corpus.field",
+    "textfield": "corpus.field",
+    "valfraction": "corpus.held_out",
+    "validationsplit": "corpus.held_out",
+    "evalinterval": "evaluate.every_steps",
+    "evalevery": "evaluate.every_steps",
+    "evalsteps": "evaluate.every_steps",
+    "valinterval": "evaluate.every_steps",
+    "evaliters": "evaluate.max_windows",
+    "saveinterval": "checkpoint.every_steps",
+    "saveevery": "checkpoint.every_steps",
+    "savesteps": "checkpoint.every_steps",
+    "ckptinterval": "checkpoint.every_steps",
+    "savetotallimit": "checkpoint.keep",
+    "loginterval": "metrics.every_steps",
+    "logevery": "metrics.every_steps",
+    "loggingsteps": "metrics.every_steps",
+    "wandblog": "metrics.wandb",
+    "usewandb": "metrics.wandb",
+    "wandbprojectname": "metrics.wandb_project",
+    "tensorboard": "metrics.tensorboard",
+    "device": "backend.platform",
+    "platform": "backend.platform",
+    "accelerator": "backend.platform",
+    "memory": "backend.memory_gb",
+    "emadecay": "ema.decay",
+    "temperature": "sample.temperature",
+    "prompt": "sample.prompt",
+    "maxtokens": "sample.max_tokens",
+    "maxnewtokens": "sample.max_tokens",
+    "numsamples": "sample.num_samples",
+    "dp": "mesh.data",
+    "datasettype": "corpus.name",
 }
 
 
@@ -242,6 +409,12 @@ class SampleConfig(Group):
     max_tokens: int = setting(120, "length of a sample, in tokens at most", positive, at_most(1 << 20))
     temperature: float = setting(0.7, "what logits are divided by", not_negative, off="always the likeliest token")
 
+    def broken(self) -> Broken:
+        if self.prompt and not self.prompt.strip():
+            yield "prompt", "hold more than white space", 'set sample.prompt="" to start documents'
+        if any("\ud800" <= character <= "\udfff" for character in self.prompt):
+            yield "prompt", "be text (half a surrogate pair is none)", 'set sample.prompt="" to start documents'
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Group):
@@ -317,6 +490,8 @@ class Config(Group):
         batch, micro, length = self.batch_size, self.micro_batch_size, self.model.seq_len
         if not self.total_steps and self.passes <= 0:
             yield "passes", "be positive when total_steps=0", "try passes=1.0, or set total_steps"
+        if 0 < self.total_steps < self.schedule.warmup_steps:
+            yield "schedule.warmup_steps", *_warmup_rule(self.total_steps)
         if micro and batch % micro:
             yield "micro_batch_size", f"divide batch_size={batch}", f"try {nearest_divisor(batch, micro)}"
         if self.schedule.short_seq_fraction and length % self.schedule.seq_len_divisor:
@@ -336,14 +511,27 @@ class Config(Group):
         """Whether `total_steps` is the length of the run."""
         return 0 < self.total_steps < UNKNOWN_TOTAL_STEPS
 
+    @property
+    def has_default_warmup(self) -> bool:
+        """Whether warmup takes as long as it does where nothing is said about it."""
+        return self.schedule.warmup_steps == _default_warmup(self.total_steps)
+
     @classmethod
-    def build(cls, values: ml_collections.ConfigDict | Mapping[str, Any]) -> "Config":
+    def build(cls, values: ml_collections.ConfigDict | Mapping[str, Any], overrides: Collection[str] = ()) -> "Config":
         """Builds the run from an ml_collections config or a plain mapping, checks every rule, and derives what is 0.
+
+        Args:
+          values: of every setting.
+          overrides: dotted names of those that the user gave: `passes` among them decide the length, even where the
+            recipe, or the run that goes on, has a number of steps.
 
         Raises:
           ValueError: one line with the field, its value, the rule and a remedy.
         """
-        config = _read(cls, values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values)
+        values = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values
+        if "passes" in overrides and "total_steps" not in overrides and isinstance(values, Mapping):
+            values = {**values, "total_steps": 0}
+        config = _read(cls, values)
         parts = {f"{field.name}.": getattr(config, field.name) for field in dataclasses.fields(cls)}
         for prefix, part in {"": config, **parts}.items():
             for field, rule, remedy in part.broken() if isinstance(part, Group) else ():
@@ -369,14 +557,13 @@ class Config(Group):
         total = self.total_steps or max(1, int(min(by_passes, UNKNOWN_TOTAL_STEPS)))
         warmup = self.schedule.warmup_steps or _default_warmup(total)
         if warmup > total:
-            remedy = "try schedule.warmup_steps=0 (2 % of the run)"
-            raise mistake("schedule.warmup_steps", warmup, f"not exceed total_steps={total}", remedy)
+            raise mistake("schedule.warmup_steps", warmup, *_warmup_rule(total))
         schedule = dataclasses.replace(self.schedule, warmup_steps=warmup)
         return dataclasses.replace(self, total_steps=total, schedule=schedule)
 
     def difference(self, other: "Config") -> tuple[str, Any, Any] | None:
         """What makes this another experiment than `other`, a run of known length: the first field and both values."""
-        derived = not self.schedule.warmup_steps and other.schedule.warmup_steps == _default_warmup(other.total_steps)
+        derived = not self.schedule.warmup_steps and other.has_default_warmup
         for (name, mine, known), (_, theirs, _) in zip(iter_settings(self), iter_settings(other), strict=True):
             if mine != theirs and not known.free and not (derived and name == "schedule.warmup_steps"):
                 return name, mine, theirs
@@ -460,11 +647,27 @@ def advice(name: str, prefix: str = "") -> str:
         return "it was removed; leave it out"
     first, _, last = name.rpartition(".")
     names = list(settings())
+    if meant := setting_meant_by(name):
+        return f"did you mean {prefix}{meant}?"
     same = [known for known in names if known.rpartition(".")[2] == last]
     if near := difflib.get_close_matches(name, same or names, n=1, cutoff=0.0 if same else 0.7):
         return f"did you mean {prefix}{near[0]}?"
     inside = [known.removeprefix(f"{first}.") for known in names if known.startswith(f"{first}.")]
     return f"{first} has {', '.join(inside)}" if inside else "see `settings` in tale_jax/config.py"
+
+
+def setting_meant_by(name: str) -> str:
+    """The setting that a name used elsewhere, such as lr or model.n-layer, stands for; "" when none is known."""
+    group_name, _, last = name.replace("-", "_").lower().rpartition(".")
+    names = list(settings())
+    meant = COMMON_NAMES.get(last.replace("_", ""), "")
+    inside = [known.rpartition(".")[2] for known in names if known.rpartition(".")[0] == group_name]
+    if group_name and (wanted := meant.rpartition(".")[2]) in inside:
+        return f"{group_name}.{wanted}"
+    if group_name and (near := difflib.get_close_matches(last, inside, n=1, cutoff=0.62)):
+        return f"{group_name}.{near[0]}"
+    same = [known for known in names if known.rpartition(".")[2] == last]
+    return last if last in names else meant or (same[0] if len(same) == 1 else "")
 
 
 def _read(kind: Any, values: Any, prefix: str = "") -> Any:
@@ -499,6 +702,10 @@ def _similar_encodings(name: str) -> str:
     known = {alias.replace("_", "-") for pair in encodings.aliases.aliases.items() for alias in pair}
     near = difflib.get_close_matches(name.lower().replace("_", "-"), sorted(filter(is_text_encoding, known)))
     return f"did you mean {' or '.join(near)}?" if near else "try cp1252 or utf-16"
+
+
+def _warmup_rule(total_steps: int) -> tuple[str, str]:
+    return f"not exceed total_steps={total_steps}", "try schedule.warmup_steps=0 (2 % of the run)"
 
 
 def _default_warmup(total_steps: int) -> int:

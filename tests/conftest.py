@@ -17,6 +17,14 @@ hypothesis.settings.register_profile("tale_jax", deadline=None)  # no test asser
 hypothesis.settings.load_profile("tale_jax")
 
 from helpers import build_config  # noqa: E402
+from remedies.reached import (  # noqa: E402, F401  (hooks)
+    pytest_configure,
+    pytest_runtest_logreport,
+    pytest_runtest_makereport,
+    pytest_runtest_setup,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+)
 
 from tale_jax.hardware.backend import Backend, start_backend  # noqa: E402
 

@@ -1,9 +1,16 @@
 """What tests share: the tiny config and trainer, trees compared, launch scripts as a user starts them."""
 
 import dataclasses
+import fcntl
 import os
+import pty
+import re
+import select
+import struct
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +114,60 @@ def run_script(name: str, *flags: str, cwd: Path = ROOT) -> subprocess.Completed
     process = start_script(name, *flags, cwd=cwd)
     stdout, stderr = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+class Terminal:
+    """A launch script at a terminal of its own, as a user sits at it: what is typed goes in, what is shown is read."""
+
+    def __init__(self, name: str, *flags: str, cwd: Path = ROOT, columns: int = 60, stdout: Any = None):
+        self.shown, (self._handle, inner) = "", pty.openpty()
+        fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "COLUMNS")} | {"TERM": "xterm"}
+        # Ctrl-C reaches the process only where the terminal is the one that controls it.
+        take = "import fcntl, os, sys, termios as t; fcntl.ioctl(0, t.TIOCSCTTY, 0)"
+        start = f"{take}; os.execv(sys.argv[1], sys.argv[1:])"
+        command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *flags]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", start, *command],
+            cwd=cwd, env=env, stdin=inner, stdout=stdout or inner, stderr=inner, start_new_session=True,
+        )  # fmt: skip
+        os.close(inner)
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._handle)
+
+    def type(self, keys: str) -> None:
+        os.write(self._handle, keys.encode())
+
+    def wait_for(self, pattern: str, seconds: float = 120.0) -> str:
+        """What is shown up to the end of the pattern since the last call; the rest stays for the next one."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.shown)):
+            assert time.monotonic() < end, f"{pattern!r} is not shown in {self.shown!r}"
+            if not self._read():
+                raise AssertionError(f"{pattern!r} is not shown in {self.shown!r}, and the script has ended")
+        text, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return text
+
+    def wait(self, seconds: float = 120.0) -> int:
+        """The exit code, when the script has ended; what it still shows is in `shown`."""
+        end = time.monotonic() + seconds
+        while self._read():
+            assert time.monotonic() < end, f"still running, showing {self.shown!r}"
+        return self.process.wait(seconds)
+
+    def _read(self) -> bool:
+        """Waits a moment for what is shown; whether more may come."""
+        if not select.select([self._handle], [], [], 0.2)[0]:
+            return self.process.poll() is None
+        try:
+            data = os.read(self._handle, 1 << 16)
+        except OSError:  # the other side is closed
+            return False
+        self.shown += data.decode(errors="replace")
+        return bool(data)

@@ -253,6 +253,12 @@ def test_a_misspelled_choice_gets_the_nearest(name):
         ({"corpus.encoding": "uft-16"}, 'corpus.encoding="uft-16" must be a text encoding that Python knows; did you'),
         ({"corpus.encoding": "rot13"}, 'corpus.encoding="rot13" must be a text encoding that Python knows; try cp1252'),
         ({"corpus.changed": "yes"}, 'corpus.changed="yes" must be "" or continue; try corpus.changed=continue'),
+        ({"sample.prompt": " \n"}, 'must hold more than white space; set sample.prompt="" to start documents'),
+        ({"sample.prompt": "x\ud800"}, "must be text (half a surrogate pair is none); set sample.prompt"),
+        (
+            {"total_steps": 5, "schedule.warmup_steps": 6},
+            "schedule.warmup_steps=6 must not exceed total_steps=5; try schedule.warmup_steps=0 (2 % of the run)",
+        ),
         ({"passes": 0.0}, "passes=0.0 must be positive when total_steps=0; try passes=1.0, or set total_steps"),
     ],
 )
@@ -337,6 +343,33 @@ def test_advice_finds_what_was_meant():
     assert advice("average.decay", "--config.") == "it is now --config.ema.decay"
     assert advice("model.zzzz").startswith("model has num_layers, ")
     assert advice("\n" * 10_000).isprintable()
+    for name in ("modl.embed_dim", "zzzz"):
+        with pytest.raises(
+            ValueError, match=rf"{name} is not a setting of tale_jax; {re.escape(advice(name))}"
+        ) as caught:
+            Config.build(dataclasses.asdict(Config()) | {name: 3})
+    assert str(caught.value).endswith("see `settings` in tale_jax/config.py") and settings()["model.embed_dim"].help
+    build(**{"model.embed_dim": 96})
+
+
+@given(st.sampled_from(list(SETTINGS)), st.integers(0, 40), st.sampled_from(["", "x", "_", "."]))
+def test_names_that_are_advised_are_settings(name, place, letter):
+    """A letter left out, or another one in its place: whatever the advice names can be set."""
+    place %= len(name)
+    broken = name[:place] + letter + name[place + 1 :]
+    values: Any = dataclasses.asdict(Config()) | {broken: 0}
+    if broken in SETTINGS or broken in values:
+        return
+    with pytest.raises(ValueError, match=r"is not a setting of tale_jax; ") as caught:
+        Config.build(values)
+    told = str(caught.value).rpartition("; ")[2]
+    if meant := re.fullmatch(r"(?:did you mean|it is now) (\S+?)(?: or (\S+?))?\??", told):
+        assert all(each in SETTINGS or each == "ema" for each in meant.groups() if each), told
+    elif inside := re.fullmatch(r"(\w+) has (.*)", told):
+        assert all(f"{inside[1]}.{each}" in SETTINGS for each in inside[2].split(", "))
+    else:
+        assert told in ("it was removed; leave it out", "leave it out", "see `settings` in tale_jax/config.py"), told
+        assert (ROOT / "tale_jax" / "config.py").is_file()
 
 
 # What depends on the length of the run, and what makes another experiment.
@@ -346,7 +379,11 @@ def test_total_steps_covers_the_passes():
     config = build_config(total_steps=0, passes=2.0, batch_size=4).with_total_steps(num_windows=103)
     assert config.total_steps == 51 and config.schedule.warmup_steps == 2 and config.length_known
     with pytest.raises(ValueError, match=r"schedule.warmup_steps=30 must not exceed total_steps=20; try .*=0 "):
-        build_config(**{"schedule.warmup_steps": 30}).with_total_steps(1000)
+        build_config(**{"schedule.warmup_steps": 30})
+    by_passes = {"total_steps": 0, "batch_size": 4}  # the length is known when the text is
+    with pytest.raises(ValueError, match=r"schedule.warmup_steps=30 must not exceed total_steps=20; try .*=0 "):
+        build_config(**by_passes, **{"schedule.warmup_steps": 30}).with_total_steps(80)
+    assert build_config(**by_passes, **{"schedule.warmup_steps": 0}).with_total_steps(80).schedule.warmup_steps == 1
     assert build_config(total_steps=0, passes=0.1).with_total_steps(1).total_steps == 1
     given = build_config(total_steps=30, **{"schedule.warmup_steps": 3}).with_total_steps(5)
     assert (given.total_steps, given.schedule.warmup_steps) == (30, 3)
@@ -407,7 +444,7 @@ def test_change_makes_a_built_config_with_other_settings():
 
 
 def test_saved_and_loaded_config_is_the_same(tmp_path):
-    config = build_config(**{"sample.prompt": "Не\n\ud800"})
+    config = build_config(**{"sample.prompt": "Не\n", "metrics.wandb_project": "Не\n\ud800"})
     config.save(tmp_path)
     assert Config.load(tmp_path) == config
     assert (tmp_path / "config.json").read_text().startswith('{\n  "format": 2,\n  "seed": 0,\n')
@@ -554,3 +591,12 @@ def test_numbers_are_built_or_refused_until_remedies_are_followed(changes, flags
             assert len(line.splitlines()) == 1 and " must " in line
         changes |= suggested(line, line.partition("=")[0])
     pytest.fail(f"remedies lead nowhere: {line}")
+
+
+def test_words_of_other_programs_lead_to_settings():
+    from tale_jax.config import COMMON_NAMES, advice, setting_meant_by, settings
+
+    assert set(COMMON_NAMES.values()) <= set(settings())
+    assert advice("optimizer.lr", "--config.") == "did you mean --config.optimizer.learning_rate?"
+    for name, meant in {"model.n-layer": "model.num_layers", "block_size": "model.seq_len", "bs": "batch_size"}.items():
+        assert setting_meant_by(name) == meant

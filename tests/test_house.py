@@ -152,11 +152,65 @@ def code_lines(source: str) -> int:
     return len([line for line in lines if line > start])
 
 
+SCRIPTS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "launch").glob("*.py")}
+SCRIPTS = {name: text for name, text in SCRIPTS.items() if "\nif __name__ == " in text}
+# The same in every script: its folder is on the path, and the right Python is looked for before a library is imported.
+PREAMBLE = (
+    "sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under `python -P`",
+    "from cli import ",
+)
+
+
 def test_launch_scripts_are_short():
-    scripts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "launch").glob("*.py")}
-    counts = {name: code_lines(text) for name, text in scripts.items() if "\nif __name__ == " in text}
+    shared = 3  # lines: `import sys`, `from pathlib import Path`, and the first of PREAMBLE
+    counts = {name: code_lines(text) - shared for name, text in SCRIPTS.items()}
     long = {name: count for name, count in counts.items() if count > MAX_LAUNCH_LINES}
     assert counts and not long, f"over {MAX_LAUNCH_LINES} lines of code: {long}; move the work into the package"
+
+
+def test_launch_scripts_look_for_the_right_python_first():
+    for name, text in SCRIPTS.items():
+        libraries = [
+            place for library in ("absl", "ml_collections", "tale_jax") if (place := text.find(f"from {library}")) >= 0
+        ]
+        places = [text.find(f"\n{line}") for line in PREAMBLE]
+        assert 0 < places[0] < places[1] < min([*libraries, len(text)]), f"{name} must begin with {PREAMBLE}"
+
+
+def test_launch_scripts_can_be_read_by_an_old_python():
+    """Which then says in one line what it lacks: see `launch/cli.py`."""
+    for name, text in {**SCRIPTS, "cli.py": (ROOT / "launch" / "cli.py").read_text(encoding="utf-8")}.items():
+        ast.parse(text, filename=name, feature_version=(3, 7))
+
+
+def test_what_scripts_print_cannot_steer_a_terminal():
+    """`print` is for JSON, which has no control characters; all else goes through `say`."""
+    wrong = [
+        f"{name} line {node.lineno}"
+        for name, text in SCRIPTS.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+        and not (node.args and isinstance(node.args[0], ast.Call) and "json" in ast.unparse(node.args[0].func))
+    ]
+    assert not wrong, wrong
+
+
+def test_paths_of_flags_are_opened_in_one_place():
+    """Flags that are paths are defined by `define_path`, which expands and checks them."""
+    paths = {"workdir", "out", "output", "plot", "path", "file", "prompt_file", "folder", "dir"}
+    wrong = [
+        f"{name}: --{node.args[0].value}"
+        for name, text in SCRIPTS.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+        and node.args[0].value in paths
+        and "DEFINE" in ast.unparse(node.func)
+    ]
+    assert not wrong, f"use cli.define_path for {wrong}"
 
 
 # What names one machine or one download place. The patterns do not match their own text.

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import BOS, ROOT, build_config, tiny_batches, tiny_trainer
+from readme_blocks import find_blocks
 
-from tale_jax.config import REMOVED, RENAMED, settings
+from tale_jax.config import REMOVED, RENAMED, Config, settings
 from tale_jax.data.corpus import OPENERS
 from tale_jax.data.prepare import prepare
 from tale_jax.hardware.backend import Backend
@@ -85,15 +86,21 @@ def script_flags(script: str) -> set[str]:
     """The flags that a launch script defines."""
     flags = {"help", "verbosity"}
     for node in ast.walk(ast.parse((ROOT / "launch" / f"{script}.py").read_text(encoding="utf-8"))):
-        function = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
-        if isinstance(node, ast.Call) and function.startswith("DEFINE_") and isinstance(node.args[0], ast.Constant):
+        function = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+        if not isinstance(node, ast.Call) or not node.args or not isinstance(node.args[0], ast.Constant):
+            continue
+        if function.startswith("DEFINE_") or function == "define_path":
             flags.add(str(node.args[0].value))
             if function == "DEFINE_bool":
                 flags.add(f"no{node.args[0].value}")
     return flags
 
 
-SCRIPTS = {path.stem: script_flags(path.stem) for path in (ROOT / "launch").glob("*.py") if path.stem != "cli"}
+SCRIPTS = {
+    path.stem: script_flags(path.stem)
+    for path in (ROOT / "launch").glob("*.py")
+    if path.stem not in ("cli", "command_line")
+}
 SETTINGS = settings()
 GROUPS = {name.rpartition(".")[0] for name in SETTINGS if "." in name}
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
@@ -239,6 +246,43 @@ def test_every_flag_of_a_remedy_is_a_flag_of_a_script():
     wrong = [f"{text.place}: no script has --{name}: {text.text}" for text, name in found if name not in known | others]
     assert not wrong, "\n".join(wrong)
     assert len(found) > 20
+
+
+def test_the_settings_of_every_command_go_together():
+    """Each setting may be right, and a run with all of them refused all the same."""
+    # What a block shows to be a mistake.
+    mistakes = [words for block in find_blocks() for words, out in block.steps if out[:1] and "error: " in out[0]]
+    wrong, count = [], 0
+    for text, _, words in commands([text for text in TEXTS if text.is_code]):
+        flags = [word.removeprefix("--").partition("=") for word in words]
+        recipe = next((value for name, _, value in flags if name == "config"), "")
+        changes = {name.removeprefix("config."): value for name, _, value in flags if name.startswith("config.")}
+        skipped = any(words[:1] and text.text.endswith(mistake.partition(".py ")[2]) for mistake in mistakes)
+        stem, _, variant = recipe.removeprefix("configs/").partition(".py")
+        if (
+            not recipe
+            or skipped
+            or "…" in text.text
+            or placeholder(stem)
+            or stem == "X"
+            or placeholder(variant[1:]) * variant
+        ):
+            continue
+        config = importlib.import_module(f"configs.{stem}").get_config(*filter(None, [variant[1:]]))
+        for name, value in changes.items():
+            if name in SETTINGS:
+                kind = type(SETTINGS[name].default)
+                with config.unlocked():
+                    config.update_from_flattened_dict({name: value == "True" if kind is bool else kind(value)})
+        if stem == "files" and not config.corpus.path:
+            continue  # about what is typed beside it
+        count += 1
+        try:
+            Config.build(config, changes).with_total_steps()
+        except ValueError as error:
+            wrong.append(f"{text.place}: {text.text!r}: {error}")
+    assert not wrong, "\n".join(wrong)
+    assert count > 40
 
 
 def test_every_make_target_and_extra_exists():

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -40,7 +41,8 @@ def run_json_lines(command: Sequence[str]) -> list[dict[str, Any]]:
             objects.append(json.loads(line))
     objects = [record for record in objects if isinstance(record, dict)]
     if result.reason or not objects:
-        raise ValueError(f"{shlex.join(command)} ended with {result.reason or 'no JSON object on stdout'}")
+        reason = result.reason or "no JSON object on stdout"
+        raise ValueError(f"{shlex.join(command)} ended with {reason}; run it by itself to see what it says")
     return objects
 
 
@@ -129,11 +131,23 @@ def compare(bench: Bench, command: str, rounds: int, seconds: float, kinds: Sequ
         theirs: dict[str, dict[str, float]] = {}
         for record in run_json_lines(shlex.split(os.path.expanduser(command))):
             if {"kind", "mode", "tokens_per_s"} <= record.keys():
-                theirs.setdefault(record["kind"], {})[record["mode"]] = float(record["tokens_per_s"])
+                theirs.setdefault(record["kind"], {})[record["mode"]] = _peer_rate(record["tokens_per_s"], command)
         if not (common := [kind for kind in kinds if kind in theirs]):
-            raise ValueError(f"--peer={command} must print a kind of {', '.join(kinds)}; it printed {list(theirs)}")
+            remedy = f"try --only={','.join(theirs)}" if theirs else "let it print kind, mode and tokens_per_s"
+            rule = f"print a kind of {', '.join(kinds)}, but printed {', '.join(theirs) or 'none'}"
+            raise ValueError(f"--peer={command} must {rule}; {remedy}")
         turns += [Round(kind, ours[kind], theirs[kind]) for kind in common]
     return Comparison(command, tuple(turns))
+
+
+def _peer_rate(value: Any, command: str) -> float:
+    rate = float(value) if isinstance(value, int | float) else math.nan
+    if not 0 < rate < math.inf:
+        raise ValueError(
+            f"--peer={command} must print a tokens_per_s above 0, but printed {value}; "
+            "run it by itself to see what it says"
+        )
+    return rate
 
 
 # -------------------------------------------------------------------------------------------------------------- startup
@@ -167,7 +181,7 @@ def startup(config_flags: Sequence[str]) -> Startup:
         prepared, trained = folder / "prepared", folder / "trained"
         command = [sys.executable, str(LAUNCH / "prepare.py"), *config_flags, f"--workdir={prepared}"]
         if reason := run(command).reason:
-            raise ValueError(f"--startup: launch/prepare.py ended with {reason}")
+            raise ValueError(f"--startup: launch/prepare.py ended with {reason}; run it by itself to see what it says")
         times: dict[str, dict[str, float]] = {"train": {}, "sample": {}}
         for cache in ("cold", "warm"):
             shutil.rmtree(trained, ignore_errors=True)
@@ -190,7 +204,7 @@ def first_step(config_flags: Sequence[str], workdir: Path, cache: Path) -> float
                 process.wait(START_TIMEOUT)
                 return seconds
             time.sleep(0.02)
-    raise ValueError(f"--startup: launch/train.py made no step in {workdir}")
+    raise ValueError("--startup: launch/train.py made no step; run it by itself to see what it says")
 
 
 def first_text(workdir: Path, cache: Path) -> float:
@@ -201,7 +215,7 @@ def first_text(workdir: Path, cache: Path) -> float:
         seconds = time.perf_counter() - start_time
         process.stdout.read()
     if not first_byte:
-        raise ValueError(f"--startup: launch/sample.py wrote nothing from {workdir}")
+        raise ValueError("--startup: launch/sample.py wrote nothing; run it by itself to see what it says")
     return seconds
 
 

@@ -79,7 +79,10 @@ def profile(bench: Bench, num_longest: int = 12) -> Profile:
         if event.get("ph") == "X" and event["name"] in op_names:
             milliseconds[event["name"]] += event["dur"] / 1e3 / NUM_STEPS
     if not milliseconds:
-        raise ValueError(f"--profile needs traces that name instructions, and {bench.backend.platform} gives none")
+        raise ValueError(
+            f"--profile needs traces that name instructions, and {bench.backend.platform} gives none; "
+            "try --config.backend.platform=cpu"
+        )
     parts = Counter[str]()
     for name, ms in milliseconds.items():
         parts[part_of(op_names[name])] += ms

@@ -9,9 +9,10 @@ import rich.console
 
 from tale_jax.bench.compare import compare, startup, sweep, sweep_variants
 from tale_jax.bench.profile import profile
-from tale_jax.bench.throughput import Bench, describe_record, measure, tables
+from tale_jax.bench.throughput import Bench, describe_record, measure, num_streams, tables
 from tale_jax.config import Config
 from tale_jax.hardware.backend import start_backend
+from tale_jax.utils.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +29,13 @@ class BenchRequest:
     flags: tuple[str, ...] = ()
 
     def __post_init__(self):
-        chosen = {name for name in ("sweeps", "peer", "profile", "startup") if getattr(self, name)}
+        flags = {"sweep": self.sweeps, "peer": self.peer, "profile": self.profile, "startup": self.startup}
+        chosen = sorted(flag for flag, value in flags.items() if value)
         if len(chosen) > 1:
-            raise ValueError(f"--{' and --'.join(sorted(chosen))} cannot be measured together; give one of them")
+            raise ValueError(f"--{' and --'.join(chosen)} cannot be measured together; give one of them")
         list(sweep_variants(self.sweeps))
+        for kind in self.kinds:  # before the first of them is measured
+            num_streams(kind)
 
 
 def bench(config: Config, request: BenchRequest, plot: Path | None = None, quiet: bool = False) -> dict[str, Any]:
@@ -40,7 +44,9 @@ def bench(config: Config, request: BenchRequest, plot: Path | None = None, quiet
         raise ValueError(f"--plot={plot} shows rates of a config or of a --sweep; leave it out here")
     out = rich.console.Console(quiet=quiet, highlight=False, width=None if sys.stdout.isatty() else 160)
     if request.startup:
-        return _show(out, startup([flag for flag in request.flags if flag.startswith("--config")]))
+        with Progress("starting to train and to sample, each with an empty and with a full cache"):
+            measured = startup([flag for flag in request.flags if flag.startswith("--config")])
+        return _show(out, measured)
     if request.sweeps:
         tell = rich.console.Console(stderr=True, highlight=False)
         records = sweep(request.flags, request.sweeps, tell.print)

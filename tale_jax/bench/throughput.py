@@ -2,8 +2,9 @@
 
 Measured through the very Trainer, Scorer and Sampler that the launch scripts use, on random tokens, so neither data nor
 a workdir is needed. A rate is tokens over the median time of many repetitions, with its quartiles; the FLOPs behind
-`peak_share` are the model's (`flops_per_token`), not those the compiler happens to need, and the peak is that of large
-matrix products in the same dtype, measured in the same run.
+`peak_share` are the model's (`flops_per_token`), not those the compiler happens to need, and the peak is the best of
+large matrix products in the same dtype that this machine was seen to do undisturbed (`hardware/peak.py`); where there
+is none, no share is told.
 
     bench = Bench(config, start_backend("auto"))
     report = measure(bench, ["train", "score", "decode", "decode_16"], seconds=10)
@@ -12,6 +13,7 @@ matrix products in the same dtype, measured in the same run.
 
 import dataclasses
 import functools
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,14 +25,16 @@ from rich.table import Table
 from tale_jax.config import Config
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.evaluation.scoring import Scorer, Span
-from tale_jax.hardware.backend import Backend, matmul_peak
+from tale_jax.hardware.backend import Backend
 from tale_jax.hardware.machine import peak_resident_memory
+from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, matmul_peak_of_all
 from tale_jax.inference.sampler import Sampler, SampleSettings
 from tale_jax.model.transformer import count_parameters, flops_per_token
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.timing import NUM_SPECIAL_TOKENS, timed_step
 from tale_jax.training.state import TrainState
 from tale_jax.training.step import Trainer, make_trainer
+from tale_jax.utils.progress import Progress
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 200  # of one generation
 
@@ -73,7 +77,7 @@ class Rate:
       tokens: of one repetition.
       timing: of all repetitions.
       flops: of the model, for one token.
-      peak: FLOP/s of matrix products, of all devices together.
+      peak: FLOP/s of matrix products, of all devices together; 0: unknown.
     """
 
     tokens: int
@@ -86,8 +90,8 @@ class Rate:
         return self.tokens / self.timing.median
 
     @property
-    def peak_share(self) -> float:
-        return self.tokens_per_second * self.flops / self.peak
+    def peak_share(self) -> float | None:
+        return self.tokens_per_second * self.flops / self.peak if self.peak else None
 
     def record(self) -> dict[str, Any]:
         """As JSON: `low` and `high` are the quartiles of tokens per second."""
@@ -130,9 +134,9 @@ class Bench:
 
     @functools.cached_property
     def peaks(self) -> dict[str, float]:
-        """FLOP/s of large matrix products by dtype, on all devices together."""
+        """FLOP/s of large matrix products by dtype, on all devices together; 0: unknown."""
         names = {"float32", self.dtype.name} if self.backend.platform == "metal" else {"float32", "bfloat16"}
-        return {name: matmul_peak(name) * len(self.backend.devices) for name in sorted(names)}
+        return {name: matmul_peak_of_all(self.backend, name) for name in sorted(names)}
 
     @functools.cached_property
     def trainer(self) -> Trainer:
@@ -160,13 +164,10 @@ class Bench:
 
         Raises ValueError, in one line, for another kind.
         """
-        name, _, streams = kind.partition("_")
-        if name == "decode" and (not streams or (streams.isdigit() and int(streams) > 0)):
-            tokens, timing = self._decode(int(streams or 1), seconds)
-        elif kind in ("train", "score"):
-            tokens, timing = self._train(seconds) if kind == "train" else self._score(seconds)
+        if streams := num_streams(kind):
+            tokens, timing = self._decode(streams, seconds)
         else:
-            raise ValueError(f"kind={kind} must be train, score, decode or decode_N for N streams; try decode_16")
+            tokens, timing = self._train(seconds) if kind == "train" else self._score(seconds)
         return Rate(tokens, timing, self.flops if kind == "train" else self.flops / 3, self.peaks[self.dtype.name])
 
     def _train(self, seconds: float) -> tuple[int, Timing]:
@@ -206,9 +207,20 @@ class Bench:
         return streams * settings.max_tokens, repeat(generate, seconds, min_repetitions=3, warmup=1)
 
 
+def num_streams(kind: str) -> int:
+    """N of decode_N, 1 of decode, 0 of train and score. Raises ValueError, in one line, for another kind."""
+    found = re.fullmatch(r"decode(?:_([1-9][0-9]{0,5}))?", kind)
+    if found is None and kind not in ("train", "score"):
+        raise ValueError(
+            f"--only={kind} must be train, score, decode or decode_N for N streams; try --only=train,decode_16"
+        )
+    return int(found[1] or 1) if found else 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All measurements of one config. `peak_bytes` is the peak resident memory of the process so far."""
+    """All measurements of one config. `matmul_peak` has those that are known; `peak_bytes` is the peak resident memory
+    of the process so far."""
 
     device: str
     precision: str
@@ -226,13 +238,17 @@ class Report:
 
 def measure(bench: Bench, kinds: Sequence[str], seconds: float) -> Report:
     """Rates of all `kinds` (see `Bench.rate`), each measured for about `seconds`."""
-    rates = {kind: bench.rate(kind, seconds) for kind in kinds}
+    rates = {}
+    with Progress("bench", total=len(kinds), unit="measurements") as progress:
+        for kind in kinds:
+            with progress.stage(f"compiling and measuring {kind}"):
+                rates[kind] = bench.rate(kind, seconds)
     return Report(
         device=bench.backend.device,
         precision=bench.dtype.name,
         params=count_parameters(bench.params),
         flops_per_token=bench.flops,
-        matmul_peak=bench.peaks,
+        matmul_peak={name: peak for name, peak in bench.peaks.items() if peak},
         rates=rates,
         peak_bytes=peak_resident_memory(),
     )
@@ -251,7 +267,7 @@ def tables(records: dict[str, dict[str, Any]]) -> list[Table]:
                     kind,
                     f"{rate['tokens_per_second']:,.0f}",
                     f"{rate['low']:,.0f} to {rate['high']:,.0f}",
-                    f"{rate['peak_share']:.1%}",
+                    "–" if rate["peak_share"] is None else f"{rate['peak_share']:.1%}",
                     f"{record['peak_bytes'] / 1e6:,.0f} MB",
                 )
     return [table]
@@ -260,7 +276,10 @@ def tables(records: dict[str, dict[str, Any]]) -> list[Table]:
 def describe_record(record: dict[str, Any]) -> str:
     """Config and device of a record, in one line."""
     peaks = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in record["matmul_peak"].items())
+    known = record["precision"] in record["matmul_peak"]
     return (
         f"{record['params']:,} parameters, {record['flops_per_token'] / 1e6:.1f} MFLOP a token, "
-        f"{record['precision']}; {record['device']}; matrix products, GFLOP/s: {peaks}"
+        f"{record['precision']}; {record['device']}"
+        + (f"; matrix products, GFLOP/s: {peaks}" if peaks else "")
+        + ("" if known else f"; {UNKNOWN_PEAK_NOTE}")
     )

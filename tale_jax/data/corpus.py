@@ -122,7 +122,11 @@ class FileSplits:
             return plan
         name = f"corpus.path={printable(self._config.path)}"
         limit = self._config.max_train_bytes
-        more = f"raise corpus.max_train_bytes={limit}" if 0 < limit < MIN_CORPUS_BYTES else "add text"
+        more = (
+            f"raise corpus.max_train_bytes={limit} to {MIN_CORPUS_BYTES} or more"
+            if 0 < limit < MIN_CORPUS_BYTES
+            else "add text"
+        )
         if not total:
             raise ValueError(f"{name} holds no text but white space; {more}")
         if count < MIN_DOCUMENTS:
@@ -249,8 +253,11 @@ class Corpus:
         if empty:
             settings = {k: self.identity[k] for k in ("name", "path", "hub_name") if self.identity.get(k)}
             fields = " ".join(f"corpus.{name}={printable(value)}" for name, value in settings.items())
-            or_raise = f", or raise corpus.held_out={self.identity['held_out']}" if by_hash else ""
-            raise ValueError(f"{fields} must hold a document for the {split} split; give more text{or_raise}")
+            or_change = ""
+            if wanted.source is train.source:  # the splits are cut from one source, by this share
+                change = "lower" if split == "train" else "raise"
+                or_change = f", or {change} corpus.held_out={self.identity['held_out']}"
+            raise ValueError(f"{fields} must hold a document for the {split} split; give more text{or_change}")
 
     def num_bytes(self, split: str) -> int | None:
         """About how many bytes of text a split has, for a progress bar; None when only reading can tell."""

@@ -24,8 +24,8 @@ FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "mv {file} {file}.zst"),
     (b"BZh", "compressed with bzip2", "mv {file} {file}.bz2"),
     (b"\xfd7zXZ\x00", "compressed with xz", "mv {file} {file}.xz"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {file} && rm {file}"),
-    (b"Rar!\x1a\x07", "a RAR archive", "unrar x {file} && rm {file}"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z e -so {file} > {new}"),
+    (b"Rar!\x1a\x07", "a RAR archive", "unrar p -inul {file} > {new}"),
     (b"%PDF-", "a PDF", "pdftotext {file} {new}"),
     (b"{\\rtf", "an RTF document", "pandoc -f rtf -t plain {file} -o {new}"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document", "antiword {file} > {new}"),
@@ -111,9 +111,9 @@ def format_of(head: bytes) -> tuple[str, str] | None:
         for mark, name, command in ZIP_CONTENTS:
             if mark in head:
                 return name, command
-        return "a zip archive", "unzip {file} -d {new}"
+        return "a zip archive", "unzip -p {file} > {new}"
     if head[257:262] == b"ustar":
-        return "a tar archive", "tar -xf {file} && rm {file}"
+        return "a tar archive", "tar -xOf {file} > {new}"
     if _HTML.match(head.removeprefix(codecs.BOM_UTF8)):
         return "an HTML page, perhaps an error page saved in place of the text", HTML_REMEDY
     return None

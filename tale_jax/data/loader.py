@@ -98,11 +98,12 @@ class Batches:
         if len(windows) < batch_size:
             raise ValueError(
                 f"batch_size={batch_size} must not exceed the {len(windows)} windows of model.seq_len={seq_len} in the "
-                "training split; give more text, or lower batch_size or model.seq_len"
+                f"training split; give more text, or try {_enough_windows(tokens, starts, batch_size)}"
             )
         if batch_size % process_count:
             raise ValueError(
-                f"batch_size={batch_size} must be divisible by the {process_count} processes; choose a multiple of it"
+                f"batch_size={batch_size} must be divisible by the {process_count} processes; "
+                f"try batch_size={max(1, batch_size // process_count) * process_count}"
             )
         # grain shuffles pass n by seed + n: neighbouring seeds would share their orders, one pass apart.
         shuffle_seed = int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "big"), digest_size=4).digest(), "big")
@@ -137,8 +138,8 @@ class Batches:
         return {"examples": self._examples, **self._order}
 
     def is_in_this_text(self, state: Mapping[str, int | str]) -> bool:
-        """Whether a position of `get_state` belongs to these windows; an old one without a digest may."""
-        return all(state.get(field, value) == value for field, value in self._order.items() if field != "seed")
+        """Whether a position of `get_state` belongs to these windows in this order; one without a digest may."""
+        return all(state.get(field, value) == value for field, value in self._order.items())
 
     def set_state(self, state: Mapping[str, int | str]) -> None:
         """Goes to a position of `get_state`, whatever the number of processes was.
@@ -150,8 +151,8 @@ class Batches:
             if state.get(field, value) != value:
                 raise ValueError(
                     f"{field}={value} must be {state[field]}, as when the data position was saved; "
-                    "resume with the windows, the seed and the model.seq_len of that run, or, where the text was "
-                    "prepared again, set --config.corpus.changed=continue"
+                    "set --config.corpus.changed=continue to go on with the weights, at the start of the text that is "
+                    "there now, or bring back the windows and settings of that run"
                 )
         self._examples = int(state["examples"])
         self._iterator.set_state({"global_next_index": self._examples})
@@ -159,3 +160,8 @@ class Batches:
     def close(self) -> None:
         """Ends the threads that read ahead."""
         self._iterator.close()
+
+
+def _enough_windows(tokens: Integer[np.ndarray, " N"], starts: Integer[np.ndarray, " windows"], batch_size: int) -> str:
+    """The setting that makes one batch of so few windows; shorter ones where there is none."""
+    return f"batch_size={len(starts)}" if len(starts) else f"model.seq_len={max(1, (len(tokens) - 1) // batch_size)}"

@@ -31,6 +31,7 @@ from tale_jax.data.text_files import (
     quoted,
     read_text,
 )
+from tale_jax.utils.extras import missing_extra
 
 NUM_PASSAGES = 128  # a long text becomes about so many documents, so that every split of a single book gets some,
 MIN_PASSAGE_BYTES, MAX_PASSAGE_BYTES = 2_048, 16_384  # unless they would be shorter or longer than about this
@@ -341,7 +342,7 @@ def parquet_rows(path: Path, field: str, encoding: str = "") -> Iterator[str]:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"corpus.path={name} needs pyarrow to be read; pip install pyarrow") from None
+        raise ValueError(missing_extra(f"corpus.path={name}", "pyarrow", "hub")) from None
     with open_binary(path) as packed, tempfile.TemporaryFile() as temporary:
         file: Any = packed
         if path.suffix.lower() != ".parquet":  # compressed as a whole, and read from its end
@@ -406,10 +407,8 @@ class HubRows:
         try:
             import datasets  # noqa: F401
         except ImportError:
-            raise ValueError(
-                f"dataset {self.name} on the Hugging Face hub needs the library datasets to be read; "
-                'pip install "tale_jax[hub]", or download it and set corpus.path'
-            ) from None
+            what = f"dataset {self.name} on the Hugging Face hub"
+            raise ValueError(f"{missing_extra(what, 'datasets', 'hub')}, or download it and set corpus.path") from None
 
     def __iter__(self) -> Iterator[str]:
         location = f"dataset {self.name}{f' ({self.config})' if self.config else ''}, split {self.split}"

@@ -34,6 +34,8 @@ from tale_jax.data.encodings import (
     is_binary,
     wide_encoding_of,
 )
+from tale_jax.utils.extras import has_library, missing_extra
+from tale_jax.utils.paths import expanded, printable_path
 
 TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".text")
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -66,15 +68,7 @@ class Found(NamedTuple):
     notes: list[str]
 
 
-def printable(path: Path | str) -> str:
-    """A path for a message: one line, without control characters, and bytes that are no UTF-8 as \\xNN."""
-    return "".join(c if c.isprintable() else _escaped(c) for c in str(path))
-
-
-def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
+printable = printable_path
 
 
 def quoted(path: Path | str) -> str:
@@ -97,10 +91,7 @@ def _suffixes(path: Path) -> tuple[str, str]:
 
 def expand(path: str, field: str = "corpus.path") -> Path:
     """A path of the command line, with `~` at its start expanded. Raises ValueError where no home is known."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError(f"{field}={printable(path)}: ~ has no meaning here (HOME is not set); write it out") from None
+    return expanded(path, field) if path else Path()
 
 
 def find_files(pattern: str, workdir: Path | None = None) -> Found:
@@ -126,10 +117,7 @@ def find_files(pattern: str, workdir: Path | None = None) -> Found:
         _check_single_file(path, field)
         walk.files.append(path)
     else:
-        try:
-            names = sorted(glob.glob(str(path), recursive=True))
-        except re.error as error:
-            raise ValueError(f"{field} must be a file, a folder or a glob ({error}); correct it") from None
+        names = sorted(glob.glob(str(path), recursive=True))
         if not names:
             raise ValueError(f"{field} does not exist{_near(path)}; give a file, a folder or a glob")
         for name in names:
@@ -142,7 +130,24 @@ def find_files(pattern: str, workdir: Path | None = None) -> Found:
         what = f"; it has {', '.join(notes)}" if (notes := walk.notes()) else ""
         empty = "that are not empty " if walk.left_out["empty"] else ""
         raise ValueError(f"{field} must hold {READABLE} {empty}to learn from{what}; add text, or rename or convert it")
+    _check_libraries(files)
     return Found(files, walk.notes())
+
+
+def _check_libraries(files: list[Path]) -> None:
+    """Raises ValueError where a library is missing that one of the files needs: before the first is read."""
+    for file in files:
+        kind, compression = _suffixes(file)
+        if compression == ".zst":
+            _check_zstd(file)
+        if kind == ".parquet" and not has_library("pyarrow"):
+            raise ValueError(missing_extra(f"corpus.path={printable(file)}", "pyarrow", "hub"))
+
+
+def _check_zstd(path: Path) -> None:
+    if not has_library("compression.zstd") and not has_library("pyarrow"):
+        missing = missing_extra(f"corpus.path={printable(path)}", "Python 3.14 or pyarrow", "hub")
+        raise ValueError(f"{missing}, or unzstd {quoted(path)}")
 
 
 def _check_single_file(path: Path, field: str) -> None:
@@ -314,11 +319,10 @@ def open_binary(path: Path) -> Iterator[io.BufferedReader]:
         wanted = f"compressed with {COMPRESSED[compression]}"
         found = format_of(head)
         if found is None:
-            plain = path.with_suffix("")
-            remedy = f"mv {quoted(path)} {quoted(plain)}" if kind_of(path) else "remove it"
+            remedy = f"mv {quoted(path)} {quoted(path.with_suffix(''))}"
             raise ValueError(f"{printable(path)} is not {wanted}, whatever its name says; {remedy}")
         if found[0] != wanted:
-            raise ValueError(f"{printable(path)} is {found[0]}, not {wanted}; {format_remedy(path, found[1])}")
+            raise ValueError(f"{printable(path)} is {found[0]}, not {wanted}; {format_remedy(path, found[1], False)}")
         try:
             with _decompressor(raw, compression, path) as file:
                 yield file
@@ -374,13 +378,9 @@ def _decompressor(raw: io.BufferedReader, compression: str, path: Path) -> io.Bu
         from compression import zstd  # pyright: ignore[reportMissingImports] # of Python 3.14
 
         return _guarded(zstd.ZstdFile(raw))
-    try:
-        import pyarrow
-    except ImportError:
-        raise ValueError(
-            f"corpus.path={printable(path)} needs Python 3.14 or pyarrow to be read; pip install pyarrow, "
-            f"or unzstd {quoted(path)}"
-        ) from None
+    _check_zstd(path)
+    import pyarrow
+
     return _guarded(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"))
 
 
@@ -468,17 +468,28 @@ def _is_utf8(path: Path, beyond_ascii: bool = False) -> bool:
     return found
 
 
-def format_remedy(path: Path, remedy: str) -> str:
-    """What to do with a file of a known format; `remedy` is that of `format_of`."""
+def format_remedy(path: Path, remedy: str, decompressed: bool = True) -> str:
+    """What to do with a file of a known format; `remedy` is that of `format_of`.
+
+    `decompressed`: of a compressed file the format is that of what is in it, not that of the file itself.
+    """
     if "{file}" not in remedy:
         return remedy or "remove it, or move it elsewhere"
+    compression = _suffixes(path)[1]
+    suffix = remedy.rpartition("{file}")[2] if remedy.startswith("mv ") else ""
     new = path.with_name(f"{path.stem}.converted")
+    if compression and decompressed and suffix != ".parquet":
+        plain, command = path.with_suffix(suffix), f"decompress it: {COMPRESSED[compression]} -dc {quoted(path)} >"
+        if plain == path:  # compressed twice
+            return f"{command} {quoted(new)} && mv {quoted(new)} {quoted(path)}"
+        return f"{command} {quoted(plain)} && rm {quoted(path)}"
+    if suffix:
+        new = path.with_name(path.name + suffix)
+        if compression:
+            new = path.with_suffix("").with_suffix(suffix + compression) if decompressed else path.with_suffix(suffix)
+        return f"name it as what it is: mv {quoted(path)} {quoted(new)}"
     line = remedy.format(file=quoted(path), new=quoted(new))
-    if line.startswith("mv "):
-        return f"name it as what it is: {line}"
-    if "{new}" in remedy:
-        line += f" && rm {quoted(path)}" if line.startswith("unzip") else f" && mv {quoted(new)} {quoted(path)}"
-    return f"convert it: {line}"
+    return f"convert it: {line} && mv {quoted(new)} {quoted(path)}"
 
 
 def _encoding_message(path: Path, encoding: str, why: str = "") -> str:
@@ -525,7 +536,10 @@ def _decoding_error(
     new = path.with_name(f"{path.stem}.utf8")
     command = f"iconv -c -f UTF-8 -t UTF-8 {quoted(path)} > {quoted(new)}; mv {quoted(new)} {quoted(path)}"
     if compression := _suffixes(path)[1]:
-        command = f"{COMPRESSED[compression]} -dc {quoted(path)} > {quoted(path.with_suffix(''))}, and look at it"
+        command = (
+            f"{COMPRESSED[compression]} -dc {quoted(path)} | iconv -c -f UTF-8 -t UTF-8 "
+            f"> {quoted(path.with_suffix(''))}; rm {quoted(path)}"
+        )
     return ValueError(f"{name} must be UTF-8, but {byte} is not; correct it, or leave such bytes out: {command}")
 
 

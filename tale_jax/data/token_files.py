@@ -71,7 +71,7 @@ def load_manifest(workdir: Path, split: str) -> Manifest:
         if values["format_version"] == FORMAT_VERSION:
             return Manifest(**values)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove {path.parent} and prepare again") from None
+        raise ValueError(f"{path} is damaged ({error}); remove it and prepare again") from None
     raise ValueError(f"{path} must have format_version={FORMAT_VERSION}; remove {path.parent} and prepare again")
 
 

@@ -282,8 +282,6 @@ def _training_error(message: str, word_counts: Mapping[str, int], config: Tokeni
     field = f"tokenizer.vocab_size={config.vocab_size}"
     if found := _TOO_LARGE.search(message):
         max_size = int(found[1])
-        if max_size < MIN_VOCAB_SIZE:
-            return f"{field} needs text with characters to learn from, and there is none; see corpus.path"
         return (
             f"{field} must not exceed the {max_size} tokens that the text can fill; try "
             f"tokenizer.vocab_size={max_size}, or give more text"
@@ -293,5 +291,5 @@ def _training_error(message: str, word_counts: Mapping[str, int], config: Tokeni
         needs = f"256 bytes, 4 special tokens and the text's characters, {low} in all"
         return f"{field} must hold {needs}; try tokenizer.vocab_size={max(low, min(2 * low, high))}"
     if "sentences_.empty()" in message:
-        return f"{field} needs text in the training split to learn from; see corpus.path"
+        return f"{field} needs text in the training split to learn from; give text with words in corpus.path"
     return f"{field}: SentencePiece could not be trained ({message.strip().splitlines()[0]})"

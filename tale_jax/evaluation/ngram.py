@@ -40,7 +40,9 @@ class NgramModel:
 
     def __init__(self, tokens: Integer[np.ndarray, " N"], vocab_size: int, order: int = 5):
         if len(tokens) < order:
-            raise ValueError(f"the training text must hold at least {order} tokens, but has {len(tokens)}")
+            raise ValueError(
+                f"the training text must hold at least {order} tokens, but has {len(tokens)}; give more text"
+            )
         self.vocab_size = vocab_size
         tokens = np.asarray(tokens, np.int64)
         found = []  # keys and counts of each length

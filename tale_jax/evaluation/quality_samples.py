@@ -7,7 +7,6 @@ others are kept to see what chance does. No sample is selected: all are kept, in
     python launch/evaluate.py --workdir=experiments/wikitext2 --quality
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from tale_jax.evaluation.text_quality import (
     quality_record,
 )
 from tale_jax.inference.sampler import Sampler, SampleSettings
-from tale_jax.utils.files import write_atomically
+from tale_jax.utils.files import json_line, write_atomically
 
 # In turn for text that informs and for text that narrates; every fourth sample continues one of them, in this order.
 PROMPTS = (
@@ -49,6 +48,7 @@ PROMPTS = (
     "They walked through the forest until",
 )
 NUM_SAMPLES = 64  # at most
+MIN_TEXTS = 8  # to compare with
 OPENING, LENGTH = 32, 160  # tokens of a prompt, and of the text that continues it, at most
 TEMPERATURES = (0.8, 1.0)
 BATCH_SIZE = 16
@@ -81,6 +81,25 @@ def held_out_texts(
         middle = next((i for i in word_starts if i >= opening), opening)
         texts.append(Continuation(tokenizer.decode(ids[first:middle]), tokenizer.decode(ids[middle:])))
     return [each for each in texts if each.prompt.strip() and each.text.strip()]
+
+
+def sample_lengths(context: int) -> tuple[int, int]:
+    """Tokens of an opening, and of what continues it."""
+    opening = min(OPENING, context // 4)
+    return opening, min(LENGTH, context - opening - 1)
+
+
+def texts_to_compare(held_out: Integer[np.ndarray, " N"], tokenizer: Tokenizer, context: int) -> list[Continuation]:
+    """The held-out texts beside which samples are measured. Raises ValueError, in one line, where there are too few."""
+    opening, length = sample_lengths(context)
+    texts = held_out_texts(held_out, tokenizer, opening, length, 2 * NUM_SAMPLES) if opening and length > 0 else []
+    if len(texts) < MIN_TEXTS:
+        raise ValueError(
+            f"--quality must find at least {MIN_TEXTS} texts of {2 * opening} tokens in the split to compare samples "
+            f"with, but found {len(texts)}; try another --split, or give more text, or raise corpus.held_out (of "
+            "tales: corpus.num_valid_tales), in a new --workdir"
+        )
+    return texts
 
 
 def sample_records(
@@ -121,21 +140,16 @@ def measure_quality(
       advance: gets the number of samples that are newly done; there are at most `NUM_SAMPLES` for each temperature.
 
     Returns:
-      for each temperature `temperature num_samples words passes measures`, the measures by name with the fields of
-      `QualityMeasure` and `control_ratio`, the ratio of other held-out text; and all samples (see `sample_records`).
+      for each temperature `temperature num_samples words in_range not_tested measures`: whether all measures are in
+      range, and what none of them tests; the measures by name with the fields of `QualityMeasure` and `control_ratio`,
+      the ratio of other held-out text. And all samples (see `sample_records`).
 
     Raises:
       ValueError: one line, when the held-out text is too short.
     """
-    tokenizer, context = sampler.tokenizer, sampler.context
-    opening = min(OPENING, context // 4)
-    length = min(LENGTH, context - opening - 1)
-    texts = held_out_texts(held_out, tokenizer, opening, length, 2 * NUM_SAMPLES)
-    if len(texts) < 8:
-        raise ValueError(
-            f"the held-out split must hold at least 8 texts of {2 * opening} tokens to compare samples with, "
-            f"but has {len(texts)}; try --split=train to see how it works, or hold out more text"
-        )
+    tokenizer = sampler.tokenizer
+    length = sample_lengths(sampler.context)[1]
+    texts = texts_to_compare(held_out, tokenizer, sampler.context)
     references, controls = texts[: len(texts) // 2 * 2 : 2], texts[1::2]
     published = iter(PROMPTS)
     prompts = [next(published) if i % 4 == 3 else text.prompt for i, text in enumerate(references)]
@@ -150,7 +164,8 @@ def measure_quality(
         measures = quality_measures(group, references, ngram_model, tokenizer.encode, found)
         result: dict[str, Any] = {"temperature": temperature, "num_samples": len(group)}
         result["words"] = sum(len(sample.text.split()) for sample in group)
-        result["passes"] = all(measure.passes for measure in measures.values())
+        result["in_range"] = all(measure.in_range for measure in measures.values())
+        result["not_tested"] = "sense"
         result["measures"] = {name: quality_record(measure, by_chance[name]) for name, measure in measures.items()}
         results.append(result)
     return results, [record for group in records for record in group]
@@ -158,7 +173,7 @@ def measure_quality(
 
 def write_samples(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes all samples of an evaluation, one JSON object a line, in place of those of the one before."""
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_atomically(path, "".join(json_line(record) + "\n" for record in records))
 
 
 def spread_tokens(tokens: Integer[np.ndarray, " N"], max_count: int, parts: int = 64) -> Integer[np.ndarray, " M"]:

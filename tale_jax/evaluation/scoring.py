@@ -15,12 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
+from tale_jax.data.prepare import DOCUMENT_DEVIATION
 from tale_jax.data.tales.grammar import ratio
 from tale_jax.data.token_files import document_starts, load_tokens
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.evaluation.tales import grammar_nats
 from tale_jax.model.loss import loss_mask
 from tale_jax.model.transformer import Transformer, token_losses
+
+MIN_DOCUMENTS = 30  # of which the standard error is taken over documents
 
 
 class Span(NamedTuple):
@@ -120,6 +123,7 @@ class Evaluation:
       windows: "stream" or "document", as `windows` in the config.
       stride: tokens between windows; 0: the context length.
       max_windows: spans scored at most, spread evenly over the split; 0: all.
+      advance: gets the number of tales whose entropy is newly known.
 
     Raises:
       ValueError: one line, for a split that is not prepared, or a stride longer than the context.
@@ -134,11 +138,13 @@ class Evaluation:
         windows: str,
         stride: int = 0,
         max_windows: int = 0,
+        advance: Callable[[int], None] = lambda n: None,
     ):
         self.split, self.scorer, self.stride = split, scorer, stride or scorer.context
         if not 0 < self.stride <= scorer.context:
             raise ValueError(
-                f"stride={stride} must be at most the context of {scorer.context} tokens; try {scorer.context // 2}"
+                f"stride={stride} must be at most the context of {scorer.context} tokens; "
+                f"try --stride={max(1, scorer.context // 2)}"
             )
         self.tokens, self.manifest = load_tokens(workdir, split)
         starts = document_starts(self.tokens, tokenizer.bos_id)
@@ -146,20 +152,21 @@ class Evaluation:
             spans = list(document_spans(starts, len(self.tokens), scorer.context, self.stride))
         else:
             spans = list(stream_spans(len(self.tokens), scorer.context, self.stride))
-        self.whole = not max_windows or len(spans) <= max_windows
+        self.whole, self.split_windows = not max_windows or len(spans) <= max_windows, len(spans)
         if not self.whole:
             spans = [spans[i * len(spans) // max_windows] for i in range(max_windows)]
         self.spans = spans
         self.grammar_nats: dict[int, float] | None = None  # of the scored documents, by number
         if self.manifest.corpus["name"] == "tales" and windows == "document":
-            self.grammar_nats = grammar_nats(self.tokens, starts, {span.document for span in spans}, tokenizer)
+            self.grammar_nats = grammar_nats(self.tokens, starts, {span.document for span in spans}, tokenizer, advance)
 
     def __call__(self, params: Any, advance: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
         """The measures of the split, by name. Where not all of it is scored, words and bytes are estimated from its
         tokens.
 
         A measure is None where it has no value. `excess_nats_per_token` is above the entropy of the tales, with its
-        standard error over tales.
+        standard error over tales. `nats_per_token_stderr` is that of the loss as an estimate for all text that such
+        documents come from; `windows` of the `split_windows` that the split has were scored.
         """
         nats, counts, documents = self.scorer(params, self.tokens, self.spans, advance)
         total, tokens, manifest = float(nats.sum()), int(counts.sum()), self.manifest
@@ -169,10 +176,15 @@ class Evaluation:
             "tokens": tokens,
             "words": manifest.words if self.whole else round(manifest.words * share),
             "bytes": manifest.bytes if self.whole else round(manifest.bytes * share),
-            "nats_per_token": total / tokens,
-            "token_perplexity": _exp(total / tokens),
-            "word_perplexity": _exp(_per(total, manifest.words if self.whole else manifest.words * share)),
-            "bits_per_byte": _per(total / math.log(2), manifest.bytes if self.whole else manifest.bytes * share),
+            "documents": manifest.documents,
+            "texts": manifest.texts or manifest.documents,
+            "windows": len(self.spans),
+            "split_windows": self.split_windows,
+            "nats_per_token": per(total, tokens),
+            "nats_per_token_stderr": self._standard_error(nats, counts, documents),
+            "token_perplexity": _exp(per(total, tokens)),
+            "word_perplexity": _exp(per(total, manifest.words if self.whole else manifest.words * share)),
+            "bits_per_byte": per(total / math.log(2), manifest.bytes if self.whole else manifest.bytes * share),
         }
         result["context"], result["stride"] = self.scorer.context, self.stride
         if self.grammar_nats is not None:
@@ -183,9 +195,24 @@ class Evaluation:
             result |= {
                 "excess_nats_per_token": excess,
                 "excess_nats_per_token_stderr": error,
-                "floor_nats_per_token": float(grammar.sum() / lengths.sum()),
+                "floor_nats_per_token": per(float(grammar.sum()), float(lengths.sum())),
             }
         return result
+
+    def _standard_error(self, nats: np.ndarray, counts: np.ndarray, documents: np.ndarray) -> float | None:
+        """Of nats per token, by how much documents differ, where windows follow them and they are many.
+
+        Else by how much windows differ, and, since those of one document are alike, by how much documents usually do.
+        """
+        totals, lengths = (np.bincount(documents, weights) for weights in (nats, counts))
+        scored = np.flatnonzero(lengths)
+        if len(scored) >= MIN_DOCUMENTS:
+            return ratio(totals[scored].tolist(), lengths[scored].tolist())[1]
+        if np.count_nonzero(counts) < 2:
+            return None
+        return math.hypot(
+            ratio(nats.tolist(), counts.tolist())[1], DOCUMENT_DEVIATION / math.sqrt(self.manifest.documents)
+        )
 
 
 def _batches(items: Iterable[Span], size: int) -> Iterator[list[Span]]:
@@ -199,7 +226,7 @@ def _batches(items: Iterable[Span], size: int) -> Iterator[list[Span]]:
         yield batch
 
 
-def _per(total: float, count: float | int) -> float | None:
+def per(total: float | int, count: float | int) -> float | None:
     """None, which JSON writes as null, where there is nothing to divide by: text without a word, say."""
     return total / count if count else None
 

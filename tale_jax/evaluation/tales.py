@@ -52,7 +52,13 @@ def judge_samples(
     }
 
 
-def grammar_nats(tokens: np.ndarray, starts: np.ndarray, wanted: set[int], tokenizer: Tokenizer) -> dict[int, float]:
+def grammar_nats(
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    wanted: set[int],
+    tokenizer: Tokenizer,
+    advance: Callable[[int], None] = lambda n: None,
+) -> dict[int, float]:
     """Nats of the wanted documents, by number, by the grammar that generated them: no model can expect less."""
     ends = [*starts[1:], len(tokens)]
     nats = {}
@@ -61,4 +67,5 @@ def grammar_nats(tokens: np.ndarray, starts: np.ndarray, wanted: set[int], token
         verdict = grammar.judge(text)
         assert verdict.accepted, f"a prepared tale is not accepted ({verdict.reason}): {text}"
         nats[number] = -verdict.logprob
+        advance(1)
     return nats

@@ -13,10 +13,10 @@ each measure is taken twice: of its samples, and of held-out text. What counts i
   copying     share of 8-grams of words that stand in the training text (after Lee et al., "Deduplicating training data
               makes language models better", ACL 2022, who look for longer ones, in larger text).
 
-Words are separated by white space, so nothing but the 5-gram model depends on the tokenizer. A measure passes within
-bounds around its held-out value (`LIMITS`). Held-out text is also compared with other held-out text: that ratio would
-be 1 but for chance, and shows how much of a difference chance explains. None of this knows what a text means: fluent
-nonsense passes.
+Words are separated by white space, so nothing but the 5-gram model depends on the tokenizer. A measure is in range
+within bounds around its held-out value (`LIMITS`). Held-out text is also compared with other held-out text: that ratio
+would be 1 but for chance, and shows how much of a difference chance explains. None of this knows what a text means:
+fluent nonsense is in range by every measure, so a verdict says no more than that.
 
     found = ngrams_in_documents(ngrams_to_find(texts), documents)
     measures = quality_measures(samples, held_out, ngram_model, tokenizer.encode, found)
@@ -32,6 +32,9 @@ import numpy as np
 from tale_jax.evaluation.ngram import NgramModel
 
 REPEATED, COPIED = 4, 8  # lengths of n-grams, in words
+IN_RANGE = "in range"  # the verdict on a measure that lies within its bounds
+OLD_IN_RANGE = "as held-out text"  # the same in evaluations.jsonl of version 0.2
+NOT_TESTED = "Not tested: sense. Text without any can be in range by every measure."
 
 Ngram = tuple[str, ...]  # of words
 
@@ -87,10 +90,10 @@ class QualityMeasure:
 
     Attributes:
       samples, held_out: the values.
-      lower, upper: the bounds within which the samples pass.
+      lower, upper: the range of held-out text, with an allowance.
       ratio: samples over held_out; None where held_out is 0.
-      passes: whether the samples lie within the bounds.
-      verdict: "as held-out text", or what it means to lie outside.
+      in_range: whether the samples lie within the bounds.
+      verdict: "in range", or what it means to lie outside.
     """
 
     samples: float
@@ -98,7 +101,7 @@ class QualityMeasure:
     lower: float
     upper: float
     ratio: float | None
-    passes: bool
+    in_range: bool
     verdict: str
 
 
@@ -194,7 +197,7 @@ def quality_measures(
 
 def _quality_measure(limits: Limits, samples: float, held_out: float) -> QualityMeasure:
     lower, upper = limits.bounds(held_out)
-    verdict = "as held-out text"
+    verdict = IN_RANGE
     if not lower <= samples:  # also NaN, of no text at all
         verdict = f"too low: {limits.too_low}"
     elif samples > upper:
@@ -225,5 +228,6 @@ def quality_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
         shown = {key: "–" if measure[key] is None else form.format(measure[key]) for key, form in forms.items()}
         title = f"{name}: {LIMITS[name].about}" if name in LIMITS else name
         values = [shown[key] for key in ("samples", "held_out", "ratio", "control_ratio")]
-        rows.append([title, *values, f"{shown['lower']} to {shown['upper']}", measure["verdict"]])
-    return ["samples", "held-out", "ratio", "by chance", "allowed", "verdict"], rows
+        verdict = IN_RANGE if measure["verdict"] == OLD_IN_RANGE else measure["verdict"]
+        rows.append([title, *values, f"{shown['lower']} to {shown['upper']}", verdict])
+    return ["samples", "held-out", "ratio", "by chance", "range", "verdict"], rows

@@ -14,12 +14,14 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tale_jax.hardware import machine
+from tale_jax.hardware import environment, machine
+from tale_jax.hardware.cpu_times import CpuTimes
+from tale_jax.utils.streams import notice
 
 # JAX's setting for random bits that do not depend on the mesh. It needs 64-bit counters, which no Metal plugin is known
 # to support, so it is off there, and the same seed gives other numbers than on a CPU.
@@ -60,9 +62,14 @@ def start_backend(platform: str) -> Backend:
     """Starts JAX on a platform: auto, cpu, metal or cuda. Call it before anything else uses JAX.
 
     `auto` takes an Apple or NVIDIA GPU whose plugin is installed and starts, else the CPU, and says so in `note`.
-    Raises ValueError, in one line, when a platform asked for by name is not possible here.
+    Raises ValueError, in one line, when a platform asked for by name is not possible here, or a variable of the
+    environment keeps JAX from starting.
     """
     _quiet_libraries()
+    if fault := environment.xla_flags_fault():
+        raise ValueError(fault)
+    for line in environment.settle_jax_settings():
+        notice(line)
     _cache_compilations()
     machine.keep_freed_memory()
     _set_xla_flags()
@@ -84,7 +91,11 @@ def start_backend(platform: str) -> Backend:
     try:
         devices = jax.devices()
     except Exception as error:  # a plugin may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or "JAX finds no such device"
+        if chosen := environment.platform_variables():
+            raise ValueError(
+                f"{chosen} keeps JAX from starting ({reason}); unset it, or set JAX_PLATFORMS=cpu"
+            ) from None
         if platform != "auto":
             raise ValueError(f"backend.platform={platform} does not start here ({reason}); try auto or cpu") from None
         note = f"falls back to the CPU: {plugin or 'the GPU'} does not start ({reason})"
@@ -93,9 +104,10 @@ def start_backend(platform: str) -> Backend:
     first = jax.local_devices()[0]  # a process knows nothing of the memory of another one's
     name = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}.get(first.platform, "metal")
     if platform not in ("auto", name):
-        raise ValueError(
-            f"backend.platform={platform} is not what JAX starts here ({first.platform}); unset JAX_PLATFORMS"
-        )
+        line = f"backend.platform={platform} is not what JAX starts here ({first.platform})"
+        if chosen := environment.platform_variables():
+            raise ValueError(f"{line}; unset {chosen.partition('=')[0]} (it is {chosen.partition('=')[2]})")
+        raise ValueError(f"{line}; try auto, which takes what there is")
     jax.config.update(PARTITIONABLE_RANDOM_BITS, name != "metal")
     backend = Backend(
         platform=name,
@@ -151,9 +163,10 @@ def tracing_for_metal() -> Iterator[None]:
 def matmul_peak(dtype: Any) -> float:
     """FLOP/s of large matrix products in `dtype` on the first device, measured once in a process.
 
-    The dtype of a run is chosen by it, and the speed of its steps is shown as a share of it.
+    The dtype of a run is chosen by it. What else computes at the same time makes it lower: see `peak.py` for a peak
+    that speeds can be compared with.
     """
-    return _matmul_peak(jnp.dtype(dtype).name)
+    return matmul_speed(jnp.dtype(dtype).name).flops
 
 
 def memory_bandwidth(size: int = 64 << 20, seconds: float = 0.5, repeats: int = 8) -> float:
@@ -169,19 +182,29 @@ def memory_bandwidth(size: int = 64 << 20, seconds: float = 0.5, repeats: int = 
     return best
 
 
+class MatmulSpeed(NamedTuple):
+    """FLOP/s of matrix products, and whether no other program disturbed the measurement."""
+
+    flops: float
+    undisturbed: bool
+
+
 @functools.cache
-def _matmul_peak(dtype: str, size: int = 1024, seconds: float = 0.2) -> float:
+def matmul_speed(dtype: str, size: int = 1024, seconds: float = 0.2) -> MatmulSpeed:
+    """Of large products on the first device. What other programs do on a GPU cannot be seen: taken for nothing."""
     x = jnp.ones((size * 2, size), dtype)
     w = jnp.ones((size, size * 2), dtype)
     product = jax.jit(jnp.matmul)
     float(product(x, w)[0, 0])  # a host read: block_until_ready is a no-op on some plugins
     best, count, end = 0.0, 4, time.perf_counter() + seconds
+    before = CpuTimes.now()
     while time.perf_counter() < end:
         start_time = time.perf_counter()
         products = [product(x, w) for _ in range(count)]
         float(products[-1][0, 0])
         best = max(best, count * 8 * size**3 / (time.perf_counter() - start_time))
-    return best
+    on_cpu = jax.local_devices()[0].platform == "cpu"
+    return MatmulSpeed(best, not on_cpu or CpuTimes.now().is_undisturbed_since(before))
 
 
 def _jax_platforms(platform: str, plugin: str) -> str | None:
@@ -202,8 +225,9 @@ def _usable_memory(platform: str, plugin: str, device: Any) -> int:
 
 def _cache_compilations() -> None:
     """Keeps compiled programs for the next start, in the user's cache folder (or JAX_COMPILATION_CACHE_DIR)."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(machine.cache_folder() / "xla"))
+    folder = machine.cache_file("xla")
+    if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

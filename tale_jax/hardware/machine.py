@@ -5,17 +5,21 @@ JAX is not imported here, so that the reason can still be told where it does not
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import os
 import platform
 import re
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from tale_jax.utils.files import write_atomically
+from tale_jax.utils.paths import printable_path
 from tale_jax.utils.subprocesses import run, run_code
 
 
@@ -37,9 +41,49 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-def cache_folder() -> Path:
-    """Where tale_jax keeps what holds for this machine only: compiled programs, and results of checks."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tale_jax"
+def cache_folder() -> Path | None:
+    """Where tale_jax keeps what holds for this machine only: compiled programs, and results of checks.
+
+    None where nothing can be written: the cache is optional.
+    """
+    return _cache_in(os.environ.get("XDG_CACHE_HOME", ""), os.environ.get("HOME", ""))[0]
+
+
+def cache_fault() -> str:
+    """Why there is no cache folder, in words; "" where there is one."""
+    return _cache_in(os.environ.get("XDG_CACHE_HOME", ""), os.environ.get("HOME", ""))[1]
+
+
+@functools.cache
+def _cache_in(xdg_cache_home: str, home: str) -> tuple[Path | None, str]:
+    """The cache folder, tried by writing a file there, and why there is none."""
+    del home  # a part of the key: Path.home() reads it
+    try:
+        folder = (Path(xdg_cache_home) if xdg_cache_home else Path.home() / ".cache") / "tale_jax"
+    except RuntimeError:
+        return None, "HOME is not set, and this user has no home"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+            file.flush()
+    except (OSError, ValueError) as error:
+        return None, f"{printable_path(folder)} cannot be written to ({getattr(error, 'strerror', '') or error})"
+    return folder, ""
+
+
+def cache_file(*parts: str) -> Path | None:
+    """A path in the cache folder, None where there is none."""
+    folder = cache_folder()
+    return folder.joinpath(*parts) if folder else None
+
+
+def keep(file: Path | None, content: str = "") -> None:
+    """Writes a file of the cache, where that is possible."""
+    if file:
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, content)
 
 
 def version(distribution: str) -> str:
@@ -105,16 +149,14 @@ def start_failure(plugin: str) -> str:
     A success is cached for these versions.
     """
     versions = "-".join((plugin, version(plugin), version("jax"), *map(str, sys.version_info[:2])))
-    success = cache_folder() / "plugins" / versions
-    if success.exists():
+    success = cache_file("plugins", versions)
+    if success and success.exists():
         return ""
     env = {"JAX_PLATFORMS": METAL_PLUGINS[plugin].platform}
     code = "import jax; print(float(jax.numpy.ones(3).sum()))"
     result = run_code(code, env=env, timeout=120)
     if not result.reason and result.stdout.strip().endswith("3.0"):
-        with contextlib.suppress(OSError):  # the cache is optional
-            success.parent.mkdir(parents=True, exist_ok=True)
-            success.touch()
+        keep(success)
         return ""
     symptom = result.reason or "it computes a wrong sum"
     missing = unmet_requirement(plugin)

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tale_jax.config import MeshConfig
+from tale_jax.config import Config
+from tale_jax.utils.settings import nearest_divisor
 
 # The first pattern found in the dotted name decides. Blocks have a leading axis L. The embedding is split along V,
 # kernels and a head of its own along D.
@@ -26,21 +27,30 @@ PARTITION_RULES = (
 BATCH_PARTITION = PartitionSpec(("data", "fsdp"))
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any], batch_size: int) -> Mesh:
+def make_mesh(config: Config, devices: Sequence[Any]) -> Mesh:
     """The mesh over `devices`. Raises ValueError when its axes do not use them all or do not divide the micro-batch."""
-    count = len(devices)
-    data = config.data or max(1, count // config.fsdp)
-    if data * config.fsdp != count:
+    count, axes = len(devices), config.mesh
+    data = axes.data or max(1, count // axes.fsdp)
+    if data * axes.fsdp != count:
         raise ValueError(
-            f"mesh.fsdp={config.fsdp} times mesh.data={data} must be the number of devices, {count}; "
-            f"try mesh.data=0 with an mesh.fsdp that divides {count}"
+            f"mesh.fsdp={axes.fsdp} times mesh.data={data} must be the number of devices, {count}; "
+            f"try --config.mesh.data=0 --config.mesh.fsdp={nearest_divisor(count, axes.fsdp)}"
         )
-    if batch_size % count:
+    if config.micro_batch_size % count:
         raise ValueError(
-            f"micro_batch_size={batch_size} must be divisible by the number of devices, {count}; "
-            f"try {max(1, batch_size // count) * count}"
+            f"micro_batch_size={config.micro_batch_size} must be divisible by the number of devices, {count}; "
+            f"try {_divisible_batch(config, count)}"
         )
-    return Mesh(np.asarray(devices).reshape(data, config.fsdp), ("data", "fsdp"))
+    return Mesh(np.asarray(devices).reshape(data, axes.fsdp), ("data", "fsdp"))
+
+
+def _divisible_batch(config: Config, count: int) -> str:
+    """Flags of a batch that `count` devices divide: the batch as it is where that is possible, else no larger one."""
+    micro = config.micro_batch_size // count or 1  # rows of a device
+    if config.batch_size % count == 0:
+        return f"--config.micro_batch_size={count * nearest_divisor(config.batch_size // count, micro)}"
+    batch = count * micro * max(1, config.batch_size // (count * micro))
+    return f"--config.batch_size={batch} --config.micro_batch_size={count * micro}"
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:

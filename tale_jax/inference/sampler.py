@@ -80,6 +80,12 @@ class SampleSettings:
                 raise ValueError(f"{name}={getattr(self, name)} must {rule}; try --{name}={example}")
 
 
+def check_seed(seed: int) -> None:
+    """Raises ValueError, in one line, for a seed that `Sampler.stream` cannot take."""
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed={seed} must be at least 0 and below 2^32; try --seed=0")
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """One text.
@@ -181,8 +187,7 @@ class Sampler:
         """
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} must be at least 1; try --num_samples=1")
-        if not 0 <= seed < 1 << 32:
-            raise ValueError(f"seed={seed} must be at least 0 and below 2^32; try --seed=0")
+        check_seed(seed)
         ids = self._encode_prompt(prompt, settings.long_prompt)
         weights = self._weights if params is None else self.load(params)
         return Generation(self, weights, prompt, ids, settings, num_samples, seed)
@@ -316,10 +321,26 @@ class Generation:
     _chunks: list["_ChunkTime"] = dataclasses.field(default_factory=list)
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all samples so far, also of those that are not finished."""
+        return sum(chunk.tokens for chunk in self._chunks)
+
+    @property
     def tokens_per_second(self) -> float:
-        """Tokens of all samples per second of decoding; chunks that compiled count only if there are no others."""
-        chunks = [chunk for chunk in self._chunks if not chunk.compiled] or self._chunks
-        return sum(chunk.tokens for chunk in chunks) / max(1e-9, sum(chunk.seconds for chunk in chunks))
+        """`tokens` over `seconds`: reading the prompt and compiling take their time, too."""
+        return self.tokens / max(1e-9, self.seconds)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether a part of `seconds` went into compiling, as the first time for texts of a length."""
+        return any(chunk.compiled for chunk in self._chunks)
+
+    @property
+    def decoding(self) -> dict[str, float | int]:
+        """`tokens seconds tokens_per_second` of decoding alone, in the chunks that did not compile; {} without any."""
+        chunks = [chunk for chunk in self._chunks if not chunk.compiled]
+        tokens, seconds = sum(chunk.tokens for chunk in chunks), sum(chunk.seconds for chunk in chunks)
+        return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds} if seconds else {}
 
     def __iter__(self) -> Iterator[TextDelta]:
         start_time = time.perf_counter()

@@ -163,8 +163,7 @@ def autotune(
       ValueError: one line, when the time is too short to train, or the length was given as well.
     """
     if (workdir / "config.json").is_file():
-        saved = dict(leaves(Config.load(workdir)))
-        return change(config, {name: saved[name] for name in CHOSEN_SETTINGS if name not in overrides})
+        return with_choices(config, Config.load(workdir), overrides)
     for name in ("total_steps", "passes"):
         if name in overrides:
             raise ValueError(f"{name} must not be given where minutes={config.minutes:g} decide it; leave out one")
@@ -173,13 +172,21 @@ def autotune(
     log = workdir / "log.txt"
     with Progress("autotune", log=log) as progress:
         if "tokenizer.vocab_size" not in overrides:
-            config, reason = with_vocab_size(config, workdir)
+            with progress.part("reading the text"):
+                config, reason = with_vocab_size(config, workdir)
             progress.print(reason)
         prepared = prepare(config, workdir, log)
-        best, others = find_best(config, prepared, backend, start_time + 60 * config.minutes, overrides)
+        with progress.part("compiling and timing models of several sizes"):
+            best, others = find_best(config, prepared, backend, start_time + 60 * config.minutes, overrides)
         for line in explain(best, others, prepared):
             progress.print(line)
     return best.config
+
+
+def with_choices(config: Config, saved: Config, overrides: Collection[str] = ()) -> Config:
+    """The config with what minutes decided for the run `saved`, but for what the user gave."""
+    choices = dict(leaves(saved))
+    return change(config, {name: choices[name] for name in CHOSEN_SETTINGS if name not in overrides})
 
 
 def find_best(

@@ -27,6 +27,7 @@ from tale_jax.planning.timing import random_windows, time_steps, timed_step
 from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes
 from tale_jax.training.step import make_trainer
 from tale_jax.utils.format import format_bytes
+from tale_jax.utils.progress import Progress
 from tale_jax.utils.subprocesses import run_module
 
 NUM_STEPS = 12
@@ -40,7 +41,8 @@ def calibrate(config: Config, platform: str) -> dict[str, Any]:
     Another process takes twelve steps, with scoring, decoding and two checkpoints between them.
     """
     values = json.dumps(dataclasses.asdict(config))
-    result = run_module("tale_jax.planning.calibrate", platform, stdin=values)
+    with Progress("calibrating: twelve steps in another process"):
+        result = run_module("tale_jax.planning.calibrate", platform, stdin=values)
     return {"error": f"ended with {result.reason}"} if result.reason else result.json()
 
 

@@ -13,7 +13,9 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +30,6 @@ from tale_jax.planning.programs import UntrainedTokenizer
 from tale_jax.planning.timing import random_windows, timed_step
 from tale_jax.training.state import TrainState
 from tale_jax.training.step import Trainer, make_trainer
-from tale_jax.utils.files import write_atomically
 from tale_jax.utils.subprocesses import run_module
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -130,17 +131,35 @@ def choose_precision(backend: Backend, precision: str) -> tuple[Any, str]:
     return jnp.dtype(best.dtype), f"the fastest correct dtype, by tokens/s of a small model: {rates}{wrong}"
 
 
-def check_dtypes(backend: Backend, fresh: bool = False) -> list[DtypeCheck]:
-    """The check of each dtype on the platform of `backend`, from the cache unless `fresh`."""
-    file = machine.cache_folder() / "dtypes" / f"{_fingerprint(backend)}.json"
-    if file.is_file() and not fresh:
-        with suppress(ValueError, TypeError, OSError):  # a damaged file, or of another version: check again
+def check_dtypes(
+    backend: Backend, fresh: bool = False, tell: Callable[[str], None] = lambda what: None
+) -> list[DtypeCheck]:
+    """The check of each dtype on the platform of `backend`, from the cache unless `fresh`.
+
+    `tell` is called with what is checked next.
+    """
+    file = _file_of_checks(backend)
+    if file and not fresh:
+        with suppress(ValueError, TypeError, OSError):  # none, damaged, or of another version: check again
             return [DtypeCheck(**check) for check in json.loads(file.read_text())]
-    checks = [_check_in_subprocess(backend.platform, dtype) for dtype in DTYPES]
-    with suppress(OSError):  # the cache is optional
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
+    checks = []
+    for dtype in DTYPES:
+        tell(f"checking {dtype}")
+        checks.append(_check_in_subprocess(backend.platform, dtype))
+    machine.keep(file, json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
     return checks
+
+
+def time_of_kept_checks(backend: Backend) -> float:
+    """Unix time when the checks that the cache has were made; 0 where it has none."""
+    with suppress(OSError):
+        if file := _file_of_checks(backend):
+            return file.stat().st_mtime
+    return 0.0
+
+
+def _file_of_checks(backend: Backend) -> Path | None:
+    return machine.cache_file("dtypes", f"{_fingerprint(backend)}.json")
 
 
 def _fingerprint(backend: Backend) -> str:

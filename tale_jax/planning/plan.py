@@ -29,6 +29,7 @@ from tale_jax.planning.programs import UntrainedTokenizer, programs
 from tale_jax.planning.timing import time_steps
 from tale_jax.training.step import Trainer, make_trainer
 from tale_jax.utils.format import format_bytes, format_duration
+from tale_jax.utils.progress import Progress
 
 MAX_ADVICE = 3
 # What may make a run fit, the changes that cost little first. `micro_batch_size` is a divisor here.
@@ -130,7 +131,7 @@ def plan_run(
     )
 
 
-def make_mac_plan(config: Config, backend: Backend, workdir: str = "", memory: int = 0) -> Plan:
+def make_mac_plan(config: Config, backend: Backend, workdir: Path | None = None, memory: int = 0) -> Plan:
     """`make_plan` for the GPU of a Mac with `memory` bytes (0: 8 GB), on any machine.
 
     The step that a Metal plugin would get is compiled here instead: it needs the same memory, except that each compiler
@@ -146,7 +147,7 @@ def make_mac_plan(config: Config, backend: Backend, workdir: str = "", memory: i
 def make_plan(
     config: Config,
     backend: Backend,
-    workdir: str = "",
+    workdir: Path | None = None,
     budget: int = 0,
     timed: bool = True,
     precision: tuple[Any, str] | None = None,
@@ -155,20 +156,23 @@ def make_plan(
 
     Args:
       config: of the run.
-      workdir: where its text is prepared, which tells the length of a pass; "": nowhere.
+      workdir: where its text is prepared, which tells the length of a pass; None: nowhere.
       budget: bytes it may use; 0: `backend.memory_gb`, or what the machine has.
       timed: take a few steps, unless they could not fit.
       precision: the dtype to compute in, and the reason; None: those of `choose_precision`.
     """
-    num_windows = _count_windows(config, Path(workdir)) if workdir else 0
+    num_windows = _count_windows(config, workdir) if workdir else 0
     config = config.with_total_steps(num_windows)
     budget = budget or memory_budget(config, backend)
-    dtype, reason = precision or choose_precision(backend, config.precision)
-    trainer = make_trainer(config, backend, jnp.dtype(dtype), UntrainedTokenizer.bos_id)
-    plan = plan_run(config, trainer, trainer.compile(), backend, budget, reason, num_windows)
-    possible = not backend.memory or plan.peak_bytes < backend.memory
-    if timed and possible:
-        plan = with_time(plan, config, trainer)
+    with Progress("plan", total=3, unit="stages") as progress:
+        with progress.stage("timing matrix products"):
+            dtype, reason = precision or choose_precision(backend, config.precision)
+        trainer = make_trainer(config, backend, jnp.dtype(dtype), UntrainedTokenizer.bos_id)
+        with progress.stage("compiling the training step"):
+            plan = plan_run(config, trainer, trainer.compile(), backend, budget, reason, num_windows)
+        possible = not backend.memory or plan.peak_bytes < backend.memory
+        with progress.stage("timing a few steps"):
+            plan = with_time(plan, config, trainer) if timed and possible else plan
     if not plan.fits:
         plan = dataclasses.replace(plan, advice=find_advice(config, backend, plan, timed))
     return plan
@@ -204,16 +208,18 @@ def find_advice(config: Config, backend: Backend, plan: Plan, timed: bool = True
     `speed` is the share of the planned speed, or of the fastest change where the run itself could not be timed; 0
     without `timed`.
     """
-    found = []
-    for settings in _candidate_changes(config):
-        changed = change(config, settings)
-        dtype = choose_precision(backend, changed.precision)[0] if timed else changed.precision
-        dtype = plan.precision if dtype == "auto" else dtype
-        trainer = make_trainer(changed, backend, jnp.dtype(dtype), UntrainedTokenizer.bos_id)
-        peak = measure_memory(changed, trainer, trainer.compile(), backend, plan.memory.process).peak
-        if peak <= plan.budget_bytes:
-            speed = changed.tokens_per_step / time_steps(changed, trainer, num_steps=2) if timed else 0.0
-            found.append((speed, peak, settings))
+    found, candidates = [], list(_candidate_changes(config))
+    with Progress("what would fit", total=len(candidates), unit="changes") as progress:
+        for settings in candidates:
+            with progress.stage("trying " + ", ".join(f"{name}={value}" for name, value in settings.items())):
+                changed = change(config, settings)
+                dtype = choose_precision(backend, changed.precision)[0] if timed else changed.precision
+                dtype = plan.precision if dtype == "auto" else dtype
+                trainer = make_trainer(changed, backend, jnp.dtype(dtype), UntrainedTokenizer.bos_id)
+                peak = measure_memory(changed, trainer, trainer.compile(), backend, plan.memory.process).peak
+                if peak <= plan.budget_bytes:
+                    speed = changed.tokens_per_step / time_steps(changed, trainer, num_steps=2) if timed else 0.0
+                    found.append((speed, peak, settings))
             if len(found) == MAX_ADVICE:
                 break
     found.sort(key=lambda item: -item[0])
@@ -278,7 +284,11 @@ def remedies(config: Config) -> str:
         smaller = _largest_divisor(config.batch_size, config.micro_batch_size - 1)
         flags.append(f"--config.micro_batch_size={smaller}")
     more = "launch/plan.py tells what each change saves and costs"
-    return f"try {' or '.join(flags)} ({more})" if flags else f"make the model smaller ({more})"
+    return f"try {' or '.join(flags)} ({more})" if flags else f"{_smaller_model()} ({more})"
+
+
+def _smaller_model() -> str:
+    return "make the model smaller: lower model.embed_dim, model.num_layers, model.seq_len or tokenizer.vocab_size"
 
 
 def print_plan(plan: Plan) -> None:
@@ -331,4 +341,4 @@ def print_plan(plan: Plan) -> None:
         console.print(f"  {flags}: {format_bytes(advice.peak_bytes)}{price}", soft_wrap=True)
     if not plan.fits and not plan.advice:
         all_tried = "no change of remat, micro-batch, precision or scan_layers is enough"
-        console.print(f"  {all_tried}: make the model smaller", soft_wrap=True)
+        console.print(f"  {all_tried}: {_smaller_model()}", soft_wrap=True)

@@ -4,20 +4,25 @@ python launch/evaluate.py --workdir=experiments/tales --split=test --json
 python launch/evaluate.py --workdir=experiments/wikitext2 --quality
 """
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from tale_jax.data.token_files import load_tokens
-from tale_jax.evaluation.quality_samples import BATCH_SIZE, measure_quality, write_samples
+from tale_jax.evaluation.quality_samples import BATCH_SIZE, measure_quality, texts_to_compare, write_samples
 from tale_jax.evaluation.scoring import Evaluation, Scorer
 from tale_jax.evaluation.tales import judge_samples
-from tale_jax.evaluation.text_quality import quality_rows
-from tale_jax.inference.sampler import Sampler
+from tale_jax.evaluation.text_quality import NOT_TESTED, quality_rows
+from tale_jax.inference.sampler import Sampler, check_seed
 from tale_jax.model.transformer import count_parameters
 from tale_jax.runs.experiment import Experiment
 from tale_jax.utils.files import JsonLines
 from tale_jax.utils.progress import Progress
+
+STANDARD_ERROR = "_stderr"  # at the end of the name of a measure's standard error
+NAME_WIDTH = 29
+FEW_TEXTS = 5  # too few to tell about other ones
 
 
 def evaluate(
@@ -50,9 +55,20 @@ def evaluate(
     """
     config, tokenizer, log = experiment.config, experiment.tokenizer, experiment.workdir / "log.txt"
     scorer = Scorer(experiment.model, tokenizer, config.evaluate.batch_size)
-    evaluation = Evaluation(experiment.workdir, split, scorer, tokenizer, config.windows, stride)
+    # What can be refused is refused before the split is scored.
+    check_seed(seed)
+    if not 0 <= sample_temperature < math.inf:
+        rule = "be finite and at least 0"
+        raise ValueError(f"sample_temperature={sample_temperature} must {rule}; try --sample_temperature=0.7")
+    with Progress(f"read {split}", total=load_tokens(experiment.workdir, split)[1].documents, unit="tales") as progress:
+        evaluation = Evaluation(
+            experiment.workdir, split, scorer, tokenizer, config.windows, stride, advance=progress.advance
+        )
+    if with_quality:
+        texts_to_compare(evaluation.tokens, tokenizer, config.model.seq_len)
     with Progress(f"evaluate {split}", total=len(evaluation.spans), unit="windows", log=log) as progress:
         result = evaluation(experiment.params, progress.advance)
+    result.pop("split_windows", None)  # all of them
     result |= {"step": experiment.step, "weights": experiment.weights, "params": count_parameters(experiment.params)}
     if evaluation.manifest.corpus["name"] == "tales" and num_samples:
         with Progress("judge samples", total=num_samples, unit="tales", log=log) as progress:
@@ -78,10 +94,14 @@ def _sample_quality(experiment: Experiment, split: str, seed: int) -> list[dict[
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """The result of `evaluate`, human-readable, in lines."""
-    numbers = {name: value for name, value in result.items() if name != "quality"}
-    numbers = {name: "–" if value is None else value for name, value in numbers.items()}
-    lines = [f"{k:>29}  {v:,.4f}" if isinstance(v, float) else f"{k:>29}  {v}" for k, v in numbers.items()]
+    """The result of `evaluate`, human-readable, in lines: with each measure the 95 % interval where it is known."""
+    shown = {name: value for name, value in result.items() if name != "quality" and not name.endswith(STANDARD_ERROR)}
+    lines = [f"{name:>{NAME_WIDTH}}  {_with_interval(name, value, result)}" for name, value in shown.items()]
+    if 0 < result.get("texts", 0) < min(result.get("documents", 0), FEW_TEXTS):
+        lines.append(
+            f"the documents are passages of {result['texts']} text{'s' * (result['texts'] != 1)}: "
+            "the loss says little about any other"
+        )
     for quality in result.get("quality", ()):
         header, rows = quality_rows(quality)
         cells = [["", *header], *rows]
@@ -92,4 +112,15 @@ def describe(result: Mapping[str, Any]) -> str:
         for name, *values, verdict in cells:
             columns = "  ".join(f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=False))
             lines.append(f"  {name:<{widths[0]}}  {columns}  {verdict}")
+    if result.get("quality"):
+        lines.append(NOT_TESTED)
     return "\n".join(lines)
+
+
+def _with_interval(name: str, value: Any, result: Mapping[str, Any]) -> str:
+    """A value as text, with half the width of its 95 % interval where the standard error is known."""
+    text = "–" if value is None else f"{value:,.4f}" if isinstance(value, float) else f"{value}"
+    if name + STANDARD_ERROR not in result:
+        return text
+    error = result[name + STANDARD_ERROR]
+    return f"{text} ± {1.96 * error:,.4f}" if error is not None else f"{text} ± –"

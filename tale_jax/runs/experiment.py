@@ -5,6 +5,7 @@ sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer)
 """
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tale_jax.config import Config
 from tale_jax.data.tokenizer import Tokenizer, tokenizer_file
 from tale_jax.model.transformer import Kernels, Transformer, make_model
 from tale_jax.training.checkpoint import SavedParams
+from tale_jax.utils.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ def open_experiment(
         steps = ", ".join(map(str, saved.steps))
         raise ValueError(f"step={step} must be a checkpoint of {saved.folder}; there is {steps}")
     model = make_model(dataclasses.replace(config, remat="none"), backend, dtype)
-    with saved:
+    with Progress("restoring the weights", every_seconds=math.inf), saved:
         step = step or (saved.steps[-1] if count else saved.best())
         has_ema = saved.has_ema(step)
         steps = [s for s in saved.steps if s <= step][-max(1, count) :]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tale_jax.runs.comparison import loss_unit
 from tale_jax.runs.records import RunRecords
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def plot_rates(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         middle = [rate["tokens_per_second"] for rate in rates]
         spread = [[m - r["low"] for m, r in zip(middle, rates)], [r["high"] - m for m, r in zip(middle, rates)]]
         bars = axes.bar(range(len(names)), middle, yerr=spread, capsize=3, width=0.6, color="#4878a8")
-        axes.bar_label(bars, [f"{compact(rate)}\n{r['peak_share']:.0%} of peak" for rate, r in zip(middle, rates)])
+        shares = ["" if r["peak_share"] is None else f"\n{r['peak_share']:.0%} of peak" for r in rates]
+        axes.bar_label(bars, [f"{compact(rate)}{share}" for rate, share in zip(middle, shares)])
         axes.set_xticks(range(len(names)), names, rotation=20 if len(names) > 2 else 0)
         axes.set_ylim(0, 1.25 * max(r["high"] for r in rates))
         axes.set_title(kind, loc="left")
@@ -147,7 +149,7 @@ def _svg(figure: Figure, shape: str, description: str) -> str:
 
 
 def _loss_note(runs: Sequence[RunRecords]) -> str:
-    """What the reader of the loss plot must know."""
+    """What the reader of the loss plot must know; of several runs the page says it."""
     scored = any(run.column("valid", "train_nats_per_token")[0] for run in runs)
     return " ".join(FIRST_DOCUMENTS_NOTE.split()) if scored and len(runs) == 1 else ""
 
@@ -155,17 +157,18 @@ def _loss_note(runs: Sequence[RunRecords]) -> str:
 def _loss_figure(runs: Sequence[RunRecords]) -> Figure | None:
     if not any(run.column("train", "loss")[0] or run.column("valid", "nats_per_token")[0] for run in runs):
         return None
-    figure, axes = _new_figure(runs, 10.4, 4.4, "nats per token")
+    unit = loss_unit(runs)
+    figure, axes = _new_figure(runs, 10.4, 4.4, unit.name)
     late_losses: list[float] = []  # after the first steep part: what the plot should have room for
     single = len(runs) == 1
-    for run, color in zip(runs, itertools.cycle(COLORS), strict=False):
-        steps, losses = run.column("train", "loss")
+    for run, factor, color in zip(runs, unit.factors, itertools.cycle(COLORS), strict=False):
+        steps, losses = _scaled(run.column("train", "loss"), factor)
         smoothed = _smooth(losses)
         if len(steps) > 20:
             axes.plot(steps, losses, color=color, linewidth=0.8, alpha=0.25)
         label = "training" if single else run.name
         axes.plot(steps, smoothed, color=color, linewidth=1.8, label=label, marker=_dot(steps))
-        valid_steps, valid = run.column("valid", "nats_per_token")
+        valid_steps, valid = _scaled(run.column("valid", "nats_per_token"), factor)
         first_steps, first = run.column("valid", "train_nats_per_token")
         if single and first:
             style: dict[str, Any] = {"linewidth": 1.2, "linestyle": (0, (3, 2)), "marker": "o", "markersize": 3}
@@ -178,9 +181,12 @@ def _loss_figure(runs: Sequence[RunRecords]) -> Figure | None:
         late_losses += [v for s, v in zip(steps + valid_steps, smoothed + valid, strict=True) if s >= late]
     late_losses = [value for value in late_losses if math.isfinite(value)]
     floors = {
-        (run.latest_start["floor_nats_per_token"], run.latest_start.get("floor_nats_per_token_stderr") or 0.0)
-        for run in runs
-        if run.latest_start.get("floor_nats_per_token")
+        tuple(
+            round(factor * (run.latest_start.get(name) or 0.0), 6)
+            for name in ("floor_nats_per_token", "floor_nats_per_token_stderr")
+        )
+        for run, factor in zip(runs, unit.factors, strict=True)
+        if run.latest_start.get("floor_nats_per_token") and math.isfinite(factor)
     }
     for floor, error in sorted(floors):
         axes.axhline(floor, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -201,18 +207,26 @@ def _loss_figure(runs: Sequence[RunRecords]) -> Figure | None:
     return figure
 
 
+def _scaled(column: tuple[list[int], list[float]], factor: float) -> tuple[list[int], list[float]]:
+    return column[0], [value * factor for value in column[1]]
+
+
 def _dot(steps: Sequence[int]) -> str | None:
     """A marker where a line would be a single point, which is not seen."""
     return "o" if len(steps) == 1 else None
 
 
 def _excess_figure(runs: Sequence[RunRecords]) -> Figure | None:
-    curves = [run.column("valid", "excess_nats_per_token") for run in runs]
+    unit = loss_unit(runs)
+    curves = [
+        _scaled(run.column("valid", "excess_nats_per_token"), factor)
+        for run, factor in zip(runs, unit.factors, strict=True)
+    ]
     if not any(value > 0 for _, values in curves for value in values):
         return None
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, axes = _new_figure(runs, 5.1, 3.1, "nats per token")
+    figure, axes = _new_figure(runs, 5.1, 3.1, unit.name)
     for (steps, values), color in zip(curves, itertools.cycle(COLORS), strict=False):
         positive = [value if value > 0 else math.nan for value in values]
         axes.plot(steps, positive, color=color, linewidth=1.6, marker="o", markersize=4)

@@ -4,6 +4,7 @@ run = read_run(Path("experiments/tales"))
 steps, losses = run.column("train", "loss")
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -26,6 +27,7 @@ class RunRecords:
       records: of metrics.jsonl by kind, as `read_metrics` gives them.
       samples: texts along the training, in the order of steps.
       evaluations: results of launch/evaluate.py, in the order of time.
+      manifests: what windows/SPLIT.json says of each prepared split; {} where there is none.
     """
 
     name: str
@@ -33,6 +35,7 @@ class RunRecords:
     records: Mapping[str, list[dict[str, Any]]]
     samples: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    manifests: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def latest_start(self) -> Mapping[str, Any]:
@@ -64,9 +67,18 @@ def read_run(workdir: Path, name: str = "") -> RunRecords:
         raise ValueError(f"workdir={workdir} holds no records in metrics.jsonl; train first, then report")
     config = _read_config(workdir)
     samples = _without_superseded(read_json_lines(workdir / "samples.jsonl"))
-    return RunRecords(
-        name or workdir.resolve().name, config, records, samples, read_json_lines(workdir / "evaluations.jsonl")
-    )
+    evaluations, manifests = read_json_lines(workdir / "evaluations.jsonl"), _read_manifests(workdir)
+    return RunRecords(name or workdir.resolve().name, config, records, samples, evaluations, manifests)
+
+
+def _read_manifests(workdir: Path) -> dict[str, dict[str, Any]]:
+    """Manifests of the splits, those that can be read: a report needs none of them."""
+    manifests = {}
+    for path in sorted((workdir / "windows").glob("*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(values := json.loads(path.read_text()), dict):
+                manifests[path.stem] = values
+    return manifests
 
 
 def _read_config(workdir: Path) -> dict[str, Any]:

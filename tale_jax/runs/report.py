@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from tale_jax.config import settings
-from tale_jax.evaluation.text_quality import quality_rows
+from tale_jax.evaluation.text_quality import NOT_TESTED, quality_rows
+from tale_jax.runs.comparison import comparison_notes, tokenizers_differ
 from tale_jax.runs.plots import NUM_COLORS, compact, plots
 from tale_jax.runs.records import RunRecords, read_run
 from tale_jax.utils.files import write_atomically
 from tale_jax.utils.format import format_clock
+from tale_jax.utils.progress import Progress
 
 MAX_SAMPLE_STEPS = 6
 
@@ -37,6 +39,7 @@ def write_report(workdirs: Sequence[Path], out: Path | None = None) -> Path:
     Raises:
       ValueError: one line, when a workdir is missing or holds no metrics.
     """
+    first = workdirs[0] if workdirs else Path()
     workdirs = list(dict.fromkeys(path.resolve() for path in workdirs))
     if not workdirs:
         raise ValueError("no workdir is given; give at least one, as --workdir=experiments/NAME")
@@ -46,9 +49,11 @@ def write_report(workdirs: Sequence[Path], out: Path | None = None) -> Path:
         names = [str(path.relative_to(common)) for path in workdirs]
     runs = [read_run(path, name) for path, name in zip(workdirs, names, strict=True)]
     if out is None:
-        out = workdirs[0] / "report.html" if len(runs) == 1 else workdirs[0].parent / "comparison.html"
+        out = first / "report.html" if len(runs) == 1 else first.parent / "comparison.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, _page(runs).encode("utf-8", errors="replace"))
+    with Progress("drawing plots", every_seconds=math.inf):
+        page = _page(runs)
+    write_atomically(out, page.encode("utf-8", errors="replace"))
     return out
 
 
@@ -70,27 +75,62 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _wall_seconds(run: RunRecords) -> float | None:
-    """Seconds between the start of each session and its last record, summed."""
-    starts = [record["time"] for record in run.records.get("run", ()) if record.get("time")]
-    ends = [record["time"] for record in run.records.get("train", ()) if record.get("time")]
-    bounds = [*sorted(starts)[1:], math.inf]
-    spans = [max((e for e in ends if s <= e < b), default=s) - s for s, b in zip(sorted(starts), bounds, strict=True)]
-    return sum(spans) if spans else None
+def _session_seconds(run: RunRecords) -> list[tuple[float, float]]:
+    """For each session its seconds from the command to the last record, and those of them before the first step.
+
+    Version 0.2 did not record what was before; it counts as 0.
+    """
+    starts = sorted((r for r in run.records.get("run", ()) if r.get("time")), key=lambda r: r["time"])
+    ends = [r["time"] for kind in ("train", "valid") for r in run.records.get(kind, ()) if r.get("time")]
+    bounds = [*(start["time"] for start in starts[1:]), math.inf]
+    sessions = []
+    for start, bound in zip(starts, bounds, strict=True):
+        before = start.get("startup_seconds") or 0.0
+        end = max((end for end in ends if start["time"] <= end < bound), default=start["time"])
+        sessions.append((end - start["time"] + before, before))
+    return sessions
+
+
+def _wall_time(run: RunRecords) -> dict[str, str]:
+    """How long the run took, and how much of it was before its steps, by what to call them; {} where it is unknown."""
+    sessions = _session_seconds(run)
+    total, before = (sum(each) for each in zip(*sessions, strict=True)) if sessions else (0.0, 0.0)
+    if not total:
+        return {}
+    if not before:
+        return {"Wall time of the steps": format_clock(total)}
+    was_prepared = run.records["run"][0].get("was_prepared")
+    prepared = "; the text was prepared before" if was_prepared else " and preparing the text"
+    return {
+        "Wall time": format_clock(total),
+        "of it before the steps": f"{format_clock(before)} for planning and compiling{prepared}",
+    }
+
+
+def _scored_part(run: RunRecords) -> str:
+    """Which part of the valid split the losses along the training are of, as " of 64 of 500 windows"."""
+    last = (run.records.get("valid") or [{}])[-1]
+    if last.get("windows") and last.get("split_windows"):
+        windows, total = last["windows"], last["split_windows"]
+        return f" on {windows:,} of {total:,} windows" if windows < total else f" on all {total:,} windows"
+    most = (run.config.get("evaluate") or {}).get("max_windows")  # version 0.2 recorded no more
+    return f" on at most {most:,} windows" if most else ""
 
 
 def _summary(run: RunRecords) -> dict[str, str]:
-    """A run in a few numbers, as text; what is not known is left out."""
-    start = run.latest_start
+    """A run in a few numbers, as text, with how much of the valid split was scored; what is not known is left out."""
+    start, part = run.latest_start, _scored_part(run)
     rates = [value for value in run.column("train", "tokens_per_second")[1] if math.isfinite(value)]
     shares = [value for value in run.column("train", "peak_share")[1] if math.isfinite(value)]
     waits = [value for value in run.column("train", "data_wait")[1] if math.isfinite(value)]
-    tokens, params, wall = run.last("train", "tokens"), start.get("params"), _wall_seconds(run)
+    tokens, params = run.last("train", "tokens"), start.get("params")
     floor, error = start.get("floor_nats_per_token"), start.get("floor_nats_per_token_stderr")
+    loss_error = run.last("valid", "nats_per_token_stderr")
+    interval = f" ± {1.96 * loss_error:.3f}" if loss_error and math.isfinite(loss_error) else ""
     values: dict[str, tuple[str, Any]] = {
-        "Validation loss": ("{:.3f} nats/token", run.last("valid", "nats_per_token")),
+        "Validation loss": ("{:.3f}" + f"{interval} nats/token{part}", run.last("valid", "nats_per_token")),
         "Bits per byte": ("{:.3f}", run.last("valid", "bits_per_byte")),
-        "Excess": ("{:.4f} nats/token", run.last("valid", "excess_nats_per_token")),
+        "Excess": ("{:.4f}" + f" nats/token{part}", run.last("valid", "excess_nats_per_token")),
         "Entropy floor": ("{:.3f}" + (f" ± {error:.3f}" if error else ""), floor),
         "Training loss": ("{:.3f} nats/token", run.last("train", "loss")),
         "Steps": ("{:,}" + (f" of {start['total_steps']:,}" if start.get("total_steps") else ""), run.step),
@@ -100,7 +140,7 @@ def _summary(run: RunRecords) -> dict[str, str]:
         "Throughput": ("{:,.0f} tokens/s", statistics.median(rates) if rates else None),
         "Share of matmul peak": ("{:.0%}", statistics.median(shares) if shares else None),
         "Waiting for data": ("{:.1%}", statistics.median(waits) if waits else None),
-        "Wall time": ("{}", format_clock(wall) if wall else None),
+        **{name: ("{}", text) for name, text in _wall_time(run).items()},
         "Device": ("{}", start.get("device") or start.get("platform")),
         "Precision": ("{}", start.get("precision")),
     }
@@ -119,8 +159,8 @@ def _warnings(run: RunRecords) -> Iterator[str]:
 
 
 EVALUATION_FIELDS = (
-    *("step", "weights", "context", "stride", "tokens", "words", "bytes"),
-    *("nats_per_token", "token_perplexity", "word_perplexity", "bits_per_byte"),
+    *("step", "weights", "context", "stride", "windows", "documents", "texts", "tokens", "words", "bytes"),
+    *("nats_per_token", "nats_per_token_stderr", "token_perplexity", "word_perplexity", "bits_per_byte"),
     *("floor_nats_per_token", "excess_nats_per_token", "excess_nats_per_token_stderr"),
     *("sample_temperature", "accepted_share", "consistent_share", "copied_share"),
 )
@@ -136,7 +176,8 @@ def _evaluations(runs: Sequence[RunRecords]) -> str:
     header = [name + html.escape(str(e.get("split"))) for name, e in zip(names, latest.values(), strict=True)]
     fields = [field for field in EVALUATION_FIELDS if any(field in e for e in latest.values())]
     rows = [[field.replace("_", " "), *(e.get(field) for e in latest.values())] for field in fields]
-    return f"<h2>Evaluations</h2>{_table(header, rows)}"
+    note = "Of whole splits: every window is scored, while the losses along the training may be of some of them."
+    return f"<h2>Evaluations</h2><p>{note}</p>{_table(header, rows)}"
 
 
 def _quality(runs: Sequence[RunRecords]) -> str:
@@ -153,7 +194,7 @@ def _quality(runs: Sequence[RunRecords]) -> str:
         return ""
     note = (
         "Samples of the model, beside held-out text of the same length. “By chance” is the ratio of other held-out "
-        "text. Text without sense can pass; text that does not pass differs as the verdict says."
+        f"text. {NOT_TESTED} Text that is not in range differs as the verdict says."
     )
     return f"<h2>Samples beside held-out text</h2><p>{note}</p>{''.join(parts)}"
 
@@ -209,6 +250,8 @@ def _page(runs: Sequence[RunRecords]) -> str:
     else:
         title = ", ".join(run.name for run in runs)
         names = list(dict.fromkeys(name for each in summaries for name in each))
+        if tokenizers_differ(runs):  # what can be compared comes first
+            names.sort(key=lambda name: name != "Bits per byte")
         rows = [[name, *(each.get(name) for each in summaries)] for name in names]
         summary = _table([_name(runs, i) for i in range(len(runs))], rows) + _differences(runs)
     samples = "".join((f"<h3>{_name(runs, i)}</h3>" if not single else "") + _samples(run, not single)
@@ -219,7 +262,8 @@ def _page(runs: Sequence[RunRecords]) -> str:
         for run in runs
         if run.config
     )
-    warnings = "".join(f'<p class="warning">{html.escape(line)}</p>' for run in runs for line in _warnings(run))
+    lines = [*(line for run in runs for line in _warnings(run)), *comparison_notes(runs)]
+    warnings = "".join(f'<p class="warning">{html.escape(line)}</p>' for line in lines)
     return f"""<!doctype html>
 <html lang="en">
 <head>

@@ -7,6 +7,7 @@ the first one alone writes everything else.
 
 import dataclasses
 import json
+import shlex
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -20,21 +21,24 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tale_jax.config import Config
+from tale_jax.data.corpus import SPLITS
 from tale_jax.data.loader import Batches, window_starts
 from tale_jax.data.prepare import Prepared, prepare
 from tale_jax.data.tokenizer import Tokenizer
-from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans
-from tale_jax.hardware.backend import Backend, matmul_peak
+from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans, per
+from tale_jax.hardware.backend import Backend
 from tale_jax.hardware.distributed import any_process, from_main_process, is_main_process, wait_for_processes
 from tale_jax.hardware.machine import release_memory
+from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, matmul_peak_of_all
 from tale_jax.inference.sampler import Sampler, SampleSettings
 from tale_jax.planning.autotune import autotune
 from tale_jax.planning.memory import memory_budget
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.plan import Plan, headline, plan_run, refusal, remedies
+from tale_jax.runs.resume import resumed_config
 from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes
 from tale_jax.training.loop import Hooks, fit
-from tale_jax.training.metrics import Meter, Sinks, open_sinks
+from tale_jax.training.metrics import Meter, Sinks, check_extras, open_sinks
 from tale_jax.training.schedule import scheduled_batches
 from tale_jax.training.state import TrainState
 from tale_jax.training.step import Trainer, make_trainer
@@ -42,18 +46,32 @@ from tale_jax.utils.files import JsonLines
 from tale_jax.utils.format import format_bytes
 from tale_jax.utils.locks import writer_lock
 from tale_jax.utils.progress import Progress
+from tale_jax.utils.settings import mistake
 
+MAX_SAMPLE_ROWS = 32  # samples decoded together while training
 MIN_TRAIN_WINDOWS = 16  # scored at each evaluation of a run with windows=document; else a quarter of those of valid
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "bad_alloc", "Insufficient Memory")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How `train` ended: at which step, how many the run has, and the signal that stopped it (0: none)."""
+    """How `train` ended: at which step, how many the run has, the signal that stopped it (0: none), and at which step
+    it had started."""
 
     step: int
     total_steps: int
     signal: int
+    first_step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What was there when the command was given: `time.monotonic()`, whether the text was prepared, and what is to be
+    said first."""
+
+    time: float
+    was_prepared: bool
+    note: str
 
 
 def train(
@@ -76,29 +94,40 @@ def train(
       MemoryError: memory ran out all the same; older checkpoints are intact.
       OSError: the workdir cannot be written, or its disk is full; older checkpoints are intact.
     """
-    if config.minutes:
-        config = autotune(config, workdir, backend, start_time or time.monotonic(), overrides)
+    check_extras(config.metrics)
+    start_time, note = start_time or time.monotonic(), ""
+    was_prepared = (workdir / "windows" / f"{SPLITS[-1]}.json").is_file()
+    if (workdir / "config.json").is_file():
+        config, note = resumed_config(config, workdir, overrides)
+    elif config.minutes:
+        config = autotune(config, workdir, backend, start_time, overrides)
     with ExitStack() as held:
         from_main_process(lambda: held.enter_context(writer_lock(workdir, "train")))
-        return _train(config, workdir, backend)
+        return _train(config, workdir, backend, Start(start_time, was_prepared, note))
 
 
-def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
+def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Outcome:
     prepared = open_workdir(workdir, config)
     tokenizer, tokens = prepared.tokenizer, prepared.tokens("train")
+    _check_prompt(config, tokenizer)
     starts = window_starts(tokens, config.model.seq_len, tokenizer.bos_id if config.windows == "document" else None)
     config = config.with_total_steps(len(starts))
     log = workdir / "log.txt" if is_main_process() else None
     with Progress("train", total=config.total_steps, unit="steps", log=log, show=is_main_process()) as progress:
-        precision, reason = from_main_process(lambda: _choose_precision(config, backend))
+        with progress.part("timing matrix products"):
+            precision, reason = from_main_process(lambda: _choose_precision(config, backend))
         trainer = make_trainer(config, backend, jnp.dtype(precision), tokenizer.bos_id)
         throttle = max_concurrent_bytes(trainer.abstract_state, backend.overlap_io)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle)
         if (step := checkpoints.latest or 0) >= config.total_steps:
             checkpoints.close()
-            return Outcome(step, config.total_steps, 0)
-        compiled = trainer.compile()
-        plan = plan_run(config, trainer, compiled, backend, memory_budget(config, backend), reason, len(starts))
+            return Outcome(step, config.total_steps, 0, step)
+        if start.note:
+            progress.print(start.note)
+        first_step = step
+        with progress.part("compiling the training step"):
+            compiled = trainer.compile()
+            plan = plan_run(config, trainer, compiled, backend, memory_budget(config, backend), reason, len(starts))
         progress.print(headline(plan))
         if any_process(not (config.backend.ignore_memory or plan.fits)):
             checkpoints.close()
@@ -112,15 +141,18 @@ def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
             if is_main_process():
                 config.save(workdir)
             if checkpoints.latest is None:
-                state = trainer.init()
+                with progress.part("drawing initial weights"):
+                    state = trainer.init()
             else:
-                state, position = checkpoints.restore(trainer.abstract_state, trainer.state_shardings)
+                with progress.part(f"restoring checkpoint {checkpoints.latest}"):
+                    state, position = checkpoints.restore(trainer.abstract_state, trainer.state_shardings)
                 if config.corpus.changed == "continue" and not batches.is_in_this_text(position):
                     progress.print("the text has changed: training goes on with the weights, at the start of it")
                 else:
                     batches.set_state(position)
             release_memory()
             record = _run_record(config, prepared, backend, plan, step)
+            record |= {"startup_seconds": time.monotonic() - start.time, "was_prepared": start.was_prepared}
             sinks.write(record)
             progress.print(_description(config, record, backend, step))
             progress.advance(step)
@@ -136,7 +168,7 @@ def _train(config: Config, workdir: Path, backend: Backend) -> Outcome:
             progress.print(
                 f"stopped at step {step} of {config.total_steps}, saved; the same command goes on from there"
             )
-        return Outcome(step, config.total_steps, stop.number)
+        return Outcome(step, config.total_steps, stop.number, first_step)
 
 
 def _choose_precision(config: Config, backend: Backend) -> list[str]:
@@ -165,12 +197,27 @@ def _check_workdir(workdir: Path, config: Config) -> None:
     writable = workdir / ".writable"
     writable.touch()
     writable.unlink()
-    if (workdir / "config.json").exists() and (other := config.difference(Config.load(workdir))):
+    if (workdir / "config.json").exists() and (other := _difference(config, Config.load(workdir))):
         name, mine, theirs = other
         raise ValueError(
             f"{name}={json.dumps(mine)} must be {json.dumps(theirs)} to go on with the experiment in {workdir}; "
-            f"set --config.{name}={theirs} to resume it, or give another --workdir"
+            f"set --config.{name}={shlex.quote(str(theirs))} to resume it, or give another --workdir"
         )
+
+
+def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises ValueError, in one line, for a prompt that no sample could follow: now, and not at the first sample."""
+    count, context = len(tokenizer.encode(config.sample.prompt)) + 1, config.model.seq_len  # with BOS
+    if count > context:
+        rule = f"be at most {context - 1} tokens, but is {count - 1} (model.seq_len={context}, with BOS before it)"
+        remedy = "shorten it, or leave it out to start documents"
+        raise mistake("sample.prompt", config.sample.prompt, rule, remedy)
+
+
+def _difference(config: Config, saved: Config) -> tuple[str, Any, Any] | None:
+    """What makes `config` another experiment than the saved one; other minutes only change its length."""
+    minutes = saved.minutes if config.minutes and saved.minutes else config.minutes
+    return dataclasses.replace(config, minutes=minutes).difference(saved)
 
 
 @contextmanager
@@ -213,7 +260,7 @@ def _run_record(config: Config, prepared: Prepared, backend: Backend, plan: Plan
         "precision_reason": plan.precision_reason,
         "params": plan.parameters,
         "flops_per_token": plan.flops_per_token,
-        "matmul_peak": matmul_peak(plan.precision) * len(backend.devices),
+        "matmul_peak": matmul_peak_of_all(backend, plan.precision) or None,
         "planned_peak_bytes": plan.peak_bytes,
         "tokens_per_step": config.tokens_per_step,
         "total_steps": config.total_steps,
@@ -230,6 +277,8 @@ def _description(config: Config, record: dict[str, Any], backend: Backend, step:
     ]
     if backend.note:
         lines.append(backend.note)
+    if not record["matmul_peak"]:
+        lines.append(UNKNOWN_PEAK_NOTE)
     if step:
         lines.append(f"resumes at step {step}")
     return "\n".join(lines)
@@ -286,12 +335,12 @@ class RunHooks(Hooks):
         self._meter = Meter(
             tokens_per_step=config.tokens_per_step,
             flops_per_token=record["flops_per_token"],
-            peak_flops=record["matmul_peak"],
+            peak_flops=record["matmul_peak"] or 0,
             tokens=record["step"] * config.tokens_per_step,
         )
         # Decoding is limited by memory bandwidth and by small products: on a CPU float32 is the faster dtype for it.
         decoder = trainer.model.clone(dtype=jnp.float32)
-        self._sampler = Sampler(decoder, None, tokenizer, batch_size=config.sample.num_samples)
+        self._sampler = Sampler(decoder, None, tokenizer, batch_size=min(config.sample.num_samples, MAX_SAMPLE_ROWS))
         self._replicate = jax.jit(lambda tree: tree, out_shardings=trainer.replicated)
         self._bos_id = tokenizer.bos_id
         self._scorer = Scorer(
@@ -341,10 +390,12 @@ class RunHooks(Hooks):
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
         if not np.isfinite(metrics["loss"]):
             self._checkpoints.wait()
+            latest, rate = self._checkpoints.latest, self._config.optimizer.learning_rate
+            kept = f"the last checkpoint is intact (step {latest})" if latest else "no checkpoint was written before"
             raise ValueError(
-                f"the loss is {metrics['loss']} at step {step}: training diverged; the last checkpoint is intact "
-                f"(step {self._checkpoints.latest}). Try a smaller optimizer.learning_rate than "
-                f"{self._config.optimizer.learning_rate} in a new workdir, or precision=float32"
+                f"the loss is {metrics['loss']} at step {step}: training diverged; {kept}; try "
+                f"--config.optimizer.learning_rate={rate / 3:.2g} (a third) or --config.precision=float32 in a new "
+                "workdir"
             )
         self._meter.add(**metrics)
         self._progress.advance()
@@ -358,30 +409,35 @@ class RunHooks(Hooks):
         with self._meter.paused():
             loss = self._evaluate(state.eval_params, step) if due["evaluate"] else None
             if due["save"] or self._stop.number:
-                self._checkpoints.save(step, state, self._batches.get_state(), loss)
+                with self._progress.part("saving"):
+                    self._checkpoints.save(step, state, self._batches.get_state(), loss)
             if due["sample"]:
-                params = self._on_this_process(state.eval_params)
-                if is_main_process():
-                    self._sample(params, step)
-                wait_for_processes()
+                with self._progress.part("sampling"):
+                    params = self._on_this_process(state.eval_params)
+                    if is_main_process():
+                        self._sample(params, step)
+                    wait_for_processes()
             release_memory()
 
-    def _evaluate(self, params: Any, step: int) -> float:
+    def _evaluate(self, params: Any, step: int) -> float | None:
         num_windows = len(self._evaluation.spans) + len(self._train_spans)
         with self._progress.part("evaluate", total=num_windows, unit="windows") as part:
             result = self._evaluation(params, part.advance)
             if self._train_tokens is not None:
                 nats, counts, _ = self._scorer(params, self._train_tokens, self._train_spans, part.advance)
-                result["train_nats_per_token"] = float(nats.sum() / counts.sum())
-        keep = ("nats_per_token", "bits_per_byte", "tokens", "excess_nats_per_token", "train_nats_per_token")
+                result["train_nats_per_token"] = per(float(nats.sum()), float(counts.sum()))
+        keep = ("nats_per_token", "nats_per_token_stderr", "bits_per_byte", "tokens", "windows", "split_windows")
+        keep += ("excess_nats_per_token", "train_nats_per_token")
         self._sinks.write(
             {"kind": "valid", "step": step, "time": time.time()} | {k: result[k] for k in keep if k in result}
         )
         excess = f", {result['excess_nats_per_token']:.4f} over the floor" if "excess_nats_per_token" in result else ""
-        self._progress.print(
-            f"step {step}: validation {result['nats_per_token']:.4f} nats/token, "
-            f"{'–' if result['bits_per_byte'] is None else format(result['bits_per_byte'], '.3f')} bits/byte{excess}"
+        nats, bits = (
+            "–" if result[name] is None else format(result[name], form)
+            for name, form in (("nats_per_token", ".4f"), ("bits_per_byte", ".3f"))
         )
+        part = "" if self._evaluation.whole else f" ({result['windows']} of {result['split_windows']:,} windows)"
+        self._progress.print(f"step {step}: validation {nats} nats/token, {bits} bits/byte{excess}{part}")
         return result["nats_per_token"]
 
     def _on_this_process(self, params: Any) -> Any:

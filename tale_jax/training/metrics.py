@@ -26,10 +26,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 from tale_jax.config import MetricsConfig
+from tale_jax.utils.extras import missing_extra
 from tale_jax.utils.files import JsonLines
 
 Record = dict[str, Any]
@@ -90,11 +90,8 @@ class WandbSink:
 
     def __init__(self, workdir: Path, *, mode: str, project: str, config: Mapping[str, Any]):
         wandb: Any = _import_extra("wandb", f"metrics.wandb={mode}", "wandb")
-        if mode == "online" and not wandb.login(prompt=False, verify=False):
-            raise ValueError(
-                "metrics.wandb=online needs credentials and none are set: run `wandb login`, set WANDB_API_KEY, "
-                "or use metrics.wandb=offline"
-            )
+        if mode == "online":
+            _check_credentials(wandb)
         id_file = workdir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:12] + "\n")
@@ -110,8 +107,8 @@ class WandbSink:
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except wandb.errors.Error as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"metrics.wandb={mode}: {reason}; metrics.wandb=offline needs no network") from error
+            reason, other = " ".join(str(error).split()), "offline" if mode == "online" else "off"
+            raise ValueError(f"metrics.wandb={mode} does not start ({reason}); try metrics.wandb={other}") from error
         self._run.define_metric("*", step_metric="step")  # wandb's own step may not go back, a restarted run's does
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -160,11 +157,29 @@ def open_sinks(config: MetricsConfig, workdir: Path, settings: Mapping[str, Any]
     return Sinks([JsonLinesSink(workdir / "metrics.jsonl"), *optional])
 
 
-def _import_extra(module: str, setting: str, extra: str) -> ModuleType:
+def check_extras(config: MetricsConfig) -> None:
+    """Raises ValueError, in a line, where `open_sinks` would lack an extra or credentials, before anything is done."""
+    if config.tensorboard:
+        _import_extra("tensorboardX", "metrics.tensorboard=True", "tensorboard")
+    if config.wandb != "off":
+        wandb = _import_extra("wandb", f"metrics.wandb={config.wandb}", "wandb")
+        if config.wandb == "online":
+            _check_credentials(wandb)
+
+
+def _import_extra(module: str, setting: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{setting} needs the {extra} extra: pip install -e .[{extra}]") from error
+        raise ValueError(missing_extra(setting, module, extra)) from error
+
+
+def _check_credentials(wandb: Any) -> None:
+    if not wandb.login(prompt=False, verify=False):
+        raise ValueError(
+            "metrics.wandb=online needs credentials and none are set: run `wandb login`, set WANDB_API_KEY, "
+            "or use metrics.wandb=offline"
+        )
 
 
 def _numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -153,5 +153,5 @@ def make_trainer(config: Config, backend: Backend, dtype: Any, bos_id: int) -> T
     rate = learning_rate(config.schedule, config.optimizer, config.total_steps)
     shape = MatrixShape(config.model.head_dim, backend.materialize_transposes, dtype)
     optimizer = make_optimizer(config.optimizer, rate, shape)
-    mesh = make_mesh(config.mesh, backend.devices, config.micro_batch_size)
+    mesh = make_mesh(config, backend.devices)
     return Trainer(config, model, optimizer, rate, bos_id, mesh, backend.donate)

@@ -17,11 +17,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+MAX_NAME_BYTES = 240  # of a name that still has room for the end of a temporary one
+
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, under the name `path` only when it is whole and on disk; an error leaves nothing of it."""
-    partial = path.with_name(path.name + ".partial")
+    """A file to write, under the name `path` only when it is whole and on disk; an error leaves nothing of it.
+
+    What is no regular file, such as /dev/null, is written to and not replaced.
+    """
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
+    name = path.name if len(os.fsencode(path.name)) < MAX_NAME_BYTES else path.name[:60]
+    partial = path.with_name(name + ".partial")
     try:
         with partial.open("wb", buffering=1 << 20) as file:
             yield file
@@ -70,7 +80,7 @@ class JsonLines:
 
     def append(self, record: Mapping[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
+            file.write(json_line(record) + "\n")
 
 
 def _end_last_line(path: Path) -> None:
@@ -99,7 +109,17 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def to_json(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`record` in JSON's types: scalars of numpy and JAX become Python's, numbers that are not finite become None."""
-    plain = {field: value.item() if hasattr(value, "item") else value for field, value in record.items()}
-    return {f: None if isinstance(v, float) and not math.isfinite(v) else v for f, v in plain.items()}
+def to_json(value: Any) -> Any:
+    """`value` in JSON's types, whatever is nested in it: scalars of numpy and JAX become Python's, tuples lists, and
+    numbers that are not finite None."""
+    if isinstance(value, Mapping):
+        return {field: to_json(inner) for field, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(inner) for inner in value]
+    plain = value.item() if hasattr(value, "item") else value
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
+
+
+def json_line(value: Any) -> str:
+    """One line of JSON that every reader takes: what has no value is null, never NaN or Infinity."""
+    return json.dumps(to_json(value), allow_nan=False)

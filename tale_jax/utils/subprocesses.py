@@ -9,7 +9,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ class ProcessResult:
     Attributes:
       stdout: all of it.
       reason: why the process failed, in one line; "" when it ended with exit code 0.
+      stderr: all of it.
     """
 
     stdout: str
     reason: str
+    stderr: str = ""
 
     def json(self) -> Any:
         """The JSON value in the last line of stdout."""
@@ -40,40 +43,69 @@ def run(
     stdin: str = "",
     env: Mapping[str, str] | None = None,
     timeout: float | int | None = None,
+    on_stderr: Callable[[str], None] | None = None,
 ) -> ProcessResult:
     """Runs a command to its end, for at most `timeout` seconds. A failure is a result, never an exception.
 
-    `env` is added to the environment of this process.
+    `env` is added to the environment of this process. `on_stderr` gets each line of stderr when it comes.
     """
     try:
-        process = subprocess.run(
+        process = subprocess.Popen(
             command,
-            input=stdin,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env=os.environ | (env or {}),
-            capture_output=True,
             text=True,
+            encoding="utf-8",
             errors="replace",
-            timeout=timeout,
-            check=False,
         )
-    except subprocess.TimeoutExpired:
-        return ProcessResult("", f"no result within {timeout:g} s")
-    except OSError as error:
-        return ProcessResult("", f"{command[0]}: {error.strerror or error}")
-    code = process.returncode
+    except (OSError, ValueError) as error:
+        return ProcessResult("", f"{command[0]}: {getattr(error, 'strerror', '') or error}")
+    with process:
+        lines: list[str] = []
+        reader = threading.Thread(target=_read_lines, args=(process.stderr, lines, on_stderr), daemon=True)
+        reader.start()
+        process.stderr = None  # it is read by the thread
+        try:
+            stdout, _ = process.communicate(stdin, timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            return ProcessResult("", f"no result within {timeout:g} s", "".join(lines))
+        except BaseException:
+            process.kill()
+            raise
+        reader.join()
+    code, stderr = process.returncode, "".join(lines)
     if code == 0:
-        return ProcessResult(process.stdout, "")
-    last_line = (process.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+        return ProcessResult(stdout, "", stderr)
+    last_line = (stderr.strip().splitlines() or ["nothing on stderr"])[-1]
     ending = f"signal {-code}" if code < 0 else f"exit code {code}"
-    return ProcessResult(process.stdout, f"{ending}: {' '.join(last_line.split())[:MAX_REASON_CHARS]}")
+    return ProcessResult(stdout, f"{ending}: {' '.join(last_line.split())[:MAX_REASON_CHARS]}", stderr)
 
 
-def run_module(module: str, *args: str, stdin: str = "", timeout: float | int | None = None) -> ProcessResult:
+def _read_lines(stream: Any, lines: list[str], on_line: Callable[[str], None] | None) -> None:
+    with stream:
+        for line in stream:
+            lines.append(line)
+            if on_line:
+                on_line(line.rstrip("\n"))
+
+
+def run_module(
+    module: str,
+    *args: str,
+    stdin: str = "",
+    timeout: float | int | None = None,
+    on_stderr: Callable[[str], None] | None = None,
+) -> ProcessResult:
     """Runs `python -m module args`, with the Python and the package of this process."""
     path = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")]))
-    return run([sys.executable, "-m", module, *args], stdin=stdin, env={"PYTHONPATH": path}, timeout=timeout)
+    command = [sys.executable, "-P", "-m", module, *args]  # -P: modules in the current folder are not meant
+    return run(command, stdin=stdin, env={"PYTHONPATH": path}, timeout=timeout, on_stderr=on_stderr)
 
 
 def run_code(code: str, *, env: Mapping[str, str] | None = None, timeout: float | int | None = None) -> ProcessResult:
     """Runs `python -c code`, with the Python of this process."""
-    return run([sys.executable, "-c", code], env=env, timeout=timeout)
+    return run([sys.executable, "-P", "-c", code], env=env, timeout=timeout)

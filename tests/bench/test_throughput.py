@@ -17,6 +17,7 @@ from tale_jax.bench.throughput import (
     repeat,
     tables,
 )
+from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE
 from tale_jax.model.transformer import flops_per_token
 
 SMALL = {"model.seq_len": 64, "precision": "float32", "tokenizer.vocab_size": 512}
@@ -30,6 +31,7 @@ def subject(cpu):
 def test_a_rate_is_tokens_over_the_median_and_its_share_is_of_model_flops():
     rate = Rate(tokens=100, timing=Timing((1.0, 4.0, 2.0, 2.0, 3.0)), flops=6.0, peak=3000.0)
     assert rate.tokens_per_second == 50 and rate.peak_share == pytest.approx(0.1)
+    assert dataclasses.replace(rate, peak=0.0).record()["peak_share"] is None
     record = rate.record()
     assert (record["low"], record["high"], record["repetitions"]) == (pytest.approx(100 / 3), 50, 5)
 
@@ -40,7 +42,8 @@ def test_repeat_warms_up_and_does_as_many_as_it_must():
     assert len(calls) == 5
 
 
-def test_every_kind_is_measured_and_counts_its_tokens(subject):
+def test_every_kind_is_measured_and_counts_its_tokens(subject, monkeypatch):
+    monkeypatch.setattr("tale_jax.bench.throughput.matmul_peak_of_all", lambda backend, name: 1e9)
     report = measure(subject, ["train", "score", "decode", "decode_3"], seconds=0.0)
     config, flops = subject.config, flops_per_token(subject.config.model, 512)
     assert report.rates["train"].tokens == report.rates["score"].tokens == config.batch_size * 64
@@ -68,7 +71,7 @@ def test_the_sampler_makes_as_many_tokens_as_are_counted(subject):
 
 @pytest.mark.parametrize("kind", ["trains", "decode_x", "decode_0", "score_2"])
 def test_an_unknown_kind_is_refused(subject, kind):
-    with pytest.raises(ValueError, match=rf"^kind={kind} must be train, score, decode or decode_N"):
+    with pytest.raises(ValueError, match=rf"^--only={kind} must be train, score, decode or decode_N"):
         subject.rate(kind, 0.0)
 
 
@@ -86,10 +89,17 @@ def test_a_record_in_one_line():
     )
 
 
-def test_the_peak_is_of_all_devices_together(cpu, monkeypatch):
-    monkeypatch.setattr("tale_jax.bench.throughput.matmul_peak", lambda name: {"float32": 2.0, "bfloat16": 3.0}[name])
-    two = dataclasses.replace(cpu, devices=(*cpu.devices, *cpu.devices))
-    assert Bench(build_config(**SMALL), two).peaks == {"float32": 4.0, "bfloat16": 6.0}
-    metal = Bench(build_config(**SMALL), two)
-    metal.backend = dataclasses.replace(two, platform="metal")  # on which a dtype may not run at all
-    assert metal.peaks == {"float32": 4.0}
+def test_a_share_of_a_peak_that_is_not_known_is_left_out():
+    rate = Rate(tokens=100, timing=Timing((1.0, 1.0)), flops=6.0, peak=0.0).record()
+    record = {"params": 1234, "flops_per_token": 5_600_000, "precision": "float32", "device": "M2", "peak_bytes": 1e6}
+    record |= {"matmul_peak": {}, "train": rate}
+    assert describe_record(record).endswith(f"; M2; {UNKNOWN_PEAK_NOTE}")
+    assert next(iter(tables({"": record})[0].columns[4].cells)) == "–"
+
+
+def test_peaks_of_the_dtypes_that_may_run(cpu, monkeypatch):
+    monkeypatch.setattr("tale_jax.bench.throughput.matmul_peak_of_all", lambda _, name: {"float32": 2.0}.get(name, 3.0))
+    assert Bench(build_config(**SMALL), cpu).peaks == {"float32": 2.0, "bfloat16": 3.0}
+    metal = Bench(build_config(**SMALL), cpu)
+    metal.backend = dataclasses.replace(cpu, platform="metal")  # on which a dtype may not run at all
+    assert metal.peaks == {"float32": 2.0}

@@ -270,6 +270,6 @@ def test_the_hub_without_its_library_or_a_network(opened, hub, monkeypatch):
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    says(lambda: opened("hub", hub_name="a/b"), "library datasets", "pip install", "corpus.path")
-    says(lambda: opened("wikitext2"), "library datasets", "pip install", "corpus.path")
-    says(lambda: opened("tinystories"), "library datasets", "pip install", "corpus.path")
+    says(lambda: opened("hub", hub_name="a/b"), "needs datasets, which is not installed", "hub", "corpus.path")
+    says(lambda: opened("wikitext2"), "needs datasets, which is not installed", "hub", "corpus.path")
+    says(lambda: opened("tinystories"), "needs datasets, which is not installed", "hub", "corpus.path")

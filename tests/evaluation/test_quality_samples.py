@@ -51,9 +51,11 @@ def test_the_script_adds_quality_and_keeps_every_sample(trained, tmp_path):
     assert [one["temperature"] for one in quality] == list(quality_samples.TEMPERATURES)
     for one in quality:
         assert list(one["measures"]) == list(LIMITS)
-        assert one["passes"] == all(measure["passes"] for measure in one["measures"].values())
+        assert one["not_tested"] == "sense" and one["in_range"] == all(
+            measure["in_range"] for measure in one["measures"].values()
+        )
         for measure in one["measures"].values():
-            assert {"samples", "held_out", "lower", "upper", "ratio", "passes", "verdict", "control_ratio"} == set(
+            assert {"samples", "held_out", "lower", "upper", "ratio", "in_range", "verdict", "control_ratio"} == set(
                 measure
             )
     records = [json.loads(line) for line in (workdir / "quality.jsonl").read_text().splitlines()]

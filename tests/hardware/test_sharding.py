@@ -15,8 +15,8 @@ from tale_jax.training.step import make_trainer
 
 
 def mesh_of(batch_size=8, devices=8, **axes):
-    config = build_config(**{f"mesh.{name}": value for name, value in axes.items()})
-    return make_mesh(config.mesh, jax.devices()[:devices], batch_size)
+    config = build_config(batch_size=batch_size, **{f"mesh.{name}": value for name, value in axes.items()})
+    return make_mesh(config, jax.devices()[:devices])
 
 
 def test_the_data_axis_takes_the_devices_that_are_left():
@@ -29,10 +29,19 @@ def test_the_data_axis_takes_the_devices_that_are_left():
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"fsdp": 3}, r"mesh.fsdp=3 times mesh.data=2 must be the number of devices, 8; try mesh.data=0"),
+        (
+            {"fsdp": 3},
+            r"mesh.fsdp=3 times mesh.data=2 must be .* devices, 8; try --config.mesh.data=0 --config.mesh.fsdp=2",
+        ),
         ({"data": 2}, r"mesh.fsdp=1 times mesh.data=2 must be the number of devices, 8"),
-        ({"batch_size": 12}, r"micro_batch_size=12 must be divisible by the number of devices, 8; try 8"),
-        ({"batch_size": 4}, r"micro_batch_size=4 must be divisible by the number of devices, 8; try 8"),
+        (
+            {"batch_size": 12},
+            r"micro_batch_size=12 must be divisible by .* devices, 8; try --config.batch_size=8 ",
+        ),
+        (
+            {"batch_size": 4},
+            r"micro_batch_size=4 must be divisible by .* devices, 8; try --config.batch_size=8 ",
+        ),
     ],
 )
 def test_axes_that_do_not_fit_are_refused(axes, message):

@@ -110,7 +110,7 @@ def test_interrupt_saves_and_the_same_command_goes_on(tmp_path):
         ("train", [TINY, "--workdir={finished}", *SMALL, "--config.model.seq_len=128"], "model.seq_len=128"),
         ("train", [TINY, "--workdir={tmp}/file/x"], "file/x"),
         ("prepare", [TINY, "--workdir={finished}", *SMALL, "--config.model.seq_len=128"], "windows of 64 tokens"),
-        ("evaluate", ["--workdir={tmp}/nothing"], "must hold an experiment"),
+        ("evaluate", ["--workdir={tmp}/nothing"], "does not exist"),
         ("evaluate", ["--workdir={finished}", "--split=train-set"], "--split=train-set must be one of"),
         ("evaluate", ["--workdir={finished}", "--step=7"], "step=7 must be a checkpoint"),
         ("evaluate", ["--workdir={finished}", "--weights=ema"], "weights=ema must be what the run kept"),

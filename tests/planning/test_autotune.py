@@ -167,7 +167,7 @@ def test_a_run_of_minutes_goes_on_with_what_was_decided(tmp_path, cpu, monkeypat
     assert "vocabulary 1,024" in log and "dropout" in log
     monkeypatch.setattr(autotune, "find_best", None)  # nothing is decided twice
     assert train(config, tmp_path, cpu).step == outcome.step
-    with pytest.raises(ValueError, match=r"minutes=50.0 must be 100.0 to go on with the experiment"):
+    with pytest.raises(ValueError, match=r"minutes=50 must leave steps to take"):
         train(dataclasses.replace(config, minutes=50.0), tmp_path, cpu)
     with pytest.raises(ValueError, match=r"model.num_heads=4 must be 2 to go on with the experiment"):
         mine = dataclasses.replace(config, model=dataclasses.replace(config.model, num_heads=4))

@@ -9,6 +9,7 @@ import pytest
 from tale_jax.hardware import machine
 from tale_jax.planning import doctor
 from tale_jax.planning.numerics import DTYPES, DtypeCheck
+from tale_jax.utils.progress import Progress
 
 
 def examine(folder):
@@ -59,6 +60,7 @@ COMPUTES = {
     "precision": "float32",
     "precision_reason": "no dtype is correct",
     "note": "",
+    "dtypes_checked_time": 1.0,
 }
 
 
@@ -66,7 +68,8 @@ COMPUTES = {
 def quick(monkeypatch, tmp_path):
     """`doctor.examine` without other processes: what each platform answers, by its name."""
     answers = {"auto": COMPUTES, "cpu": COMPUTES}
-    monkeypatch.setattr(doctor, "_measure_in_subprocess", lambda name: answers[name])
+    monkeypatch.setattr(doctor, "_measure_in_subprocess", lambda name, progress: answers[name])
+    monkeypatch.setattr(doctor, "_problems_of_the_environment", list)
     monkeypatch.setattr(machine, "disk_speed", lambda folder: 1e9)
     return answers
 
@@ -117,7 +120,13 @@ def test_tables_show_what_was_found(quick, tmp_path, capsys, monkeypatch):
     found = doctor.examine(tmp_path) | {"problems": ["a problem"]}
     doctor.print_findings(found)
     out = capsys.readouterr().out
-    assert "signal 6" in out and "a problem" in out and "configs/m2_air.py" in out and "metal: M2" in out
+    assert (
+        "and kept; matmul was" in out
+        and "signal 6" in out
+        and "a problem" in out
+        and "configs/m2_air.py" in out
+        and "metal: M2" in out
+    )
     doctor.print_findings(found | {"computes": {"error": "signal 6: abort"}, "problems": []})
     out = capsys.readouterr().out
     assert "metal: M2" not in out and "Problems" not in out
@@ -126,5 +135,6 @@ def test_tables_show_what_was_found(quick, tmp_path, capsys, monkeypatch):
 def test_the_other_process_says_why_it_cannot(monkeypatch):
     """No Metal plugin is installed where the tests run."""
     monkeypatch.setattr(doctor, "TIMEOUT", 600)
-    found = doctor._measure_in_subprocess("metal")
+    with Progress("doctor", show=False) as progress:
+        found = doctor._measure_in_subprocess("metal", progress)
     assert found["error"].startswith("exit code 1: backend.platform=metal is not possible here")

@@ -14,7 +14,7 @@ from tale_jax.planning.programs import UntrainedTokenizer, audit, programs
 from tale_jax.planning.timing import random_windows
 from tale_jax.training.step import make_trainer
 
-RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "base")
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in {"base", "__init__"})
 VARIANTS = {"m2_air": ["", "tuned"], "tales": ["", "hour", "tiny"], "wikitext2": ["", "best"]}
 DTYPES = {"METAL": "float32", "mps": "bfloat16"}  # what each plugin is expected to run best
 

@@ -37,6 +37,8 @@ def test_result_is_complete_and_consistent(experiment):
         assert 0 <= result[share] <= 1
     last = (experiment.workdir / "evaluations.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["nats_per_token"] == result["nats_per_token"]
+    assert 0 < result["nats_per_token_stderr"] < 0.1 * result["nats_per_token"]
+    assert result["windows"] >= result["documents"] == result["texts"] == manifest["documents"]
     assert result["params"] == count_parameters(experiment.params) and result["step"] == experiment.step
 
 
@@ -47,12 +49,13 @@ def test_no_tales_are_sampled_where_none_are_asked_for(experiment):
 
 def test_a_result_is_described_line_by_line():
     measure = {"samples": 0.5, "held_out": 0.0, "lower": 0.0, "upper": 0.02, "ratio": None, "control_ratio": 1.25}
-    measure |= {"passes": False, "verdict": "too high: repeats itself"}
+    measure |= {"in_range": False, "verdict": "too high: repeats itself"}
     quality = {"temperature": 0.8, "num_samples": 64, "words": 6345, "measures": {"repetition": measure}}
     lines = describe({"split": "valid", "nats_per_token": 1.23456, "tokens": 99, "quality": [quality]}).splitlines()
     assert lines[0].split() == ["split", "valid"] and lines[1].split() == ["nats_per_token", "1.2346"]
+    assert lines[-1] == "Not tested: sense. Text without any can be in range by every measure."
     assert lines[3] == "64 samples at temperature 0.8, 6,345 words"
-    assert lines[4].split() == ["samples", "held-out", "ratio", "by", "chance", "allowed", "verdict"]
+    assert lines[4].split() == ["samples", "held-out", "ratio", "by", "chance", "range", "verdict"]
     values = ["0.500", "0.000", "–", "1.25", "0.000", "to", "0.020", "too", "high:", "repeats", "itself"]
     assert lines[5].endswith("too high: repeats itself") and lines[5].split()[-len(values) :] == values
-    assert len({line.index(word) for line, word in zip(lines[4:], ("verdict", "too high"), strict=True)}) == 1
+    assert len({line.index(word) for line, word in zip(lines[4:6], ("verdict", "too high"), strict=True)}) == 1

@@ -50,5 +50,6 @@ def test_large_numbers_are_short():
 
 def test_rates_become_a_picture(tmp_path):
     rate = {"tokens_per_second": 1000.0, "low": 900.0, "high": 1100.0, "peak_share": 0.5}
-    plot_rates({"a": {"train": rate, "device": "cpu"}, "b": {"train": rate}}, tmp_path / "new" / "rates.png")
+    unknown = rate | {"peak_share": None}
+    plot_rates({"a": {"train": rate, "device": "cpu"}, "b": {"train": unknown}}, tmp_path / "new" / "rates.png")
     assert (tmp_path / "new" / "rates.png").read_bytes().startswith(b"\x89PNG")

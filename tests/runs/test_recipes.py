@@ -53,7 +53,8 @@ TALES = {f"corpus.num_{split}_tales": 40 for split in ("train", "valid", "test")
 def recipes() -> list[str]:
     """Every recipe, and variants that differ in more than size, as `--config=configs/NAME.py:VARIANT` names them."""
     variants = {"wikitext2": ("best",), "m2_air": ("tuned",)}
-    names = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
+    files = (Path(__file__).resolve().parents[2] / "configs").glob("*.py")
+    names = sorted(path.stem for path in files if path.stem != "__init__")
     return [f"{name}:{variant}".rstrip(":") for name in names for variant in ("", *variants.get(name, ()))]
 
 

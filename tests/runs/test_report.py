@@ -89,13 +89,39 @@ def test_one_run(tmp_path):
     assert not list(path.parent.glob("*.partial"))
 
 
+def test_the_summary_says_how_much_was_scored_how_sure_it_is_and_what_the_time_went_into(tmp_path):
+    workdir = make_run(tmp_path / "tales")
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    records[0] |= {"startup_seconds": 30.0, "was_prepared": False}
+    part = {"windows": 64, "split_windows": 1500, "nats_per_token_stderr": 0.05}
+    records = [record | (part if record["kind"] == "valid" else {}) for record in records]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = " ".join(check(write_report([workdir])).texts)
+    assert "1.275 ± 0.098 nats/token on 64 of 1,500 windows" in text  # twice: of the loss, and of the excess
+    assert "0.1250 nats/token on 64 of 1,500 windows" in text
+    assert "1:10" in text and "0:30 for planning and compiling and preparing the text" in text
+    records[0]["was_prepared"] = True
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "compiling; the text was prepared before" in " ".join(check(write_report([workdir])).texts)
+
+
+def test_runs_with_different_tokenizers_are_compared_by_bits_per_byte(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    for workdir in runs:
+        (workdir / "windows").mkdir()
+        manifest = {"tokenizer": workdir.name, "tokens": 10, "bytes": 20, "words": 5, "documents": 1}
+        (workdir / "windows" / "valid.json").write_text(json.dumps(manifest))
+    text = " ".join(check(write_report(runs)).texts)
+    assert "losses are drawn in bits per byte" in text and text.index("Bits per byte") < text.index("Validation loss")
+
+
 def test_samples_beside_held_out_text(tmp_path):
     """The last evaluation that has them is shown, a table for each temperature."""
     workdir = make_run(tmp_path / "tales")
     measure = {"samples": 0.5, "held_out": 0.0, "lower": 0.0, "upper": 0.02, "ratio": None, "control_ratio": 1.25,
-               "passes": False, "verdict": "too high: <repeats>"}  # fmt: skip
+               "in_range": False, "verdict": "too high: <repeats>"}  # fmt: skip
     quality = [
-        {"temperature": t, "num_samples": 64, "words": 6345, "passes": False, "measures": {"repetition": measure}}
+        {"temperature": t, "num_samples": 64, "words": 6345, "in_range": False, "measures": {"repetition": measure}}
         for t in (0.8, 1.0)
     ]
     with (workdir / "evaluations.jsonl").open("a") as file:
@@ -103,7 +129,8 @@ def test_samples_beside_held_out_text(tmp_path):
             file.write("\n" + json.dumps({"split": "valid", **record}))
     checker = check(write_report([workdir]))
     text = " ".join(checker.texts)
-    for words in ("step 40, temperature 0.8, 6,345 words", "temperature 1, 6,345", "too high: <repeats>", "0.500",
+    for words in ("step 40, temperature 0.8, 6,345 words", "Not tested: sense.",
+                  "temperature 1, 6,345", "too high: <repeats>", "0.500",
                   "1.25", "0.000 to 0.020", "4-grams that the text had before"):  # fmt: skip
         assert words in text, words
     assert "step 30, temperature" not in text

@@ -73,9 +73,12 @@ def test_a_run_leaves_what_is_promised(straight):
     assert {"config.json", "tokenizer", "windows", "checkpoints", "metrics.jsonl", "samples.jsonl", "log.txt"} <= names
     records = read_metrics(straight)
     assert [r["step"] for r in records["train"]] == list(range(1, 21))
-    assert {"loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "data_wait", "peak_share"} <= set(
-        records["train"][-1]
-    )
+    wanted = {"loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "data_wait"}
+    assert wanted <= set(records["train"][-1])
+    assert ("peak_share" in records["train"][-1]) == bool(records["run"][0]["matmul_peak"])  # only of one to be trusted
+    assert records["run"][0]["startup_seconds"] > 0 and not records["run"][0]["was_prepared"]
+    last = records["valid"][-1]
+    assert last["windows"] == 8 < last["split_windows"] and last["nats_per_token_stderr"] > 0
     assert [r["step"] for r in records["valid"]] == [10, 20]
     assert records["run"][0]["floor_nats_per_token"] > 0
     assert records["train"][-1]["loss"] < records["train"][0]["loss"] - 0.5

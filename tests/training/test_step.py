@@ -19,7 +19,6 @@ from helpers import (
     tiny_trainer,
 )
 
-from tale_jax.config import MeshConfig
 from tale_jax.data.loader import split_windows
 from tale_jax.hardware import sharding
 from tale_jax.model.attention import document_segments
@@ -153,9 +152,9 @@ def test_a_batch_is_spread_over_all_devices(place):
 
 def test_a_mesh_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"mesh.fsdp=3 times mesh.data=2 must be the number of devices, 8"):
-        sharding.make_mesh(MeshConfig(2, 3), jax.devices(), 8)
+        sharding.make_mesh(build_config(batch_size=8, **{"mesh.data": 2, "mesh.fsdp": 3}), jax.devices())
     with pytest.raises(ValueError, match="micro_batch_size=6 must be divisible by the number of devices, 8"):
-        sharding.make_mesh(MeshConfig(0, 1), jax.devices(), 6)
+        sharding.make_mesh(build_config(batch_size=6), jax.devices())
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -2,10 +2,16 @@
 
 import io
 import re
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from terminals import python, resize, run_in_terminal
 
 from tale_jax.utils import progress as progress_module
 from tale_jax.utils.progress import Progress
@@ -36,7 +42,7 @@ def test_a_log_gets_plain_lines(capsys, tmp_path):
     lines = captured.err.splitlines()
     assert lines[0] == "train 1/30 steps (3%)"
     assert lines[-1].startswith("train 30/30 steps (100%)  loss 3.200  9,100 tokens/s  lr 1.0e-03")
-    assert "a \N{REPLACEMENT CHARACTER}[31msample\N{REPLACEMENT CHARACTER}" in lines
+    assert r"a \x1b[31msample\x07" in lines
     logged = (tmp_path / "new" / "log.txt").read_text().splitlines()
     assert [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", line) for line in logged] == lines
 
@@ -119,19 +125,129 @@ def test_a_line_comes_when_its_time_has_come(capsys, clock):
     ]
 
 
-def test_a_narrow_terminal_leaves_out_the_last_fields(clock):
-    progress = Progress("train", total=30)
+def test_a_narrow_terminal_keeps_the_loss_longest(clock):
+    progress = Progress("train", total=1000)
     progress.set_fields({"loss": 3.2, "nats_per_token": None, "tokens_per_second": 9100.4, "grad_norm": 0.5})
-    assert progress._text(clock.now) == "0/30 steps (0%)  loss 3.200  9,100 tokens/s  grad 0.5"
-    assert progress._text(clock.now, width=45) == "0/30 steps (0%)  loss 3.200  9,100 tokens/s"
-    assert progress._text(clock.now, width=3) == "0/30 steps (0%)"
+    assert progress._text(clock.now) == "0/1,000 steps (0%)  loss 3.200  9,100 tokens/s  grad 0.5"
+    assert progress._text(clock.now, width=50) == "0/1,000 steps (0%)  loss 3.200  9,100 tokens/s"
+    assert progress._text(clock.now, width=31) == "0/1,000 steps (0%)  loss 3.200"
+    assert progress._text(clock.now, width=26) == "0/1,000 (0%)  loss 3.200"
+    assert progress._text(clock.now, width=14) == "0%  loss 3.200"
+    assert progress._text(clock.now, width=12) == "loss 3.200"
+    assert progress._text(clock.now, width=3) == "0%"
 
 
-def test_a_part_is_a_bar_of_its_own_until_it_ends(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("TERM", "xterm")
-    with Progress("train", total=30) as progress:
-        with progress.part("valid", total=2) as part:
-            part.advance()
-            assert [task.description for task in progress._bar.tasks] == ["train", "valid"]
-        assert [task.description for task in progress._bar.tasks] == ["train"]
+@given(
+    width=st.integers(0, 200),
+    done=st.integers(0, 10**7),
+    total=st.integers(0, 10**7),
+    loss=st.floats(-1e6, 1e6),
+    title=st.text(max_size=20),
+)
+def test_a_line_fits_any_width_and_nothing_is_over_100_percent(width, done, total, loss, title):
+    progress = Progress(title, total=total, show=False)
+    progress._done = done
+    progress._fields = {"loss": loss, "tokens_per_second": 1e5, "learning_rate": 1e-3}
+    line = progress.live_line(width)
+    assert len(line) <= width
+    assert all(int(share) <= 100 for share in re.findall(r"(\d+)%", line.removeprefix(progress._title)))
+    if width >= len(title) + 2 + 16 + 5:
+        assert f"loss {loss:.3f}"[:4] in line
+
+
+TRAINS = """
+from tale_jax.utils.streams import mend_streams
+from tale_jax.utils.progress import Progress
+import time
+mend_streams()
+print("results", flush=True)
+with Progress("train", total=40) as progress:
+    with progress.part("compiling the training step"):
+        time.sleep(0.8)
+    for step in range(1, 41):
+        progress.advance()
+        progress.set_fields({"loss": 4 - step / 40, "learning_rate": 1e-3, "tokens_per_second": 9100.4, "grad_norm": 1})
+        if step == 20:
+            progress.print("step 20: \x1b[2J\x1b]0;title\x07 a sample that is longer than sixty columns, which is well")
+            with progress.part("evaluate", total=8) as part:
+                for _ in range(8):
+                    part.advance()
+                    time.sleep(0.15)
+        time.sleep(SLEEP)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("columns", [100, 60, 40])
+def test_a_real_terminal_shows_the_loss_at_any_width(columns):
+    ended = run_in_terminal(python(TRAINS.replace("SLEEP", "0.02")), columns)
+    screen = ended.screen
+    assert ended.returncode == 0 and not screen.unknown, screen.unknown
+    assert all(len(frame) < columns for frame in screen.frames)
+    trained = [frame for frame in screen.frames if re.search(r" train .*[2-9]/40", frame) and "evaluate" not in frame]
+    assert trained and all("loss" in frame for frame in trained)
+    silent = [frame for frame in screen.frames if "compiling" in frame]
+    assert len(set(silent)) >= 3  # the spinner turns while nothing advances
+    lines = [line.rstrip() for line in screen.lines]
+    assert lines[0] == "results" and lines[-2] == "done" and lines[-1] == ""
+    assert lines[-3].startswith("train 40/40 steps (100%)  loss 3.000")  # no spinner stays behind
+    assert "\\x1b[2J" in "".join(lines) and len(lines) <= 5 + 100 // columns
+
+
+def test_a_window_that_shrinks_gets_no_line_per_refresh():
+    """A terminal without reflow, as xterm; one with reflow leaves the part that no longer fitted, once."""
+    sizes = iter([70, 50, 35])
+
+    def shrink(terminal, output):
+        if output.count("\r") % 8 == 0 and (size := next(sizes, 0)):
+            resize(terminal, size)
+
+    ended = run_in_terminal(python(TRAINS.replace("SLEEP", "0.05")), 100, during=shrink)
+    assert next(sizes, 0) == 0
+    assert ended.returncode == 0 and ended.output.count("\n") == 4  # results, the sample, train 40/40, done
+    assert "loss" in ended.screen.frames[-1] and len(ended.screen.frames[-1]) < 35
+
+
+@pytest.mark.parametrize("odd", [{"TERM": "dumb"}, {"TERM": ""}, {"TERM": None, "COLUMNS": "x", "LINES": "-1"}])
+def test_odd_terminals_are_no_reason_to_stop(odd):
+    ended = run_in_terminal(python(TRAINS.replace("SLEEP", "0.01")), 0, env=odd)  # a size of 0 columns is not believed
+    assert ended.returncode == 0 and "train 40/40 steps (100%)" in ended.output
+    if odd["TERM"] == "dumb":
+        assert "\x1b" not in ended.output
+
+
+def test_an_ascii_terminal_gets_ascii():
+    env = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    ended = run_in_terminal(python(TRAINS.replace("SLEEP", "0.02").replace("a sample", "a “sample” …")), 100, env=env)
+    assert ended.returncode == 0 and ended.output.isascii()
+    assert '"sample" ...' in ended.output and "==" in ended.output
+
+
+def test_a_pipe_gets_few_plain_lines():
+    done = subprocess.run(python(TRAINS.replace("SLEEP", "0.01")), capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stderr.splitlines()) <= 5
+    assert all(c.isprintable() or c == "\n" for c in done.stderr)
+
+
+def test_silence_is_broken_in_a_pipe_but_rarely(monkeypatch, capsys):
+    monkeypatch.setattr(progress_module, "FIRST_BEAT", 0.1)
+    monkeypatch.setattr(progress_module, "DRAW_SECONDS", 0.01)
+    with Progress("train", total=9, every_seconds=0.1) as progress, progress.part("compiling the training step"):
+        time.sleep(1.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 4 and all(line.startswith("compiling the training step ") for line in lines)
+
+
+def test_what_cannot_be_written_ends_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    run(Progress("train", total=30, log=tmp_path / "log.txt"))
+    assert "train 30/30 steps" in (tmp_path / "log.txt").read_text()
+    (tmp_path / "file").touch()
+    for log in (tmp_path / "file" / "log.txt", tmp_path, Path("/dev/full")):
+        run(Progress("train", total=30, log=log))
+
+
+def test_any_name_can_be_logged(tmp_path):
+    with Progress("prepare \udcff", log=tmp_path / "log.txt", show=False) as progress:
+        progress.print("a name: \udce9 \u2028")
+    assert r"a name: \xe9 \u2028" in (tmp_path / "log.txt").read_text()

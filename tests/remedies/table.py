@@ -1,0 +1,391 @@
+"""Which tests provoke a message and then do what it says: for each file, part of the message's template → the tests.
+
+A message of the program that is raised, or that advises something, must stand here (`test_table.py`), and a test that
+stands here must provoke it (`reached.py`). A new message: write the test that follows its remedy, and name it here.
+"""
+
+from remedies.messages import Message
+
+CONFIG = "tests/test_config.py::"
+NAMES = f"{CONFIG}test_advice_finds_what_was_meant"
+BETWEEN = f"{CONFIG}test_a_broken_rule_between_settings_is_one_line_and_following_it_helps"
+CLI = "tests/remedies/test_command_line.py::"
+COMMANDS = f"{CLI}test_a_command_that_is_corrected_as_it_is_told_works"
+DATA = "tests/remedies/test_data.py::"
+ROWS = f"{DATA}test_rows_that_are_corrected_are_read"
+COMMAND_OF_FILE = f"{DATA}test_the_command_that_a_file_is_refused_with_makes_text_of_it"
+PATHS = f"{DATA}test_paths_that_are_corrected_are_read"
+PARQUET = f"{DATA}test_parquet_that_is_written_again_is_read"
+SPLITS = f"{DATA}test_a_corpus_with_too_little_for_its_splits_gets_what_it_is_told"
+PREPARED = f"{DATA}test_prepared_text_goes_on_as_it_is_told"
+TOKENIZER = f"{DATA}test_a_tokenizer_that_cannot_be_used_is_replaced_as_told"
+VOCABULARY = "tests/data/test_tokenizer.py::test_the_vocabulary_that_an_error_advises_works"
+LOADER = f"{DATA}test_batches_of_the_size_that_is_advised"
+RUNS = "tests/remedies/test_runs.py::"
+MACHINE = "tests/remedies/test_machine.py::"
+MAKE = f"{MACHINE}test_what_is_advised_to_make_can_be_made"
+BENCH = f"{RUNS}test_benchmarks_are_asked_for_as_it_is_told"
+ENVIRONMENT = "tests/remedies/test_environment.py::"
+LIBRARY = f"{DATA}test_a_library_that_is_installed_as_told_reads"
+USABLE = f"{ENVIRONMENT}test_a_path_that_is_corrected_as_told_can_be_used"
+PERMITTED = f"{ENVIRONMENT}test_a_path_whose_permissions_are_changed_as_told_can_be_used"
+HOME = f"{ENVIRONMENT}test_a_home_that_is_set_or_written_out_is_found"
+DOCTOR = f"{ENVIRONMENT}test_what_the_doctor_finds_is_gone_when_it_is_done"
+GOES_ON = "tests/runs/test_resume.py::test_the_script_goes_on_by_the_workdir_alone"
+SESSION = "tests/inference/test_chat.py::"
+INTERNAL = "tests/remedies/test_runs.py::test_calls_of_python_are_corrected_as_they_are_told"
+
+REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
+    "configs/m2_air.py": {"is not a variant": f"{CLI}test_the_variants_that_are_named_exist"},
+    "configs/tales.py": {"is not a variant": f"{CLI}test_the_variants_that_are_named_exist"},
+    "configs/wikitext2.py": {"is not a variant": f"{CLI}test_the_variants_that_are_named_exist"},
+    "launch/": {
+        "give {} before its settings": COMMANDS,
+        "{}; write it as --name=value (see --help)": COMMANDS,
+        "is not a flag: write every argument": COMMANDS,
+        "no such file{}": COMMANDS,
+        "; did you mean {}?": COMMANDS,
+        "; there is {}": COMMANDS,
+        "changes a setting of --{}": COMMANDS,
+        "is missing: give": COMMANDS,
+        "is a group of settings; set one of them": COMMANDS,
+        "there is no such setting; {}": COMMANDS,
+        "must be a file, and / at its end says folder": COMMANDS,
+        "{}, as configs/tales.py": COMMANDS,
+        "--{}={} {}": f"{ENVIRONMENT}test_the_path_of_a_flag_is_corrected_as_told",
+        "did you mean --{}.{}?": COMMANDS,
+        "it lacks {}; run `make env`": f"{ENVIRONMENT}test_the_environment_that_is_made_as_told_is_used",
+        "cannot import {}": f"{ENVIRONMENT}test_a_library_that_is_missing_is_installed_as_told",
+        "the current folder is gone": f"{ENVIRONMENT}test_from_a_folder_that_exists_a_script_runs",
+        "unset it to go on": f"{ENVIRONMENT}test_a_variable_of_jax_that_is_unset_as_told_is_no_harm",
+        "unset what is set": f"{ENVIRONMENT}test_a_variable_of_jax_that_is_unset_as_told_is_no_harm",
+    },
+    "launch/train.py": {
+        "holds no run to go on with": GOES_ON,
+        "--workdir={} --config.total_steps={}": GOES_ON,
+        "to train longer": GOES_ON,
+    },
+    "tale_jax/inference/chat.py": {
+        "in the encoding of the terminal": (
+            "tests/launch/test_interactive.py::test_a_pipe_of_prompts_with_a_line_that_is_no_text"
+        ),
+        "is not a command": f"{SESSION}test_a_bad_line_is_one_line_and_the_session_goes_on",
+        "the model goes on from it": f"{SESSION}test_help_names_every_setting_and_its_value",
+        "must be a whole number": f"{SESSION}test_a_bad_line_is_one_line_and_the_session_goes_on",
+        "it stays {}, try": f"{SESSION}test_a_bad_line_is_one_line_and_the_session_goes_on",
+    },
+    "tale_jax/bench/compare.py": {
+        "run it by itself": f"{RUNS}test_what_a_benchmark_could_not_run_can_be_run_by_itself",
+        "--sweep={} must be": BENCH,
+        "--peer={} must {}; {}": BENCH,
+        "try --only=": BENCH,
+        "let it print kind, mode and tokens_per_s": BENCH,
+    },
+    "tale_jax/bench/profile.py": {"--profile needs traces": BENCH},
+    "tale_jax/bench/run.py": {"cannot be measured together": BENCH, "leave it out here": BENCH},
+    "tale_jax/bench/throughput.py": {"--only={} must be": BENCH},
+    "tale_jax/config.py": {
+        "try {}": BETWEEN,
+        "try ag_news": BETWEEN,
+        "try train": BETWEEN,
+        "try corpus.path=my-texts/": f"{RUNS}test_the_folder_that_an_example_names_is_read",
+        "try corpus.changed=continue": BETWEEN,
+        "try 4096": BETWEEN,
+        "give heads of an even width": BETWEEN,
+        "set model.induction_init=True": BETWEEN,
+        "set model.num_heads=2": BETWEEN,
+        "set model.num_kv_heads=0": BETWEEN,
+        'set sample.prompt="" to start documents': BETWEEN,
+        "set optimizer.name=muon": BETWEEN,
+        "try passes=1.0, or set total_steps": BETWEEN,
+        "schedule.warmup_steps": f"{CONFIG}test_total_steps_covers_the_passes",
+        "{}: {}": f"{CONFIG}test_a_damaged_config_json_is_refused_in_one_line",
+        "give the folder that launch/train.py wrote": f"{RUNS}test_a_workdir_that_is_no_experiment",
+        "must hold an experiment": f"{RUNS}test_a_workdir_that_is_no_experiment",
+        "must be JSON ({}); restore it": f"{RUNS}test_a_config_that_is_restored_or_left_behind",
+        "must be a JSON object; restore it": f"{RUNS}test_a_config_that_is_restored_or_left_behind",
+        "was written by an older tale_jax": f"{RUNS}test_a_config_that_is_restored_or_left_behind",
+        "train again in a new workdir, or use": f"{RUNS}test_a_config_that_is_restored_or_left_behind",
+        "update tale_jax if a newer one": f"{RUNS}test_a_config_that_is_restored_or_left_behind",
+        "must be a number from 1 to": f"{RUNS}test_a_config_that_is_restored_or_left_behind",
+        "it is now {}{}": f"{CONFIG}test_an_old_name_is_told_its_new_one",
+        "it was removed; leave it out": f"{CONFIG}test_an_old_name_is_told_its_new_one",
+        "did you mean {}{}?": NAMES,
+        "did you mean {}?": (NAMES, BETWEEN),
+        "see `settings` in tale_jax/config.py": NAMES,
+        "be a group of settings; set one of those": f"{RUNS}test_a_config_that_is_restored_or_left_behind",
+        "is not a setting of tale_jax": NAMES,
+        "is missing from the config; add it": f"{RUNS}test_a_config_that_is_restored_or_left_behind",
+        "try cp1252 or utf-16": BETWEEN,
+    },
+    "tale_jax/data/corpus.py": {
+        "run this once more": f"{DATA}test_text_that_changed_while_it_was_read_is_read_again",
+        "add text": SPLITS,
+        "raise corpus.max_train_bytes={}": SPLITS,
+        "holds no text but white space": SPLITS,
+        "must hold at least {} bytes": SPLITS,
+        "must hold three documents that differ": SPLITS,
+        "must hold a document for the {} split": SPLITS,
+        "does not exist; give the folder": f"{DATA}test_published_files_that_are_put_where_it_is_told",
+        "must not be empty; download it again": f"{DATA}test_published_files_that_are_put_where_it_is_told",
+        "must be a folder that holds": f"{DATA}test_published_files_that_are_put_where_it_is_told",
+    },
+    "tale_jax/data/encode.py": {"run the same command again": f"{DATA}test_encoding_that_was_killed_is_run_again"},
+    "tale_jax/data/loader.py": {
+        "must not exceed the {} windows": LOADER,
+        "must be divisible by the {} processes": LOADER,
+        "as when the data position was saved": f"{RUNS}test_a_data_position_of_other_text",
+    },
+    "tale_jax/data/prepare.py": {
+        "must not exceed the windows of": PREPARED,
+        "choose a new --workdir": PREPARED,
+        ", or remove {}/windows to prepare again": PREPARED,
+        "as in the windows prepared in": PREPARED,
+        "set --config.corpus.changed=continue to prepare": PREPARED,
+        "must be as it was when": PREPARED,
+        "must be the one that {}/windows": PREPARED,
+        "the disk is full": "tests/data/test_prepare.py::test_a_full_disk_is_one_line_and_leaves_nothing_half_written",
+        "cannot be written to": PREPARED,
+    },
+    "tale_jax/data/readers.py": {
+        "{} must be a JSON object ({}); {}{}": ROWS,
+        "; a .json file must be an array": ROWS,
+        "give one object a line": ROWS,
+        "the array must end with ]": ROWS,
+        "has more after it; remove that": ROWS,
+        "must follow a comma": ROWS,
+        "must be a JSON object or text": ROWS,
+        "must be JSON ({}); correct or remove it": ROWS,
+        "close its quotes, and write a quote": ROWS,
+        "put quotes around a text": ROWS,
+        "download or write it again": PARQUET,
+        "must be a parquet file, but is": PARQUET,
+        "write the file again without it": PARQUET,
+        "download it and set corpus.path": LIBRARY,
+        "see corpus.hub_config and corpus.*_split": f"{DATA}test_a_dataset_of_the_hub_with_other_settings",
+        "check its name and the network": f"{DATA}test_a_dataset_of_the_hub_with_other_settings",
+        "correct or remove it": ROWS,
+        "correct or remove it: sed": ROWS,
+        "must not hold half a surrogate pair": ROWS,
+        "name another field": ROWS,
+        "name one of these": ROWS,
+    },
+    "tale_jax/data/tales/grammar.py": {
+        "use one of these": INTERNAL,
+        "count tales from 0": INTERNAL,
+        "try 2000": INTERNAL,
+    },
+    "tale_jax/data/text_files.py": {
+        "must not hold a NUL character": PATHS,
+        "does not exist{}; give a file": PATHS,
+        "to learn from{}; add text": PATHS,
+        "is a link to nothing": PATHS,
+        "is no regular file": PATHS,
+        "must hold a file that is not empty": PATHS,
+        "if it is text: mv": PATHS,
+        "{} must be one of {}; {}": PATHS,
+        "; did you mean {}?": PATHS,
+        "what the run wrote there is left out": "tests/data/test_prepare.py::test_what_was_not_read_is_said_and_logged",
+        "mv {} {}": COMMAND_OF_FILE,
+        "whatever its name says": COMMAND_OF_FILE,
+        "{} is {}, not {}; {}": COMMAND_OF_FILE,
+        "download or compress it again": f"{DATA}test_a_damaged_file_is_compressed_again",
+        "or unzstd {}": LIBRARY,
+        "{} is {}; {}": COMMAND_OF_FILE,
+        "remove it, or move it elsewhere": f"{DATA}test_what_is_no_text_is_removed_as_told",
+        "{} {} && ": COMMAND_OF_FILE,
+        "decompress it: {} -dc {} >": COMMAND_OF_FILE,
+        "name it as what it is: mv": COMMAND_OF_FILE,
+        "convert it: {} && mv": COMMAND_OF_FILE,
+        "set --config.corpus.encoding={}, or convert it": f"{DATA}test_an_encoding_that_is_named_reads_the_text",
+        "iconv -f {}": COMMAND_OF_FILE,
+        "set the right --config.corpus.encoding": f"{DATA}test_an_encoding_that_is_named_reads_the_text",
+        "but is binary ({}); remove it": f"{DATA}test_what_is_no_text_is_removed_as_told",
+        "iconv -c -f UTF-8": COMMAND_OF_FILE,
+        "leave such bytes out": COMMAND_OF_FILE,
+        "tr -d": COMMAND_OF_FILE,
+    },
+    "tale_jax/data/token_files.py": {
+        "run launch/prepare.py on it first": PREPARED,
+        "is damaged ({}); remove it and prepare again": PREPARED,
+        "must have format_version": PREPARED,
+        "remove {} and prepare again": PREPARED,
+    },
+    "tale_jax/data/tokenizer.py": {
+        "must be a SentencePiece model": TOKENIZER,
+        "give a SentencePiece .model file": TOKENIZER,
+        "half a surrogate pair": TOKENIZER,
+        "to separate documents; give another": TOKENIZER,
+        "must be that of {}; try": TOKENIZER,
+        "must give every text back": TOKENIZER,
+        "tokens that the text can fill": VOCABULARY,
+        "{} must hold {}; try": VOCABULARY,
+        "needs text in the training split": f"{DATA}test_text_without_characters_gets_some",
+    },
+    "tale_jax/evaluation/ngram.py": {"training text must hold at least": INTERNAL},
+    "tale_jax/evaluation/quality_samples.py": {
+        "--quality must find at least": f"{RUNS}test_an_evaluation_is_refused_before_it_scores_and_goes_as_told"
+    },
+    "tale_jax/evaluation/scoring.py": {
+        "stride={} must be at most": f"{RUNS}test_an_evaluation_is_refused_before_it_scores_and_goes_as_told"
+    },
+    "tale_jax/hardware/environment.py": {
+        "keeps XLA from starting": f"{ENVIRONMENT}test_variables_that_are_unset_as_told_are_no_harm"
+    },
+    "tale_jax/hardware/backend.py": {
+        "backend.platform=metal is not possible here": f"{MACHINE}test_another_platform_starts_as_told",
+        "pip uninstall {} to train on the CPU": f"{MACHINE}test_a_plugin_that_is_uninstalled_as_told_is_no_harm",
+        "try auto": (
+            f"{ENVIRONMENT}test_another_platform_than_jax_starts_is_chosen_as_told",
+            f"{MACHINE}test_another_platform_starts_as_told",
+        ),
+        "keeps JAX from starting": f"{ENVIRONMENT}test_variables_that_are_unset_as_told_are_no_harm",
+        "unset {} (it is {})": (
+            f"{MACHINE}test_another_platform_starts_as_told",
+            "tests/hardware/test_backend.py::test_the_platform_of_the_environment_is_not_changed_behind_ones_back",
+        ),
+    },
+    "tale_jax/hardware/machine.py": {
+        "HOME is not set": HOME,
+        "are installed and clash; pip uninstall": f"{MACHINE}test_a_plugin_that_is_uninstalled_as_told_is_no_harm",
+        "update macOS, or train on the CPU": MAKE,
+        "make env EXTRAS=dev,metal": MAKE,
+        "make env EXTRAS=dev,jax-metal": MAKE,
+    },
+    "tale_jax/hardware/sharding.py": {
+        "must be the number of devices": f"{MACHINE}test_devices_share_a_batch_as_advised",
+        "must be divisible by the number of devices": f"{MACHINE}test_devices_share_a_batch_as_advised",
+        "--config.micro_batch_size={}": f"{MACHINE}test_devices_share_a_batch_as_advised",
+    },
+    "tale_jax/inference/sampler.py": {
+        "{}={} must {}; try --{}={}": f"{RUNS}test_samples_are_asked_for_as_it_is_told",
+        "prompts must hold at least one": INTERNAL,
+        "num_samples={} must be at least 1": f"{RUNS}test_samples_are_asked_for_as_it_is_told",
+        "try --seed=0": f"{RUNS}test_samples_are_asked_for_as_it_is_told",
+        "leave it out to start a document": f"{RUNS}test_samples_are_asked_for_as_it_is_told",
+        "--long_prompt=window": f"{RUNS}test_samples_are_asked_for_as_it_is_told",
+        "try an earlier --step": f"{RUNS}test_weights_that_are_no_numbers_and_an_earlier_step",
+    },
+    "tale_jax/planning/autotune.py": {
+        "must not be given where minutes": f"{RUNS}test_minutes_are_given_as_it_is_told",
+        "must be 0 where several processes train": f"{RUNS}test_minutes_are_given_as_it_is_told",
+        "must leave time to train": "tests/planning/test_autotune.py::test_too_little_time_is_one_line_with_a_remedy",
+    },
+    "tale_jax/planning/doctor.py": {
+        "give another --folder or --workdir": DOCTOR,
+        "set XDG_CACHE_HOME to a folder": DOCTOR,
+        "set LC_ALL=C.UTF-8": DOCTOR,
+        "measured now; to check again": "tests/planning/test_doctor.py::test_tables_show_what_was_found",
+        "make env EXTRAS=dev,{}": MAKE,
+        "make clean, then make env": MAKE,
+        "python launch/plan.py --config=configs/tales.py": MAKE,
+    },
+    "tale_jax/planning/numerics.py": {
+        "must be numerically correct on": "tests/planning/test_numerics.py::test_a_dtype_asked_for_must_be_correct",
+        "finds no dtype that is numerically correct": (
+            "tests/planning/test_numerics.py::test_a_dtype_asked_for_must_be_correct"
+        ),
+    },
+    "tale_jax/planning/plan.py": {
+        "this run needs {} of memory": f"{RUNS}test_a_run_is_made_smaller_as_advised_until_it_fits",
+        "--config.remat=block": f"{RUNS}test_a_run_is_made_smaller_as_advised_until_it_fits",
+        "try {} ({})": f"{RUNS}test_a_run_is_made_smaller_as_advised_until_it_fits",
+        "make the model smaller": f"{RUNS}test_a_run_is_made_smaller_as_advised_until_it_fits",
+        "or set total_steps": f"{RUNS}test_a_plan_knows_its_length_when_it_is_set",
+    },
+    "tale_jax/runs/evaluate.py": {
+        "try --sample_temperature": f"{RUNS}test_an_evaluation_is_refused_before_it_scores_and_goes_as_told"
+    },
+    "tale_jax/runs/experiment.py": {
+        "train first with launch/train.py": f"{RUNS}test_a_workdir_that_is_no_experiment",
+        "must be a checkpoint of {}; there is": f"{RUNS}test_weights_are_asked_for_as_it_is_told",
+        "must be what the run kept": f"{RUNS}test_weights_are_asked_for_as_it_is_told",
+        "try --weights=mean:2": f"{RUNS}test_weights_are_asked_for_as_it_is_told",
+    },
+    "tale_jax/runs/resume.py": {
+        "whose length was given in steps": (
+            "tests/runs/test_resume.py::test_minutes_of_a_run_of_steps_are_refused_with_the_steps_that_they_are"
+        ),
+        "must leave steps to take": "tests/runs/test_resume.py::test_less_minutes_end_a_run_earlier",
+    },
+    "tale_jax/runs/records.py": {
+        "give the folder of an experiment": f"{RUNS}test_a_report_is_written_when_there_is_what_it_asks_for",
+        "train first, then report": f"{RUNS}test_a_report_is_written_when_there_is_what_it_asks_for",
+        "restore it from a copy, or remove it": f"{RUNS}test_a_report_is_written_when_there_is_what_it_asks_for",
+    },
+    "tale_jax/runs/report.py": {
+        "no workdir is given": f"{RUNS}test_a_report_is_written_when_there_is_what_it_asks_for"
+    },
+    "tale_jax/runs/train.py": {
+        "the same command goes on from there": (
+            "tests/runs/test_train.py::test_interrupted_and_resumed_equals_straight_through"
+        ),
+        "must be {} to go on with the experiment": f"{RUNS}test_a_run_goes_on_with_the_setting_that_is_named",
+        "sample.prompt": f"{RUNS}test_a_prompt_that_no_sample_could_follow_is_shortened",
+        "shorten it, or leave it out": f"{RUNS}test_a_prompt_that_no_sample_could_follow_is_shortened",
+        "training diverged": f"{RUNS}test_a_run_that_diverged_learns_at_the_rate_that_is_advised",
+        "memory ran out, though": f"{RUNS}test_memory_that_ran_out_and_the_same_command_with_less",
+    },
+    "tale_jax/training/checkpoint.py": {
+        "must hold a checkpoint; train first": INTERNAL,
+        "the checkpoint could not be written": (
+            "tests/training/test_checkpoint.py::test_a_disk_that_refuses_is_one_line_and_leaves_the_checkpoints_before"
+        ),
+        "restore it from a copy": f"{RUNS}test_a_damaged_checkpoint_is_removed_or_restored",
+        "remove that folder to go on": f"{RUNS}test_a_damaged_checkpoint_is_removed_or_restored",
+        "is not a checkpoint that can be read": f"{RUNS}test_a_damaged_checkpoint_is_removed_or_restored",
+    },
+    "tale_jax/training/metrics.py": {
+        "needs credentials": f"{RUNS}test_records_go_where_it_is_told",
+        "does not start ({}); try metrics.wandb": f"{RUNS}test_records_go_where_it_is_told",
+    },
+    "tale_jax/utils/extras.py": {"-m pip install -e": LIBRARY},
+    "tale_jax/utils/paths.py": {
+        "must name a file or folder": HOME,
+        "must not hold a NUL": HOME,
+        "HOME is not set": HOME,
+        "there is no user": HOME,
+        "~ has no meaning here": HOME,
+        "must have a name in UTF-8": USABLE,
+        "give the folder": USABLE,
+        "give the path of a file": USABLE,
+        "check its path": USABLE,
+        "it is a link to nothing": USABLE,
+        "is no folder; give another path": USABLE,
+        "(permission denied); give another, or chmod it": PERMITTED,
+        "may not be written to; give another path": PERMITTED,
+    },
+    "tale_jax/utils/streams.py": {
+        "standard output": f"{ENVIRONMENT}test_results_that_could_not_be_written_are_written_elsewhere"
+    },
+    "tale_jax/utils/format.py": {"try --memory=8GB": INTERNAL},
+    "tale_jax/utils/locks.py": {
+        "stop it": f"{RUNS}test_a_writer_is_stopped_as_told",
+        "give another --workdir": (f"{RUNS}test_a_writer_is_stopped_as_told"),
+    },
+    "tale_jax/utils/manifests.py": {
+        "{} is missing": "tests/utils/test_manifests.py::test_every_change_is_found_and_named",
+        "{} is too large": "tests/utils/test_manifests.py::test_every_change_is_found_and_named",
+        "{} is damaged": "tests/utils/test_manifests.py::test_every_change_is_found_and_named",
+        "{} cannot be read": INTERNAL,
+    },
+    "tale_jax/utils/settings.py": {
+        "try {}": (
+            f"{CONFIG}test_a_broken_rule_is_one_line_whose_remedy_works",
+            f"{CONFIG}test_a_misspelled_choice_gets_the_nearest",
+        ),
+        "be of type {}": f"{CONFIG}test_a_value_of_another_type_is_refused_and_the_remedy_works",
+        "be one of {}": f"{CONFIG}test_a_misspelled_choice_gets_the_nearest",
+        "did you mean {}?": f"{CONFIG}test_a_misspelled_choice_gets_the_nearest",
+    },
+}
+
+
+def named_tests(message: Message) -> tuple[str, ...]:
+    """The tests that provoke a message, by id without parameters; the rows of a folder are of all its files."""
+    found: dict[str, None] = {}
+    for place, rows in REMEDIES.items():
+        for part, tests in rows.items() if message.file.startswith(place) else ():
+            if part in message.template:
+                found |= dict.fromkeys([tests] if isinstance(tests, str) else tests)
+    return tuple(found)
