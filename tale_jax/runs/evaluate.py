@@ -18,7 +18,7 @@ from tale_jax.inference.sampler import Sampler, check_seed
 from tale_jax.model.transformer import count_parameters
 from tale_jax.runs.experiment import Experiment
 from tale_jax.utils.files import JsonLines
-from tale_jax.utils.progress import Progress
+from tale_jax.utils.progress import Progress, stdout_width
 
 STANDARD_ERROR = "_stderr"  # at the end of the name of a measure's standard error
 NAME_WIDTH = 29
@@ -93,8 +93,12 @@ def _sample_quality(experiment: Experiment, split: str, seed: int) -> list[dict[
     return results
 
 
-def describe(result: Mapping[str, Any]) -> str:
-    """The result of `evaluate`, human-readable, in lines: with each measure the 95 % interval where it is known."""
+def describe(result: Mapping[str, Any], width: int | None = None) -> str:
+    """The result of `evaluate`, human-readable, in lines: with each measure the 95 % interval where it is known.
+
+    A table that is wider than `width` (None: the terminal; 0: as wide as it likes) becomes two lines for each row.
+    """
+    width = stdout_width() if width is None else width
     shown = {name: value for name, value in result.items() if name != "quality" and not name.endswith(STANDARD_ERROR)}
     lines = [f"{name:>{NAME_WIDTH}}  {_with_interval(name, value, result)}" for name, value in shown.items()]
     if 0 < result.get("texts", 0) < min(result.get("documents", 0), FEW_TEXTS):
@@ -109,9 +113,15 @@ def describe(result: Mapping[str, Any]) -> str:
         lines.append(
             f"{quality['num_samples']} samples at temperature {quality['temperature']:g}, {quality['words']:,} words"
         )
+        table = []
         for name, *values, verdict in cells:
             columns = "  ".join(f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=False))
-            lines.append(f"  {name:<{widths[0]}}  {columns}  {verdict}")
+            table.append(f"  {name:<{widths[0]}}  {columns}  {verdict}")
+        if width and max(map(len, table)) > width:
+            table = []
+            for name, samples, held_out, *_, allowed, verdict in rows:
+                table += [f"  {name}", f"    {samples} (held-out {held_out}, range {allowed}): {verdict}"]
+        lines += table
     if result.get("quality"):
         lines.append(NOT_TESTED)
     return "\n".join(lines)

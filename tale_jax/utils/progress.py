@@ -359,9 +359,14 @@ class _Bottom:
                 self._shown[-1].beat()
 
 
-def terminal_width() -> int:
-    """Columns of the terminal at stderr now, or of COLUMNS where it does not tell."""
-    for width in (_columns_of(2), os.environ.get("COLUMNS", "")):
+def stdout_width() -> int:
+    """Columns that a table at stdout may have: those of its terminal, 0 (as many as it likes) where it is none."""
+    return terminal_width(1) if is_terminal(sys.stdout) else 0
+
+
+def terminal_width(number: int = 2) -> int:
+    """Columns of the terminal at a stream now (1: stdout, 2: stderr), or of COLUMNS where it does not tell."""
+    for width in (_columns_of(number), os.environ.get("COLUMNS", "")):
         if str(width).isdecimal() and int(width) >= MIN_WIDTH:
             return min(int(width), 1000)
     return UNKNOWN_WIDTH

@@ -133,3 +133,21 @@ def test_padding_of_the_last_batch_counts_nothing(experiment):
     (nats, counts, _), bos = scores[0], experiment.tokenizer.bos_id
     assert counts.tolist() == [np.sum(tokens[first:last] != bos) for _, first, last, _ in spans]
     assert nats[1] < nats[0]
+
+
+def test_the_standard_error_is_of_documents_where_they_are_many_and_never_of_nothing(trained, cpu):
+    """Of few documents it is wider than windows alone would have it; of one window there is none."""
+    experiment = open_experiment(trained, cpu)
+    scorer = Scorer(experiment.model, experiment.tokenizer, 8)
+    evaluation = Evaluation(trained, "valid", scorer, experiment.tokenizer, "document")
+    nats, counts, documents = scorer(experiment.params, evaluation.tokens, evaluation.spans)
+    totals, lengths = np.bincount(documents, nats), np.bincount(documents, counts)
+    mean = totals.sum() / lengths.sum()
+    spread = np.sqrt(((totals - mean * lengths) ** 2).sum() * len(totals) / (len(totals) - 1)) / lengths.sum()
+    assert evaluation._standard_error(nats, counts, documents) == pytest.approx(spread)
+    few = dataclasses.replace(evaluation.manifest, documents=4)
+    evaluation.manifest = few
+    of_windows = tales.ratio(nats.tolist(), counts.tolist())[1]
+    wide = evaluation._standard_error(nats, counts, np.zeros_like(documents))
+    assert wide == pytest.approx(np.hypot(of_windows, 0.1))  # 0.2 nats between documents, of four
+    assert evaluation._standard_error(nats[:1], counts[:1], documents[:1]) is None

@@ -47,15 +47,48 @@ def test_no_tales_are_sampled_where_none_are_asked_for(experiment):
     assert "accepted_share" not in result and "excess_nats_per_token" in result
 
 
+QUALITY_MEASURE = {
+    "samples": 0.5,
+    "held_out": 0.0,
+    "lower": 0.0,
+    "upper": 0.02,
+    "ratio": None,
+    "control_ratio": 1.25,
+    "in_range": False,
+    "verdict": "too high: repeats itself",
+}
+QUALITY = {"temperature": 0.8, "num_samples": 64, "words": 6345, "measures": {"repetition": QUALITY_MEASURE}}
+
+
 def test_a_result_is_described_line_by_line():
-    measure = {"samples": 0.5, "held_out": 0.0, "lower": 0.0, "upper": 0.02, "ratio": None, "control_ratio": 1.25}
-    measure |= {"in_range": False, "verdict": "too high: repeats itself"}
-    quality = {"temperature": 0.8, "num_samples": 64, "words": 6345, "measures": {"repetition": measure}}
-    lines = describe({"split": "valid", "nats_per_token": 1.23456, "tokens": 99, "quality": [quality]}).splitlines()
+    lines = describe({"split": "valid", "nats_per_token": 1.23456, "tokens": 99, "quality": [QUALITY]}).splitlines()
     assert lines[0].split() == ["split", "valid"] and lines[1].split() == ["nats_per_token", "1.2346"]
-    assert lines[-1] == "Not tested: sense. Text without any can be in range by every measure."
     assert lines[3] == "64 samples at temperature 0.8, 6,345 words"
     assert lines[4].split() == ["samples", "held-out", "ratio", "by", "chance", "range", "verdict"]
     values = ["0.500", "0.000", "–", "1.25", "0.000", "to", "0.020", "too", "high:", "repeats", "itself"]
     assert lines[5].endswith("too high: repeats itself") and lines[5].split()[-len(values) :] == values
     assert len({line.index(word) for line, word in zip(lines[4:6], ("verdict", "too high"), strict=True)}) == 1
+    assert lines[6:] == ["Not tested: sense. Text without any can be in range by every measure."]
+
+
+def test_what_version_0_2_called_as_held_out_text_is_in_range():
+    old = {"measures": {"repetition": QUALITY_MEASURE | {"verdict": "as held-out text"}}}
+    assert describe({"quality": [QUALITY | old]}).splitlines()[2].endswith("  in range")
+
+
+def test_a_table_too_wide_for_the_terminal_is_told_in_two_lines_a_row():
+    lines = describe({"quality": [QUALITY]}, 60).splitlines()
+    assert lines[1:3] == [
+        "  repetition: 4-grams that the text had before",
+        "    0.500 (held-out 0.000, range 0.000 to 0.020): too high: repeats itself",
+    ]
+    assert describe({"quality": [QUALITY]}, 300) == describe({"quality": [QUALITY]})
+
+
+def test_a_loss_is_described_with_its_interval_and_what_it_tells_little_about():
+    result = {"nats_per_token": 3.5, "nats_per_token_stderr": 0.1, "documents": 4, "texts": 1, "tokens": 99}
+    lines = describe(result).splitlines()
+    assert lines[0].split() == ["nats_per_token", "3.5000", "±", "0.1960"]
+    assert lines[-1] == "the documents are passages of 1 text: the loss says little about any other"
+    assert "little" not in describe(result | {"texts": 4}) and "little" not in describe(result | {"texts": 400})
+    assert describe({"nats_per_token": 3.5, "nats_per_token_stderr": None}).endswith("3.5000 ± –")
