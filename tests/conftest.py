@@ -28,8 +28,7 @@ from remedies.reached import (  # noqa: E402, F401  (hooks)
 
 from tale_jax.hardware.backend import Backend, start_backend  # noqa: E402
 
-
-# JAX is set for every test as a run sets it, and now: a test module that makes an array on import would start it before.
+# JAX is set here as a run sets it: a test module that makes an array when it is imported would start it otherwise.
 CPU = dataclasses.replace(start_backend("cpu"), devices=(jax.devices()[0],))
 
 
