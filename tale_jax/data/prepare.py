@@ -256,7 +256,7 @@ def _check_settings(
     if config.model.seq_len > manifest.window_len:
         raise ValueError(
             f"model.seq_len={config.model.seq_len} must not exceed the windows of {manifest.window_len} tokens that "
-            f"{workdir} was prepared with; try model.seq_len={manifest.window_len}, or a new --workdir"
+            f"{workdir} was prepared with; try --config.model.seq_len={manifest.window_len}, or a new --workdir"
         )
     settings = relevant_settings(config.corpus)
     pairs = {f"corpus.{name}": (value, _recorded(manifest.corpus, name)) for name, value in settings.items()}
