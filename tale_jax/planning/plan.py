@@ -155,18 +155,16 @@ def check_fits(config: Config, backend: Backend) -> None:
     if not budget or config.backend.ignore_memory:
         return
     config = config.with_total_steps()
-    with Progress("does it fit", total=2, unit="stages") as progress:
-        with progress.stage("counting weights"):
-            trainer = make_trainer(config, backend, jnp.dtype("float32"), UntrainedTokenizer.bos_id)
-            least = least_memory(config, trainer, backend)
-        if least > budget:
-            raise ValueError(_refusal(f"at least {format_bytes(least)}", budget, ()))
-        if least + rough_activations(config) < SAFE_SHARE * budget:
-            return
-        with progress.stage("compiling the training step"):
-            dtype, reason = choose_precision(backend, config.precision)
-            trainer = make_trainer(config, backend, dtype, UntrainedTokenizer.bos_id)
-            plan = plan_run(config, trainer, trainer.compile(), backend, budget, reason)
+    trainer = make_trainer(config, backend, jnp.dtype("float32"), UntrainedTokenizer.bos_id)
+    least = least_memory(config, trainer, backend)
+    if least > budget:
+        raise ValueError(_refusal(f"at least {format_bytes(least)}", budget, ()))
+    if least + rough_activations(config) < SAFE_SHARE * budget:
+        return
+    with Progress("does it fit", total=1, unit="stages") as progress, progress.stage("compiling the training step"):
+        dtype, reason = choose_precision(backend, config.precision)
+        trainer = make_trainer(config, backend, dtype, UntrainedTokenizer.bos_id)
+        plan = plan_run(config, trainer, trainer.compile(), backend, budget, reason)
     if not plan.fits:
         raise ValueError(refusal(plan, config, backend))
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tale_jax.config import Config
-from tale_jax.data.corpus import SPLITS
+from tale_jax.data.corpus import SPLITS, open_corpus
 from tale_jax.data.loader import Batches, window_starts
 from tale_jax.data.prepare import Prepared, of_worth, prepare
 from tale_jax.data.tokenizer import Tokenizer
@@ -102,6 +102,7 @@ def train(
         if (workdir / "config.json").is_file():
             config, note = resumed_config(config, workdir, overrides)
         elif not was_prepared and (not config.minutes or any(name in overrides for name in SHAPE_SETTINGS)):
+            open_corpus(config.corpus, config.seed, workdir)  # a text that is not there is told before anything else
             check_fits(config, backend)
         if config.minutes and not (workdir / "config.json").is_file():
             config = autotune(config, workdir, backend, start_time, overrides)
