@@ -7,7 +7,6 @@ the first one alone writes everything else.
 
 import dataclasses
 import json
-import shlex
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -45,6 +44,7 @@ from tale_jax.training.step import Trainer, make_trainer
 from tale_jax.utils.files import JsonLines
 from tale_jax.utils.format import format_bytes
 from tale_jax.utils.locks import writer_lock
+from tale_jax.utils.paths import quoted
 from tale_jax.utils.progress import Progress
 from tale_jax.utils.settings import mistake
 
@@ -205,7 +205,7 @@ def _check_workdir(workdir: Path, config: Config) -> None:
         name, mine, theirs = other
         raise ValueError(
             f"{name}={json.dumps(mine)} must be {json.dumps(theirs)} to go on with the experiment in {workdir}; "
-            f"set --config.{name}={shlex.quote(str(theirs))} to resume it, or give another --workdir"
+            f"set --config.{name}={quoted(str(theirs))} to resume it, or give another --workdir"
         )
 
 

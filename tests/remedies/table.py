@@ -280,7 +280,8 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "set LC_ALL=C.UTF-8": DOCTOR,
         "measured now; to check again": "tests/planning/test_doctor.py::test_tables_show_what_was_found",
         "make env EXTRAS=dev,{}": MAKE,
-        "make clean, then make env": MAKE,
+        "make the environment again": MAKE,
+        "try without what is set": f"{MACHINE}test_a_variable_that_keeps_jax_from_starting_is_taken_away",
         "python launch/plan.py --config=configs/tales.py": MAKE,
     },
     "tale_jax/planning/numerics.py": {
