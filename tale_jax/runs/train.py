@@ -28,7 +28,7 @@ from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document
 from tale_jax.hardware.backend import Backend
 from tale_jax.hardware.distributed import any_process, from_main_process, is_main_process, wait_for_processes
 from tale_jax.hardware.machine import release_memory
-from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, matmul_peak_of_all
+from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, keep_peak, matmul_peak_of_all
 from tale_jax.inference.sampler import Sampler, SampleSettings
 from tale_jax.planning.autotune import SHAPE_SETTINGS, autotune
 from tale_jax.planning.memory import memory_budget
@@ -55,13 +55,14 @@ OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "bad_al
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How `train` ended: at which step, how many the run has, the signal that stopped it (0: none), and at which step
-    it had started."""
+    """How `train` ended: at which step, how many the run has, the signal that stopped it (0: none), at which step it
+    had started, and the step of the best checkpoint by validation loss."""
 
     step: int
     total_steps: int
     signal: int
     first_step: int
+    best_step: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle)
         if (step := checkpoints.latest or 0) >= config.total_steps:
             checkpoints.close()
-            return Outcome(step, config.total_steps, 0, step)
+            return Outcome(step, config.total_steps, 0, step, checkpoints.best or step)
         if start.note:
             progress.print(start.note)
         first_step = step
@@ -171,7 +172,8 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
             progress.print(
                 f"stopped at step {step} of {config.total_steps}, saved; the same command goes on from there"
             )
-        return Outcome(step, config.total_steps, stop.number, first_step)
+        keep_peak(backend, plan.precision, hooks.peak_flops)
+        return Outcome(step, config.total_steps, stop.number, first_step, checkpoints.best or step)
 
 
 def _choose_precision(config: Config, backend: Backend) -> list[str]:
@@ -359,6 +361,11 @@ class RunHooks(Hooks):
         )
         self._train_tokens: np.ndarray | None = None
         self._train_spans: list[Span] = []
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s that the devices were seen to do, at least; 0: unknown."""
+        return self._meter.peak_flops
 
     def score_training_text(self, tokens: np.ndarray, starts: np.ndarray) -> None:
         """From now on every evaluation also scores the first document of some training windows.
