@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import rich.box
-import rich.console
 import rich.table
 
 from tale_jax.config import Config, change, leaves
@@ -37,6 +36,7 @@ from tale_jax.planning.timing import time_steps
 from tale_jax.training.step import Trainer, make_trainer
 from tale_jax.utils.format import format_bytes, format_duration
 from tale_jax.utils.progress import Progress
+from tale_jax.utils.streams import table_console
 
 MAX_ADVICE = 3
 MIN_SHOWN_BYTES = 100_000  # of a part of the memory
@@ -351,7 +351,7 @@ def _smaller_model() -> str:
 
 def print_plan(plan: Plan) -> None:
     """Prints the plan as tables."""
-    console = rich.console.Console(highlight=False)
+    console = table_console()
     table = rich.table.Table(box=rich.box.SIMPLE, show_header=False, title="The run", title_justify="left")
     body = plan.parameters - plan.embedding_parameters
     unknown = "known when the text is prepared (or set total_steps)"
