@@ -51,6 +51,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def check_inside(folder: Path, path: Path, max_bytes: int = 0) -> None:
+    """Raises ValueError, in one line, for a link out of `folder`, or a file of more than `max_bytes` (0: of any size).
+
+    What comes from elsewhere is data: reading it must not lead to other files, nor fill the memory.
+    """
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path} must lie in {folder}, and is a link to another place; put the file itself there")
+    if max_bytes and path.stat().st_size > max_bytes:
+        raise ValueError(f"{path} must have at most {max_bytes:,} bytes, and has {path.stat().st_size:,}; restore it")
+
+
 def sync_folder(folder: Path) -> None:
     """Makes a rename in `folder` survive a power cut; does nothing where the system cannot."""
     with contextlib.suppress(OSError):

@@ -56,6 +56,21 @@ def writer_lock(folder: Path, task: str) -> Iterator[None]:
         os.close(handle)  # which ends the lock
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a writer, in this process or another, holds the lock of `folder`."""
+    try:
+        handle = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
+        os.close(handle)
+    return False
+
+
 def _read_holder(handle: int) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError, RecursionError):
         holder = json.loads(os.pread(handle, 4096, 0))

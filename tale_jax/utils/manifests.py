@@ -52,15 +52,20 @@ def files_below(folder: Path) -> list[str]:
     return sorted(name for name in found if name != MANIFEST)
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Hashes every file below `folder`, syncs files and folders (a power cut may come), then writes the manifest."""
+def make_manifest(folder: Path, facts: Mapping[str, Any], sync: bool = False) -> dict[str, Any]:
+    """The facts, and the digest and size of every file below `folder`; with `sync` these are on disk afterwards."""
     names = files_below(folder)
     with ThreadPoolExecutor(THREADS) as pool:
-        sums = pool.map(lambda name: hash_file(folder / name, sync=True), names)
+        sums = pool.map(lambda name: hash_file(folder / name, sync), names)
         files = {name: [digest, size] for name, (digest, size) in zip(names, sums, strict=True)}
+    return {"files": files, **facts}
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Hashes every file below `folder`, syncs files and folders (a power cut may come), then writes the manifest."""
+    content = make_manifest(folder, facts, sync=True)
     for root, _, _ in os.walk(folder):
         sync_folder(Path(root))
-    content = {"files": files, **facts}
     write_atomically(folder / MANIFEST, json.dumps(content | {"sha256": digest_of(content)}, indent=1) + "\n")
     sync_folder(folder.parent)
 
