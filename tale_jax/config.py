@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import operator
+import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -630,11 +631,13 @@ def read_config_json(workdir: Path) -> dict[str, Any]:
     format cannot be read.
     """
     path = Path(workdir) / "config.json"
+    repair = f"restore it (`python launch/verify.py --workdir={shlex.quote(str(workdir))} --repair`)"
     if not path.is_file():
-        remedy = "give the folder that launch/train.py wrote"
+        trained = (path.parent / "checkpoints").is_dir()  # whose manifests have the settings
+        remedy = repair if trained else "give the folder that launch/train.py wrote"
         raise ValueError(f"workdir={workdir} must hold an experiment (no config.json there); {remedy}")
     check_inside(Path(workdir), path, MAX_BYTES)
-    remedy = f"restore it (`python launch/verify.py --workdir={workdir} --repair`), or train in a new workdir"
+    remedy = f"{repair}, or train in a new workdir"
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

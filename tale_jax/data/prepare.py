@@ -278,7 +278,7 @@ def _check_settings(
     pairs.pop("corpus.path", None)
     pairs |= {"seed": (config.seed, manifest.seed)}
     for name, value in dataclasses.asdict(config.tokenizer).items():
-        pairs[f"tokenizer.{name}"] = (value, manifest.tokenizer_settings[name])
+        pairs[f"tokenizer.{name}"] = (value, manifest.tokenizer_settings.get(name, value))
     remedy = "choose a new --workdir"
     if not (workdir / "checkpoints").is_dir():  # what they have learned belongs to these windows
         remedy += f", or remove {workdir}/windows to prepare again"

@@ -12,6 +12,7 @@ The manifest has a digest of the file and one of its own; a process holds each f
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from tale_jax.utils.manifests import digest_of, hash_file
 FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 1 << 24  # of a corpus of very many files
 DTYPES = ("<u2", "<u4")  # of token ids
+ENTROPY = {f"nats_per_{unit}{end}" for unit in ("tale", "byte", "token") for end in ("", "_stderr")} | {"nats"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,28 +105,31 @@ def load_manifest(workdir: Path, split: str) -> Manifest:
             digest = values.pop("digest", None)
             if version != 1 and digest_of(values) != digest:
                 raise ValueError("its digest does not fit")
-            manifest = Manifest(**values)
-            _check_types(manifest, split)
-            return manifest
+            _check_values(values, split)
+            return Manifest(**values)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove {path.parent} and prepare again") from None
     raise ValueError(f"{path} must have format_version={FORMAT_VERSION}; remove {path.parent} and prepare again")
 
 
-def _check_types(manifest: Manifest, split: str) -> None:
+def _check_values(values: dict[str, Any], split: str) -> None:
     """Raises ValueError for values that no split has: what a file says is not to be believed."""
-    for field in dataclasses.fields(manifest):
-        value, kind = getattr(manifest, field.name), typing.get_origin(field.type) or field.type
-        if kind in (str, int, dict, list) and type(value) is not kind:
+    for field in dataclasses.fields(Manifest):
+        value, kind = values.get(field.name), typing.get_origin(field.type) or field.type
+        if kind in (str, int, dict, list) and field.name in values and type(value) is not kind:
             raise ValueError(f"{field.name} has a value that cannot be")
-    if not all(0 <= n < 1 << 62 for n in (manifest.documents, manifest.words, manifest.bytes, manifest.tokens)):
+    counts = [values.get(name, 0) for name in ("documents", "words", "bytes", "tokens", "texts", "window_len")]
+    if not all(0 <= count < 1 << 62 for count in counts):
         raise ValueError("it counts what cannot be")
-    if manifest.dtype not in DTYPES or manifest.split != split or "name" not in manifest.corpus:
+    if values["dtype"] not in DTYPES or values["split"] != split or "name" not in values["corpus"]:
         raise ValueError("it is not of this split, or names no corpus or no dtype of token ids")
-    if not all(isinstance(old, dict) for old in manifest.replaced):
+    entropy, seen = values.get("entropy", {}), values.get("seen_share")
+    numbers = [*entropy.values(), *([] if seen is None else [seen])]
+    is_whole = not entropy or entropy.keys() >= ENTROPY
+    if not is_whole or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+        raise ValueError("entropy or seen_share has a value that cannot be")
+    if not all(isinstance(old, dict) for old in values.get("replaced", [])):
         raise ValueError("replaced has a value that cannot be")
-    if not all(type(number) in (int, float) for number in manifest.entropy.values()):
-        raise ValueError("entropy has a value that cannot be")
 
 
 def load_tokens(workdir: Path, split: str) -> tuple[Integer[np.ndarray, " N"], Manifest]:

@@ -131,7 +131,7 @@ def _choose(saved: SavedParams, step: int, count: int, weights: str) -> list[int
     for candidate in candidates if not (step and count) else [s for s in reversed(saved.steps) if s <= step]:
         has_ema = saved.has_ema(candidate)
         if weights == "ema" and not has_ema:
-            raise _not_kept(weights, candidate, has_ema, saved)
+            raise _not_kept(weights, count, candidate, saved)
         try:
             saved.check(candidate, ema=has_ema and weights in ("auto", "ema"))
         except ValueError as error:
@@ -145,15 +145,15 @@ def _choose(saved: SavedParams, step: int, count: int, weights: str) -> list[int
         if len(whole) == max(1, count):
             return sorted(whole)
     if count and whole:
-        raise _not_kept(weights, whole[0], saved.has_ema(whole[0]), saved)
+        raise _not_kept(weights, count, whole[0], saved)
     raise ValueError(
         f"{saved.folder} must hold a checkpoint that is whole, and each is damaged; restore one from a copy"
     )
 
 
-def _not_kept(weights: str, step: int, has_ema: bool, saved: SavedParams) -> ValueError:
-    up_to = len([s for s in saved.steps if s <= step])
-    kept = f"{'ema, ' if has_ema else ''}last, and mean:K of the {up_to} checkpoints up to step {step}"
+def _not_kept(weights: str, count: int, step: int, saved: SavedParams) -> ValueError:
+    up_to = f" of the {len([s for s in saved.steps if s <= step])} checkpoints up to step {step}" if count else ""
+    kept = f"{'ema, ' if saved.has_ema(step) else ''}last, and mean:K{up_to}"
     return ValueError(f"weights={weights} must be what the run kept; there is {kept}")
 
 

@@ -457,7 +457,7 @@ class RunHooks(Hooks):
         numbers = {name: metrics[name] for name in ("loss", "grad_norm")}
         self._sinks.write({"kind": "skipped", "step": step, "time": time.time(), **numbers, "windows": windows})
         reason = describe_skipped(metrics)
-        self._progress.print(f"step {step}: {reason}; its update is left out (windows {', '.join(map(str, windows))})")
+        self._progress.print(f"step {step}: {reason}; it does not count (windows {', '.join(map(str, windows))})")
         if metrics.get("loss_scale", MIN_SCALE) > MIN_SCALE and np.isfinite(metrics["loss"]):
             return  # float16 looks for the scale that fits, and halves it each time
         in_a_row = step - self._last_counted

@@ -66,12 +66,10 @@ class Verification:
 
 
 def verify(workdir: Path) -> Verification:
-    """Looks at every file of a workdir. Raises ValueError when the folder is no workdir.
+    """Looks at every file of a workdir.
 
     Beside a run that is training, what it is writing at this moment is left out.
     """
-    if not workdir.is_dir():
-        raise ValueError(f"workdir={workdir} must be the folder of an experiment; there is no such folder")
     found, folder, writes = Verification(), workdir / "checkpoints", is_locked(workdir)
     config = found.check("config.json", lambda: Config.load(workdir))
     tokenizer = found.check("tokenizer", lambda: load_tokenizer(workdir))

@@ -1,7 +1,4 @@
-"""Averages of weights: a point in the middle of where the last steps have been, often better than the last of them.
-
-A moving average is kept along the run (Polyak and Juditsky 1992; Izmailov et al. 2018).
-"""
+"""A moving average of the weights, often better than the last (Polyak and Juditsky 1992; Izmailov et al. 2018)."""
 
 from typing import Any
 

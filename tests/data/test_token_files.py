@@ -18,6 +18,7 @@ from tale_jax.data.token_files import (
     save_manifest,
     seal_tokens,
 )
+from tale_jax.utils.manifests import digest_of
 
 BOS = 1
 
@@ -105,6 +106,10 @@ def test_a_token_file_of_another_size(workdir, cut):
         load_tokens(workdir, "train")
 
 
+def signed(values):
+    return json.dumps(values | {"digest": digest_of(values)})
+
+
 def test_a_damaged_manifest(workdir, prepared):
     values = dataclasses.asdict(prepared.manifests["train"])
     for text, part in (
@@ -114,6 +119,11 @@ def test_a_damaged_manifest(workdir, prepared):
         ("{}", "train.json is damaged"),
         ("[]", "train.json is damaged"),
         (json.dumps(values | {"new": 1}), "train.json is damaged"),
+        (signed(values | {"documents": "9"}), r"damaged \(documents has a value that cannot be\)"),
+        (signed(values | {"tokens": -1}), r"damaged \(it counts what cannot be\)"),
+        (signed(values | {"split": "../../etc"}), r"damaged \(it is not of this split"),
+        (signed(values | {"replaced": [3]}), r"damaged \(replaced has a value that cannot be\)"),
+        (signed(values | {"entropy": {"nats": "1"}}), r"damaged \(entropy or seen_share has a value that cannot be\)"),
     ):
         (workdir / "windows" / "train.json").write_text(text)
         with pytest.raises(ValueError, match=part) as caught:
