@@ -82,13 +82,20 @@ def prepare(config: Config, workdir: Path, log: Path | None = None) -> Prepared:
         return _prepare(config, workdir, log)  # nothing is written, so that a run beside it does no harm
     with ExitStack() as held:
         with _disk_errors_explained(workdir):
-            held.enter_context(writer_lock(workdir, "prepare"))
+            held.enter_context(writer_lock(workdir, "prepare", of_worth))
         return _prepare(config, workdir, log)
 
 
 def _present(workdir: Path) -> list[str]:
     """The splits that are whole."""
     return [split for split in SPLITS if (workdir / "windows" / f"{split}.json").is_file()]
+
+
+def of_worth(workdir: Path) -> list[Path]:
+    """What a command that fails leaves in a workdir for the next one: splits that are whole, a run that began, and
+    what it found damaged."""
+    files = [workdir / "windows" / f"{split}.json" for split in _present(workdir)]
+    return [*files, *workdir.glob("config.json"), *workdir.glob("damaged/*")]
 
 
 def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
@@ -271,7 +278,7 @@ def _check_settings(
     if config.model.seq_len > manifest.window_len:
         raise ValueError(
             f"model.seq_len={config.model.seq_len} must not exceed the windows of {manifest.window_len} tokens that "
-            f"{workdir} was prepared with; try model.seq_len={manifest.window_len}, or a new --workdir"
+            f"{workdir} was prepared with; try --config.model.seq_len={manifest.window_len}, or a new --workdir"
         )
     settings = relevant_settings(config.corpus)
     pairs = {f"corpus.{name}": (value, _recorded(manifest.corpus, name)) for name, value in settings.items()}

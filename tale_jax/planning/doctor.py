@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import platform
-import shlex
 import shutil
 import sys
 import time
@@ -26,7 +25,7 @@ import rich.table
 
 from tale_jax.hardware import environment, machine
 from tale_jax.utils.format import format_bytes
-from tale_jax.utils.paths import fault_of, printable_path
+from tale_jax.utils.paths import fault_of, printable_path, quoted
 from tale_jax.utils.progress import Progress
 from tale_jax.utils.streams import printable
 from tale_jax.utils.subprocesses import run_module
@@ -225,9 +224,7 @@ def print_findings(found: Mapping[str, Any]) -> None:
         console.print(table)
         if kept_time := computes["dtypes_checked_time"]:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(kept_time))
-            rest = "measured now; to check again: rm -r " + shlex.quote(
-                printable_path(machine.cache_file("dtypes") or "-")
-            )
+            rest = f"measured now; to check again: rm -r {quoted(machine.cache_file('dtypes') or '-')}"
             console.print(f"The columns correct to training were measured on {when} and kept; matmul was {rest}")
     for title, lines in (("Problems", found["problems"]), ("What to do next", found["advice"])):
         if lines:

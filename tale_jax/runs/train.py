@@ -7,7 +7,6 @@ the first one alone writes everything else.
 
 import dataclasses
 import json
-import shlex
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tale_jax.config import PRECISIONS, Config
 from tale_jax.data.corpus import SPLITS
 from tale_jax.data.loader import Batches, window_starts
-from tale_jax.data.prepare import Prepared, prepare
+from tale_jax.data.prepare import Prepared, of_worth, prepare
 from tale_jax.data.token_files import seal_tokens
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans, per
@@ -31,10 +30,10 @@ from tale_jax.hardware.distributed import any_process, from_main_process, is_mai
 from tale_jax.hardware.machine import release_memory
 from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, matmul_peak_of_all
 from tale_jax.inference.sampler import Sampler, SampleSettings
-from tale_jax.planning.autotune import autotune
+from tale_jax.planning.autotune import SHAPE_SETTINGS, autotune
 from tale_jax.planning.memory import memory_budget
 from tale_jax.planning.numerics import choose_precision
-from tale_jax.planning.plan import Plan, headline, plan_run, refusal, remedies
+from tale_jax.planning.plan import Plan, check_fits, headline, plan_run, refusal, remedies
 from tale_jax.runs.experiment import check_belongs, check_windows, run_facts
 from tale_jax.runs.resume import resumed_config
 from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes, read_manifests
@@ -47,6 +46,7 @@ from tale_jax.training.step import Trainer, make_trainer
 from tale_jax.utils.files import JsonLines
 from tale_jax.utils.format import format_bytes
 from tale_jax.utils.locks import writer_lock
+from tale_jax.utils.paths import quoted
 from tale_jax.utils.progress import Progress
 from tale_jax.utils.settings import mistake
 from tale_jax.utils.signals import StopSignals
@@ -102,12 +102,14 @@ def train(
     check_extras(config.metrics)
     start_time, note = start_time or time.monotonic(), ""
     was_prepared = (workdir / "windows" / f"{SPLITS[-1]}.json").is_file()
-    if (workdir / "config.json").is_file():
-        config, note = resumed_config(config, workdir, overrides)
-    elif config.minutes:
-        config = autotune(config, workdir, backend, start_time, overrides)
     with ExitStack() as held:
-        from_main_process(lambda: held.enter_context(writer_lock(workdir, "train")))
+        from_main_process(lambda: held.enter_context(writer_lock(workdir, "train", of_worth)))
+        if (workdir / "config.json").is_file():
+            config, note = resumed_config(config, workdir, overrides)
+        elif not was_prepared and (not config.minutes or any(name in overrides for name in SHAPE_SETTINGS)):
+            check_fits(config, backend)
+        if config.minutes and not (workdir / "config.json").is_file():
+            config = autotune(config, workdir, backend, start_time, overrides)
         return _train(config, workdir, backend, Start(start_time, was_prepared, note))
 
 
@@ -148,7 +150,7 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
         progress.print(headline(plan))
         if any_process(not (config.backend.ignore_memory or plan.fits)):
             checkpoints.close()
-            raise ValueError(refusal(plan, config))
+            raise ValueError(refusal(plan, config, backend))
         with (
             _batches(config, prepared, tokens, starts, backend) as batches,
             _errors_after_saving(plan, config, checkpoints),
@@ -252,7 +254,7 @@ def _check_workdir(workdir: Path, config: Config) -> None:
         name, mine, theirs = other
         raise ValueError(
             f"{name}={json.dumps(mine)} must be {json.dumps(theirs)} to go on with the experiment in {workdir}; "
-            f"set --config.{name}={shlex.quote(str(theirs))} to resume it, or give another --workdir"
+            f"set --config.{name}={quoted(str(theirs))} to resume it, or give another --workdir"
         )
 
 

@@ -151,7 +151,7 @@ def test_a_line_fits_any_width_and_nothing_is_over_100_percent(width, done, tota
     line = progress.live_line(width)
     assert len(line) <= width
     assert all(int(share) <= 100 for share in re.findall(r"(\d+)%", line.removeprefix(progress._title)))
-    if width >= len(title) + 2 + 16 + 5:
+    if width >= len(progress._title) + 2 + 16 + 5:
         assert f"loss {loss:.3f}"[:4] in line
 
 
