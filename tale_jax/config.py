@@ -24,7 +24,7 @@ from typing import Any
 
 import ml_collections
 
-from tale_jax.utils.files import check_inside, write_atomically
+from tale_jax.utils.files import check_entries, check_inside, write_atomically
 from tale_jax.utils.manifests import digest_of
 from tale_jax.utils.paths import quoted
 from tale_jax.utils.settings import (
@@ -643,6 +643,7 @@ def read_config_json(workdir: Path) -> dict[str, Any]:
         trained = (path.parent / "checkpoints").is_dir()  # whose manifests have the settings
         remedy = repair if trained else "give the folder that launch/train.py wrote"
         raise ValueError(f"workdir={workdir} must hold an experiment (no config.json there); {remedy}")
+    check_entries(Path(workdir))
     check_inside(Path(workdir), path, MAX_BYTES)
     remedy = f"{repair}, or train in a new workdir"
     try:

@@ -20,7 +20,8 @@ from tale_jax.data.prepare import load_tokenizer
 from tale_jax.data.token_files import Manifest
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.model.transformer import Kernels, Transformer, make_model
-from tale_jax.training.checkpoint import SavedParams
+from tale_jax.planning.autotune import num_weights
+from tale_jax.training.checkpoint import SavedParams, check_size
 from tale_jax.utils.progress import Progress
 from tale_jax.utils.streams import notice
 
@@ -82,6 +83,9 @@ def open_experiment(
         kind = weights if weights != "auto" else "ema" if saved.has_ema(chosen[-1]) else "last"
         manifest = saved.manifests[chosen[-1]]
         check_belongs(f"checkpoint {chosen[-1]} of {workdir}", manifest, config, tokenizer)
+        check_size(
+            saved.folder / str(chosen[-1]), manifest, "params", 4 * num_weights(config)
+        )  # before a model of absurd size is described
         model = make_model(dataclasses.replace(config, remat="none"), backend, dtype)
         params = saved.load(chosen, _abstract_params(model), ema=kind == "ema")
     return Experiment(workdir, config, chosen[-1], kind, tokenizer, model, params, manifest.get("windows", {}))
@@ -109,7 +113,8 @@ def check_belongs(what: str, manifest: Mapping[str, Any], config: Config, tokeni
             f"{name}={json.dumps(mine)} must be {json.dumps(theirs)}, as in {what}; restore config.json from a copy, "
             "or give another --workdir"
         )
-    if manifest.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+    is_same = manifest.get("tokenizer", tokenizer.fingerprint) == tokenizer.fingerprint
+    if not is_same or tokenizer.vocab_size != config.tokenizer.vocab_size:
         raise ValueError(f"{what} belongs to another tokenizer than the one in the workdir; restore that from a copy")
 
 

@@ -30,13 +30,13 @@ from tale_jax.hardware.distributed import any_process, from_main_process, is_mai
 from tale_jax.hardware.machine import release_memory
 from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, matmul_peak_of_all
 from tale_jax.inference.sampler import Sampler, SampleSettings
-from tale_jax.planning.autotune import SHAPE_SETTINGS, autotune
+from tale_jax.planning.autotune import SHAPE_SETTINGS, autotune, num_weights
 from tale_jax.planning.memory import memory_budget
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.plan import Plan, check_fits, headline, plan_run, refusal, remedies
 from tale_jax.runs.experiment import check_belongs, check_windows, run_facts
 from tale_jax.runs.resume import resumed_config
-from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes, read_manifests
+from tale_jax.training.checkpoint import Checkpoints, check_size, max_concurrent_bytes, read_manifests
 from tale_jax.training.loop import Hooks, fit
 from tale_jax.training.loss_scale import MIN_SCALE
 from tale_jax.training.metrics import Meter, Sinks, check_extras, open_sinks
@@ -129,6 +129,8 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
     ):
         with progress.part("timing matrix products"):
             precision, reason = from_main_process(lambda: _choose_precision(config, workdir, backend))
+        for step, saved in read_manifests(folder := workdir / "checkpoints").items():
+            check_size(folder / str(step), saved, "params", 4 * num_weights(config))
         trainer = make_trainer(config, backend, jnp.dtype(precision), tokenizer.bos_id)
         throttle = max_concurrent_bytes(trainer.abstract_state, backend.overlap_io)
         facts = run_facts(config, tokenizer, prepared.manifests, precision)

@@ -34,7 +34,7 @@ from tale_jax.training.checkpoint import (
     set_aside,
     unsealed,
 )
-from tale_jax.utils.files import write_atomically
+from tale_jax.utils.files import iter_lines, write_atomically
 from tale_jax.utils.locks import is_locked, writer_lock
 from tale_jax.utils.manifests import files_below, write_manifest
 from tale_jax.utils.progress import Progress
@@ -114,10 +114,9 @@ def _check_split(workdir: Path, split: str, tokenizer: Tokenizer | None) -> Mani
 
 
 def _check_records(path: Path) -> None:
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if line and not _is_record(line):
-            torn = number == len(lines)
+    for number, line in enumerate(iter_lines(path), start=1):
+        if line.strip() and not _is_record(line):
+            torn = not line.endswith(b"\n")
             raise ValueError(f"line {number} is {'torn, by a kill' if torn else 'no JSON object'}")
 
 
@@ -182,8 +181,8 @@ def _mend_config(workdir: Path, manifests: dict[int, dict[str, Any]]) -> Iterato
 
 
 def _mend_records(path: Path) -> Iterator[str]:
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    kept = [line for line in lines if line and _is_record(line)]
-    if len(kept) < len([line for line in lines if line]):
-        yield f"cuts {len([line for line in lines if line]) - len(kept)} lines that are no records out of {path.name}"
+    lines = [line.rstrip(b"\n") for line in iter_lines(path) if line.strip()]
+    kept = [line for line in lines if _is_record(line)]
+    if len(kept) < len(lines):
+        yield f"cuts {len(lines) - len(kept)} lines that are no records out of {path.name}"
         write_atomically(path, b"\n".join([*kept, b""]))

@@ -203,7 +203,7 @@ class Checkpoints:
         if not is_complete(manifest):
             wanted["training"].pop("losses")
         for name, tree in wanted.items():
-            _check_size(self.folder / str(step), manifest, name, tree)
+            check_size(self.folder / str(step), manifest, name, num_bytes(tree))
         items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         found = _restore(self._manager, step, ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
         scale = target.scale and _restored_scale(target.scale, manifest)
@@ -333,7 +333,7 @@ class SavedParams:
         wanted = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract_params)})
 
         def load_one(step: int) -> Any:
-            _check_size(self.folder / str(step), self.manifests[step], item, abstract_params)
+            check_size(self.folder / str(step), self.manifests[step], item, num_bytes(abstract_params))
             params = _restore(self._manager, step, wanted)[item]
             saved = self.manifests[step].get("arrays", {})
             if saved and not digests({item: params}).items() <= saved.items():
@@ -404,7 +404,8 @@ def fault(folder: Path, step: int) -> str:
 def is_of_before(folder: Path, step: int) -> bool:
     """Whether a checkpoint is of the layout from before there were manifests, which had the item `meta`."""
     path = folder / str(step)
-    return (path / "meta" / "metadata").is_file() and not (path / MANIFEST).exists() and not path.is_symlink()
+    is_linked = path.is_symlink() or any((path / name).is_symlink() for name in files_below(path))
+    return (path / "meta" / "metadata").is_file() and not (path / MANIFEST).exists() and not is_linked
 
 
 def facts_of_before(folder: Path, step: int) -> dict[str, Any]:
@@ -569,12 +570,12 @@ def _check_space(folder: Path, size: int) -> None:
         raise OSError(errno.ENOSPC, text, str(folder))
 
 
-def _check_size(folder: Path, manifest: Mapping[str, Any], item: str, tree: Any) -> None:
+def check_size(folder: Path, manifest: Mapping[str, Any], item: str, size: int) -> None:
     """Raises ValueError, before anything is allocated, when files are too small for the arrays they should hold."""
-    sizes = [size for name, (_, size) in manifest.get("files", {}).items() if name.startswith(f"{item}/")]
-    if sizes and num_bytes(tree) > MAX_COMPRESSION * sum(sizes) + (1 << 20):
+    sizes = [(folder / name).lstat().st_size for name in files_below(folder) if name.startswith(f"{item}/")]
+    if manifest and size > MAX_COMPRESSION * sum(sizes) + (1 << 20):
         raise ValueError(
-            f"{folder} holds {format_bytes(sum(sizes))} of {item}, too little for the {format_bytes(num_bytes(tree))} "
+            f"{folder} holds {format_bytes(sum(sizes))} of {item}, too little for the {format_bytes(size)} "
             "that config.json asks for; restore the one that belongs to it"
         )
 

@@ -7,9 +7,11 @@ written last and atomically, when everything it names is on disk: a folder witho
     facts = check_manifest(folder)                 # raises ValueError that names the first bad file
 """
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,8 +33,10 @@ def digest_of(values: Any) -> str:
 def hash_file(path: Path, sync: bool = False) -> tuple[str, int]:
     """SHA-256 in hexadecimal digits, and bytes. With `sync` the file is on disk afterwards."""
     digest, size = hashlib.sha256(), 0
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for a writer
     try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
         while block := os.read(handle, BLOCK):
             digest.update(block)
             size += len(block)
