@@ -41,6 +41,11 @@ def main(_: list[str]) -> None:
     if outcome.signal:
         sys.exit(128 + outcome.signal)
     say(f"{workdir} has finished its {outcome.total_steps} steps; the model: {workdir}/checkpoints/{outcome.step}")
+    if outcome.best_step != outcome.step:
+        best = f"{workdir}/checkpoints/{outcome.best_step}"
+        say(
+            f"the best by validation loss, which sample.py and evaluate.py take, is of step {outcome.best_step}: {best}"
+        )
     if outcome.first_step == outcome.step:
         longer = f"--workdir={quoted(workdir)} --config.total_steps={2 * outcome.total_steps}"
         say(f"nothing was left to do; to train longer: python launch/train.py {longer}")

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import rich.box
-import rich.console
 import rich.table
 
 from tale_jax.hardware import environment, machine
 from tale_jax.utils.format import format_bytes
 from tale_jax.utils.paths import fault_of, printable_path, quoted
 from tale_jax.utils.progress import Progress
-from tale_jax.utils.streams import printable
+from tale_jax.utils.streams import printable, table_console
 from tale_jax.utils.subprocesses import run_module
 
 TIMEOUT = 900  # seconds
@@ -182,7 +181,7 @@ def _advice(computes: Mapping[str, Any]) -> list[str]:
 
 def print_findings(found: Mapping[str, Any]) -> None:
     """Prints what `examine` found, as tables."""
-    console = rich.console.Console(highlight=False)
+    console = table_console()
     facts, computes = found["machine"], found["computes"]
     table = rich.table.Table(box=rich.box.SIMPLE, show_header=False, title="Machine", title_justify="left")
     free, disk_speed = format_bytes(facts["disk_free_bytes"]), facts["disk_write_bytes_per_second"] / 1e6

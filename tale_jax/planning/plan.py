@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import rich.box
-import rich.console
 import rich.table
 
 from tale_jax.config import Config, change, leaves
@@ -37,6 +36,7 @@ from tale_jax.planning.timing import time_steps
 from tale_jax.training.step import Trainer, make_trainer
 from tale_jax.utils.format import format_bytes, format_duration
 from tale_jax.utils.progress import Progress
+from tale_jax.utils.streams import table_console
 
 MAX_ADVICE = 3
 MIN_SHOWN_BYTES = 100_000  # of a part of the memory
@@ -155,18 +155,16 @@ def check_fits(config: Config, backend: Backend) -> None:
     if not budget or config.backend.ignore_memory:
         return
     config = config.with_total_steps()
-    with Progress("does it fit", total=2, unit="stages") as progress:
-        with progress.stage("counting weights"):
-            trainer = make_trainer(config, backend, jnp.dtype("float32"), UntrainedTokenizer.bos_id)
-            least = least_memory(config, trainer, backend)
-        if least > budget:
-            raise ValueError(_refusal(f"at least {format_bytes(least)}", budget, ()))
-        if least + rough_activations(config) < SAFE_SHARE * budget:
-            return
-        with progress.stage("compiling the training step"):
-            dtype, reason = choose_precision(backend, config.precision)
-            trainer = make_trainer(config, backend, dtype, UntrainedTokenizer.bos_id)
-            plan = plan_run(config, trainer, trainer.compile(), backend, budget, reason)
+    trainer = make_trainer(config, backend, jnp.dtype("float32"), UntrainedTokenizer.bos_id)
+    least = least_memory(config, trainer, backend)
+    if least > budget:
+        raise ValueError(_refusal(f"at least {format_bytes(least)}", budget, ()))
+    if least + rough_activations(config) < SAFE_SHARE * budget:
+        return
+    with Progress("does it fit", total=1, unit="stages") as progress, progress.stage("compiling the training step"):
+        dtype, reason = choose_precision(backend, config.precision)
+        trainer = make_trainer(config, backend, dtype, UntrainedTokenizer.bos_id)
+        plan = plan_run(config, trainer, trainer.compile(), backend, budget, reason)
     if not plan.fits:
         raise ValueError(refusal(plan, config, backend))
 
@@ -353,7 +351,7 @@ def _smaller_model() -> str:
 
 def print_plan(plan: Plan) -> None:
     """Prints the plan as tables."""
-    console = rich.console.Console(highlight=False)
+    console = table_console()
     table = rich.table.Table(box=rich.box.SIMPLE, show_header=False, title="The run", title_justify="left")
     body = plan.parameters - plan.embedding_parameters
     unknown = "known when the text is prepared (or set total_steps)"

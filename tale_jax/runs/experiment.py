@@ -83,11 +83,12 @@ def open_experiment(
         kind = weights if weights != "auto" else "ema" if saved.has_ema(chosen[-1]) else "last"
         manifest = saved.manifests[chosen[-1]]
         check_belongs(f"checkpoint {chosen[-1]} of {workdir}", manifest, config, tokenizer)
-        check_size(
-            saved.folder / str(chosen[-1]), manifest, "params", 4 * num_weights(config)
-        )  # before a model of absurd size is described
+        # Before a model of absurd size is described.
+        check_size(saved.folder / str(chosen[-1]), manifest, "params", 4 * num_weights(config))
         model = make_model(dataclasses.replace(config, remat="none"), backend, dtype)
         params = saved.load(chosen, _abstract_params(model), ema=kind == "ema")
+    if not step and not count and saved.steps[-1] != chosen[-1] == saved.by_loss()[0]:
+        notice(f"checkpoint of step {chosen[-1]}, the best by validation loss; the last is of step {saved.steps[-1]}")
     return Experiment(workdir, config, chosen[-1], kind, tokenizer, model, params, manifest.get("windows", {}))
 
 

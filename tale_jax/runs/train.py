@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tale_jax.config import PRECISIONS, Config
-from tale_jax.data.corpus import SPLITS
+from tale_jax.data.corpus import SPLITS, open_corpus
 from tale_jax.data.loader import Batches, window_starts
 from tale_jax.data.prepare import Prepared, of_worth, prepare
 from tale_jax.data.token_files import seal_tokens
@@ -28,7 +28,7 @@ from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document
 from tale_jax.hardware.backend import Backend
 from tale_jax.hardware.distributed import any_process, from_main_process, is_main_process, wait_for_processes
 from tale_jax.hardware.machine import release_memory
-from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, matmul_peak_of_all
+from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, keep_peak, matmul_peak_of_all
 from tale_jax.inference.sampler import Sampler, SampleSettings
 from tale_jax.planning.autotune import SHAPE_SETTINGS, autotune, num_weights
 from tale_jax.planning.memory import memory_budget
@@ -59,13 +59,14 @@ OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "bad_al
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How `train` ended: at which step, how many the run has, the signal that stopped it (0: none), and at which step
-    it had started."""
+    """How `train` ended: at which step, how many the run has, the signal that stopped it (0: none), at which step it
+    had started, and the step of the best checkpoint by validation loss."""
 
     step: int
     total_steps: int
     signal: int
     first_step: int
+    best_step: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,7 @@ def train(
         if (workdir / "config.json").is_file():
             config, note = resumed_config(config, workdir, overrides)
         elif not was_prepared and (not config.minutes or any(name in overrides for name in SHAPE_SETTINGS)):
+            open_corpus(config.corpus, config.seed, workdir)  # a text that is not there is told before anything else
             check_fits(config, backend)
         if config.minutes and not (workdir / "config.json").is_file():
             config = autotune(config, workdir, backend, start_time, overrides)
@@ -141,7 +143,7 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
             check_windows(what, checkpoints.manifest.get("windows", {}), manifest)
         if (step := checkpoints.latest or 0) >= config.total_steps:
             checkpoints.close()
-            return Outcome(step, config.total_steps, 0, step)
+            return Outcome(step, config.total_steps, 0, step, checkpoints.best or step)
         if start.note:
             progress.print(start.note)
         first_step = step
@@ -195,7 +197,8 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
             progress.print(
                 f"stopped at step {step} of {config.total_steps}, saved; the same command goes on from there"
             )
-        return Outcome(step, config.total_steps, stop.number, first_step)
+        keep_peak(backend, plan.precision, hooks.peak_flops)
+        return Outcome(step, config.total_steps, stop.number, first_step, checkpoints.best or step)
 
 
 def describe_skipped(metrics: Mapping[str, float]) -> str:
@@ -412,6 +415,11 @@ class RunHooks(Hooks):
         self._train_tokens: np.ndarray | None = None
         self._train_spans: list[Span] = []
 
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s that the devices were seen to do, at least; 0: unknown."""
+        return self._meter.peak_flops
+
     def score_training_text(self, tokens: np.ndarray, starts: np.ndarray) -> None:
         """From now on every evaluation also scores the first document of some training windows.
 
@@ -475,7 +483,7 @@ class RunHooks(Hooks):
             + (f", the {in_a_row}th update in a row that was left out" * (in_a_row > 1))
             + f": training diverged; {where}. The same command goes on from there with a smaller rate, as "
             f"--config.optimizer.learning_rate={self._config.optimizer.learning_rate / 3:.2g}; or look at the windows "
-            f"{', '.join(map(str, windows))}, or try precision=float32 in a new workdir"
+            f"{', '.join(map(str, windows))}, or try --config.precision=float32 in a new workdir"
         )
 
     def on_state(self, step: int, state: TrainState) -> None:

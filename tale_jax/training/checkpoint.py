@@ -121,6 +121,11 @@ class Checkpoints:
         there = sum((self.folder / name).lstat().st_size for name in files_below(self.folder))
         _check_space(self.folder, (self.keep + 1) * num_bytes(abstract_state) - there)
 
+    @property
+    def best(self) -> int | None:
+        """The step of the lowest validation loss; the newest where none is known, None before the first save."""
+        return _best_step(self._losses) or self.latest
+
     def save(self, step: int, state: TrainState, data: Mapping[str, Any], loss: float | None) -> None:
         """Begins to save `state` and the data position; `loss` is the validation loss in nats per token, if known now.
 
