@@ -49,9 +49,13 @@ class Tokenizer:
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
         try:
-            self._library = library = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
+            self._library = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._read_model(model)
+        except (RuntimeError, ValueError, IndexError):  # the latter for tokens that no trainer makes
             raise ValueError(f"{name} must be a SentencePiece model; give a .model file") from None
+
+    def _read_model(self, model: bytes) -> None:
+        library = self._library
         self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.vocab_size = library.vocab_size()

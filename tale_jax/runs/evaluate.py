@@ -66,6 +66,7 @@ def evaluate(
         evaluation = Evaluation(
             experiment.workdir, split, scorer, tokenizer, config.windows, stride, advance=progress.advance
         )
+    experiment.check_windows(evaluation.manifest)
     if with_quality:
         texts_to_compare(evaluation.tokens, tokenizer, config.model.seq_len)
     with Progress(f"evaluate {split}", total=len(evaluation.spans), unit="windows", log=log) as progress:

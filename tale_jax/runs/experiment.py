@@ -5,8 +5,10 @@ sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer)
 """
 
 import dataclasses
+import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from tale_jax.config import Config
-from tale_jax.data.tokenizer import Tokenizer, tokenizer_file
+from tale_jax.data.prepare import load_tokenizer
+from tale_jax.data.token_files import Manifest
+from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.model.transformer import Kernels, Transformer, make_model
-from tale_jax.training.checkpoint import SavedParams
-from tale_jax.utils.progress import Progress, notice
+from tale_jax.planning.autotune import num_weights
+from tale_jax.training.checkpoint import SavedParams, check_size
+from tale_jax.utils.progress import Progress
+from tale_jax.utils.streams import notice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +31,8 @@ class Experiment:
     """A trained model, its tokenizer and its settings.
 
     `weights` says what `params` are: last (as `step` left them), ema (their moving average), or mean:K (the mean of the
-    K checkpoints up to `step`).
+    K checkpoints up to `step`). `windows` are digests of the token windows that it was trained beside, by split; none
+    where an earlier version saved it.
     """
 
     workdir: Path
@@ -35,6 +42,11 @@ class Experiment:
     tokenizer: Tokenizer
     model: Transformer
     params: Any
+    windows: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def check_windows(self, manifest: Manifest) -> None:
+        """Raises ValueError, in one line, when a split is not the one that this model was trained beside."""
+        check_windows(f"checkpoint {self.step} of {self.workdir}", self.windows, manifest)
 
 
 def open_experiment(
@@ -58,30 +70,97 @@ def open_experiment(
     saved = SavedParams(workdir)
     if not saved.steps:
         raise ValueError(
-            f"workdir={workdir} must hold a checkpoint (none in {saved.folder}); train first with launch/train.py"
+            f"workdir={workdir} must hold a checkpoint (none that is whole in {saved.folder}); train first with "
+            "launch/train.py"
         )
     if step and step not in saved.steps:
-        steps = ", ".join(map(str, saved.steps))
-        raise ValueError(f"step={step} must be a checkpoint of {saved.folder}; there is {steps}")
-    model = make_model(dataclasses.replace(config, remat="none"), backend, dtype)
+        there, fault = ", ".join(map(str, saved.steps)), saved.faults.get(step)
+        reason = f" ({fault})" if fault else ""
+        raise ValueError(f"step={step} must be a whole checkpoint of {saved.folder}{reason}; there is {there}")
+    tokenizer = load_tokenizer(workdir)
     with Progress("restoring the weights", every_seconds=math.inf), saved:
-        wanted_step, step = step, step or (saved.steps[-1] if count else saved.best())
-        has_ema = saved.has_ema(step)
-        steps = [s for s in saved.steps if s <= step][-max(1, count) :]
-        if len(steps) < count or (weights == "ema" and not has_ema):
-            means = f"mean:K of the {len(steps)} checkpoints up to step {step}" if count else "mean:K"
-            raise ValueError(
-                f"weights={weights} must be what the run kept; there is {'ema, ' if has_ema else ''}last, and {means}"
-            )
-        weights = weights if weights != "auto" else "ema" if has_ema else "last"
-        params = saved.load(steps, _abstract_params(model), ema=weights == "ema")
-        note = ""
-        if not wanted_step and not count and step != saved.steps[-1]:
-            note = f"checkpoint of step {step}, the best by validation loss; the last is of step {saved.steps[-1]}"
-    if note:
-        notice(note)
-    tokenizer = Tokenizer.load(tokenizer_file(workdir))
-    return Experiment(workdir, config, step, weights, tokenizer, model, params)
+        chosen = _choose(saved, step, count, weights)
+        kind = weights if weights != "auto" else "ema" if saved.has_ema(chosen[-1]) else "last"
+        manifest = saved.manifests[chosen[-1]]
+        check_belongs(f"checkpoint {chosen[-1]} of {workdir}", manifest, config, tokenizer)
+        # Before a model of absurd size is described.
+        check_size(saved.folder / str(chosen[-1]), manifest, "params", 4 * num_weights(config))
+        model = make_model(dataclasses.replace(config, remat="none"), backend, dtype)
+        params = saved.load(chosen, _abstract_params(model), ema=kind == "ema")
+    if not step and not count and saved.steps[-1] != chosen[-1] == saved.by_loss()[0]:
+        notice(f"checkpoint of step {chosen[-1]}, the best by validation loss; the last is of step {saved.steps[-1]}")
+    return Experiment(workdir, config, chosen[-1], kind, tokenizer, model, params, manifest.get("windows", {}))
+
+
+def run_facts(config: Config, tokenizer: Tokenizer, windows: Mapping[str, Manifest], precision: str) -> dict[str, Any]:
+    """What ties a checkpoint to its run, for its manifest: the settings, and digests of tokenizer and windows."""
+    digests = {split: manifest.sha256 for split, manifest in windows.items()}
+    return {
+        "settings": config.to_json(),
+        "tokenizer": tokenizer.fingerprint,
+        "windows": digests,
+        "precision": precision,
+    }
+
+
+def check_belongs(what: str, manifest: Mapping[str, Any], config: Config, tokenizer: Tokenizer) -> None:
+    """Raises ValueError, in one line, when a checkpoint is of other settings or another tokenizer than the workdir.
+
+    A checkpoint of an earlier version may not say what it is of.
+    """
+    if "settings" in manifest and (other := config.difference(Config.from_json(manifest["settings"], what))):
+        name, mine, theirs = other
+        raise ValueError(
+            f"{name}={json.dumps(mine)} must be {json.dumps(theirs)}, as in {what}; restore config.json from a copy, "
+            "or give another --workdir"
+        )
+    is_same = manifest.get("tokenizer", tokenizer.fingerprint) == tokenizer.fingerprint
+    if not is_same or tokenizer.vocab_size != config.tokenizer.vocab_size:
+        raise ValueError(f"{what} belongs to another tokenizer than the one in the workdir; restore that from a copy")
+
+
+def check_windows(what: str, trained_beside: Mapping[str, str], manifest: Manifest) -> None:
+    """Raises ValueError, in one line, when a split is not the one that a checkpoint was trained beside, nor has taken
+    its place (`corpus.changed`)."""
+    wanted = trained_beside.get(manifest.split, "")
+    if wanted and manifest.sha256 and wanted not in manifest.known_as:
+        raise ValueError(
+            f"{what} belongs to other {manifest.split} windows than those in the workdir; restore windows from a copy, "
+            "or train in a new workdir"
+        )
+
+
+def _choose(saved: SavedParams, step: int, count: int, weights: str) -> list[int]:
+    """The steps to read, in order: the one asked for, or the best whose files are whole; for mean:K the newest K."""
+    candidates = [step] if step else list(reversed(saved.steps)) if count else saved.by_loss()
+    whole: list[int] = []
+    for candidate in candidates if not (step and count) else [s for s in reversed(saved.steps) if s <= step]:
+        has_ema = saved.has_ema(candidate)
+        if weights == "ema" and not has_ema:
+            raise _not_kept(weights, count, candidate, saved)
+        try:
+            saved.check(candidate, ema=has_ema and weights in ("auto", "ema"))
+        except ValueError as error:
+            if candidate == step:
+                others = [s for s in saved.steps if s != step]
+                remedy = f"try --step={others[-1]}" if others else "restore it from a copy"
+                raise ValueError(f"checkpoint {step} of {saved.folder} is damaged: {error}; {remedy}") from None
+            notice(f"checkpoint {candidate} is not used: {error}")
+            continue
+        whole.append(candidate)
+        if len(whole) == max(1, count):
+            return sorted(whole)
+    if count and whole:
+        raise _not_kept(weights, count, whole[0], saved)
+    raise ValueError(
+        f"{saved.folder} must hold a checkpoint that is whole, and each is damaged; restore one from a copy"
+    )
+
+
+def _not_kept(weights: str, count: int, step: int, saved: SavedParams) -> ValueError:
+    up_to = f" of the {len([s for s in saved.steps if s <= step])} checkpoints up to step {step}" if count else ""
+    kept = f"{'ema, ' if saved.has_ema(step) else ''}last, and mean:K{up_to}"
+    return ValueError(f"weights={weights} must be what the run kept; there is {kept}")
 
 
 def _abstract_params(model: Transformer) -> Any:

@@ -9,7 +9,9 @@ import optax
 
 from tale_jax.model.initialization import with_induction_heads
 from tale_jax.model.transformer import Transformer
+from tale_jax.training.guard import WINDOW
 from tale_jax.training.loss_scale import first_scale, needs_scale
+from tale_jax.utils.outliers import no_values
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -20,6 +22,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
     key: Any  # raw PRNG key data, from which dropout at each step is derived
     ema_params: Any = None  # exponential moving average of params, where one is kept
+    losses: Any = None  # the last ones, which tell a spike (see `guard.py`)
     scale: Any = None  # of the loss, computing in float16 (see `loss_scale.py`)
 
     @property
@@ -31,8 +34,7 @@ class TrainState(flax.struct.PyTreeNode):
 def init_state(
     model: Transformer, optimizer: optax.GradientTransformation, seed: int, with_ema: bool = False
 ) -> TrainState:
-    """Weights before the first step: a pure function of the model's shape and the seed. `with_ema`: a moving average
-    is kept."""
+    """Weights before the first step, by the model's shape and the seed. `with_ema`: a moving average is kept."""
     init_key, key = jax.random.split(jax.random.PRNGKey(seed))
     params = model.init(init_key, jnp.zeros((1, 8), jnp.int32))["params"]
     if model.config.induction_init:
@@ -43,5 +45,6 @@ def init_state(
         opt_state=optimizer.init(params),
         key=key,
         ema_params=params if with_ema else None,
+        losses=no_values(WINDOW),
         scale=first_scale() if needs_scale(model.dtype) else None,
     )

@@ -563,9 +563,8 @@ def test_prepared_text_goes_on_as_it_is_told(tmp_path):
     for name, damage in (("train.json", b"{"), ("valid.json", b"[]"), ("train.bin", b"x")):
         (workdir / "windows" / name).write_bytes(damage)
         line = refusal(load_tokens, workdir, name.partition(".")[0])
-        told = re.search(r"remove (\S+) and prepare again", line)
-        path = workdir / "windows" / name if told[1] == "it" else Path(told[1])
-        path.unlink()
+        path = Path(re.search(r"remove (\S+) and prepare again", line)[1])
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
         again = prepared()
         assert {split: dataclasses.replace(m) for split, m in again.manifests.items()} == first.manifests
         assert len(load_tokens(workdir, name.partition(".")[0])[0])
