@@ -118,7 +118,7 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
             precision, reason = from_main_process(lambda: _choose_precision(config, backend))
         trainer = make_trainer(config, backend, jnp.dtype(precision), tokenizer.bos_id)
         throttle = max_concurrent_bytes(trainer.abstract_state, backend.overlap_io)
-        checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle)
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle, config.checkpoint.keep_every)
         if (step := checkpoints.latest or 0) >= config.total_steps:
             checkpoints.close()
             return Outcome(step, config.total_steps, 0, step)

@@ -26,15 +26,16 @@ ARRAY_ITEMS = ("params", "ema", "training")  # of these `ema` is in some checkpo
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep` of them stay, and the best by validation loss.
+    """The checkpoints of one run: the newest `keep` of them stay, the best by validation loss, and those of each
+    multiple of `keep_every` steps (0: no others).
 
     `max_concurrent_bytes`: bytes that are on their way to the disk at a time, while `save` waits; 0: `save` copies the
     state and returns, and the copy is written in the background.
     """
 
-    def __init__(self, workdir: Path, keep: int, max_concurrent_bytes: int = 0):
+    def __init__(self, workdir: Path, keep: int, max_concurrent_bytes: int = 0, keep_every: int = 0):
         self.folder = Path(workdir).absolute() / "checkpoints"
-        self.keep = keep
+        self.keep, self.keep_every = keep, keep_every
         options = ocp.CheckpointManagerOptions(
             create=True, max_to_keep=None, enable_async_checkpointing=not max_concurrent_bytes
         )
@@ -66,6 +67,13 @@ class Checkpoints:
         with self._written():
             self._manager.save(step, args=items)
         self._losses[step] = loss
+
+    def save_params(self, step: int, params: Any) -> None:
+        """Saves weights that no training here has led to. Raises OSError in one line when it fails."""
+        arrays = ocp.args.StandardSave(params)
+        meta = ocp.args.JsonSave({"step": step, LOSS: None})
+        with self._written():
+            self._manager.save(step, args=ocp.args.Composite(params=arrays, meta=meta))
 
     def restore(self, abstract_state: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest state and data position, laid out on the devices of `shardings`, whichever saved them."""
@@ -103,7 +111,7 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps())
         best = _best_step({step: self._losses.get(step) for step in steps})
         for step in steps[: -self.keep]:
-            if step != best:
+            if step != best and not (self.keep_every and step % self.keep_every == 0):
                 self._manager.delete(step)
                 self._losses.pop(step, None)
 
@@ -140,6 +148,16 @@ class SavedParams:
         item = "ema" if ema else "params"
         wanted = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract_params)})
         return mean_of_trees(_restore(self._manager, step, wanted)[item] for step in steps)
+
+
+def save_params(workdir: Path, step: int, params: Any) -> None:
+    """Writes weights alone as the checkpoint of a step: of a model that was trained elsewhere, to be read.
+
+    Raises OSError in one line when it fails.
+    """
+    checkpoints = Checkpoints(workdir, keep=1, max_concurrent_bytes=max_concurrent_bytes(params, overlap_io=False))
+    checkpoints.save_params(step, params)
+    checkpoints.close()
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:
