@@ -103,16 +103,16 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "try {}": BETWEEN,
         "try ag_news": BETWEEN,
         "try train": BETWEEN,
-        "try corpus.path=my-texts/": f"{RUNS}test_the_folder_that_an_example_names_is_read",
-        "try corpus.changed=continue": BETWEEN,
+        "try --config.corpus.path=my-texts/": f"{RUNS}test_the_folder_that_an_example_names_is_read",
+        "try --config.corpus.changed=continue": BETWEEN,
         "try 4096": BETWEEN,
         "give heads of an even width": BETWEEN,
-        "set model.induction_init=True": BETWEEN,
-        "set model.num_heads=2": BETWEEN,
-        "set model.num_kv_heads=0": BETWEEN,
-        'set sample.prompt="" to start documents': BETWEEN,
-        "set optimizer.name=muon": BETWEEN,
-        "try passes=1.0, or set total_steps": BETWEEN,
+        "set --config.model.induction_init=True": BETWEEN,
+        "set --config.model.num_heads=2": BETWEEN,
+        "set --config.model.num_kv_heads=0": BETWEEN,
+        'set --config.sample.prompt="" to start documents': BETWEEN,
+        "set --config.optimizer.normuon_beta=0": BETWEEN,
+        "try --config.passes=1.0, or set --config.total_steps=1000": BETWEEN,
         "schedule.warmup_steps": f"{CONFIG}test_total_steps_covers_the_passes",
         "{}: {}": f"{CONFIG}test_a_damaged_config_json_is_refused_in_one_line",
         "give the folder that launch/train.py wrote": f"{RUNS}test_a_workdir_that_is_no_experiment",
@@ -136,7 +136,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "tale_jax/data/corpus.py": {
         "run this once more": f"{DATA}test_text_that_changed_while_it_was_read_is_read_again",
         "add text": SPLITS,
-        "raise corpus.max_train_bytes={}": SPLITS,
+        "set --config.corpus.max_train_bytes={}": SPLITS,
         "holds no text but white space": SPLITS,
         "must hold at least {} bytes": SPLITS,
         "must hold three documents that differ": SPLITS,
@@ -158,7 +158,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "as in the windows prepared in": PREPARED,
         "set --config.corpus.changed=continue to prepare": PREPARED,
         "must be as it was when": PREPARED,
-        "must be that of {}; try tokenizer.vocab_size": (
+        "must be that of {}; try --config.tokenizer.vocab_size": (
             f"{CONVERT}test_huggingface.py::test_a_workdir_made_of_a_folder_prepares_other_text"
         ),
         "must be the one that {}/windows": PREPARED,
@@ -295,7 +295,8 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "set LC_ALL=C.UTF-8": DOCTOR,
         "measured now; to check again": "tests/planning/test_doctor.py::test_tables_show_what_was_found",
         "make env EXTRAS=dev,{}": MAKE,
-        "make clean, then make env": MAKE,
+        "make the environment again": MAKE,
+        "try without what is set": f"{MACHINE}test_a_variable_that_keeps_jax_from_starting_is_taken_away",
         "python launch/plan.py --config=configs/tales.py": MAKE,
     },
     "tale_jax/planning/numerics.py": {
@@ -355,7 +356,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "tale_jax/training/metrics.py": {
         "needs credentials": f"{RUNS}test_records_go_where_it_is_told",
-        "does not start ({}); try metrics.wandb": f"{RUNS}test_records_go_where_it_is_told",
+        "does not start ({}); try --config.metrics.wandb": f"{RUNS}test_records_go_where_it_is_told",
     },
     "tale_jax/bench/serving.py": {
         "must answer with texts": f"{SERVE}test_a_load_is_asked_for_as_it_is_told",
