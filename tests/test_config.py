@@ -222,6 +222,7 @@ def test_a_misspelled_choice_gets_the_nearest(name):
             "model.num_kv_heads=4 must divide model.num_heads=6; try 3",
         ),
         ({"model.num_kv_heads": 10**15}, "model.num_heads=6; try 6"),
+        ({"model.head_dim": 3}, "model.head_dim=3 must be even for rotary positions; try 4"),
         (
             {"model.induction_match": True},
             "model.induction_match=True must be False without model.induction_init; set --config.model.induction_init=True",

@@ -453,7 +453,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "only `model` can be asked for": NAMED,
         "more than {}": SHORTER,
         "must hold ids below": BODY,
-        "step": BODY,
+        "step": (BODY, f"{SERVE}test_a_checkpoint_that_is_damaged_and_another"),
         "ablate.": BODY,
         "the server ends": f"{SERVE}test_a_server_that_ends_and_another",
         "must fit the context": SHORTER,
