@@ -14,7 +14,7 @@ PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 DEMO := experiments/tales
 
-.PHONY: help env demo test test-slow test-faults test-core lint readme-blocks clean
+.PHONY: help env demo test test-slow test-faults test-core test-interop test-clients lint readme-blocks clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -43,6 +43,18 @@ test-faults: env ## kills, signals and damage, with real processes (FAULTS=5: 50
 
 test-core: env ## the quick tests without the launch scripts, for another set of versions (VENV, PYTHON, CONSTRAINTS)
 	@$(PYTEST) --ignore=tests/launch --ignore=tests/test_house.py
+
+# llama.cpp is built from its sources, some ten minutes on two cores the first time.
+test-interop: ## exported and imported models beside transformers 4 and 5 and llama.cpp, in .venv-interop
+	@python=$$(.ci/find-python 3.11) && VENV=.venv-interop PYTHON="$$python" EXTRAS=dev,interop \
+	    CONSTRAINTS=.ci/constraints/interop.txt .ci/make-env
+	@.venv-interop/bin/python -m pip install -q --no-input --disable-pip-version-check --no-deps --upgrade \
+	    --target .venv-interop/transformers4 -r .ci/constraints/transformers4.txt
+	@.venv-interop/bin/python -m pytest -q -m interop $(PYTEST_ARGS) tests/interop
+
+test-clients: ## the server with OpenAI's client, schemathesis, and Chromium if it is on PATH, in .venv-clients
+	@EXTRAS=dev,clients VENV=.venv-clients PYTHON='$(PYTHON)' .ci/make-env
+	@.venv-clients/bin/python -m pytest -q -m 'not hub' $(PYTEST_ARGS) tests/serve
 
 lint: env ## ruff and pyright
 	@$(PY) -m ruff check .

@@ -64,21 +64,28 @@ WARMUP_SHARE = 0.02  # of the run, where schedule.warmup_steps is 0
 FORMAT = 3  # of config.json
 FIRST_WITH_DIGEST = 3
 MAX_BYTES = 1 << 20  # of config.json, which has some kilobytes
+# Settings that an older format had not, by the format that brought them, with values that change nothing.
+NEW_SETTINGS: dict[int, dict[str, Any]] = {
+    2: {"corpus": {"encoding": "", "changed": ""}},
+    3: {
+        "on_spike": "skip",
+        "model": {"head_dim": 0, "rope_scaling": 0.0, "rope_original_len": 8192},
+        "checkpoint": {"keep_every": 0},
+    },
+}
 
 
-def _with_encoding_and_changed(values: dict[str, Any]) -> dict[str, Any]:
-    """Format 1 had no `corpus.encoding` and no `corpus.changed`."""
-    corpus = values.get("corpus")
-    return values | ({"corpus": {"encoding": "", "changed": ""} | corpus} if isinstance(corpus, dict) else {})
-
-
-def _with_on_spike(values: dict[str, Any]) -> dict[str, Any]:
-    """Format 2 had no `on_spike`, and no digest."""
-    return {"on_spike": "skip"} | values
+def _with_settings(new: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with what they lack of `new`: settings, and those of groups; a group that is none stays as it is."""
+    groups = {name: part for name, part in new.items() if isinstance(part, dict)}
+    old = {name: groups.get(name, {}) | part if isinstance(part, dict) else part for name, part in values.items()}
+    return {name: value for name, value in new.items() if name not in groups} | old
 
 
 # From format 1 on every format loads: an entry n makes values of format n into those of format n + 1.
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_encoding_and_changed, 2: _with_on_spike}
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    number - 1: functools.partial(_with_settings, new) for number, new in NEW_SETTINGS.items()
+}
 
 # Names from before format 1, for whoever still writes them.
 RENAMED = {
@@ -323,11 +330,16 @@ class ModelConfig(Group):
     embed_dim: int = setting(384, "width of the model", positive, at_most(1 << 16))
     num_heads: int = setting(6, "query heads of a block", positive, at_most(1024))
     num_kv_heads: int = setting(0, "key/value heads, shared by the query heads", not_negative, off="num_heads")
+    head_dim: int = setting(0, "width of a head", not_negative, at_most(1 << 12), off="embed_dim / num_heads")
     mlp_dim: int = setting(
         0, "width of the gated MLP", not_negative, at_most(1 << 18), off="8/3 of embed_dim, up to a multiple of 64"
     )
     seq_len: int = setting(256, "context, in tokens", positive, at_most(1 << 20))
     rope_base: float = setting(10_000.0, "base of the rotary frequencies", positive)
+    rope_scaling: float = setting(
+        0.0, "what low rotary frequencies are divided by, as in Llama 3.1", not_negative, off="off", usual=8.0
+    )
+    rope_original_len: int = setting(8192, "with it: context of the model before that, in tokens", positive)
     norm_eps: float = setting(1e-5, "added to the mean square in a norm", positive)
     qk_norm: bool = setting(True, "RMS-normalise queries and keys")
     tie_embeddings: bool = setting(True, "one table for embedding and head")
@@ -340,18 +352,16 @@ class ModelConfig(Group):
     mask_documents: bool = setting(False, "attention stays inside one document")
     scan_layers: bool = setting(False, "one compiled layer in a loop: compiles faster, runs a bit slower", free=True)
 
-    @property
-    def head_dim(self) -> int:
-        return self.embed_dim // self.num_heads
-
     def broken(self) -> Broken:
         heads, kv_heads = self.num_heads, self.num_kv_heads
         nearest = heads * 2 * min(max(1, round(self.embed_dim / heads / 2)), (1 << 15) // heads)
-        if self.embed_dim % heads:
+        if self.embed_dim % heads and not self.head_dim:
             yield "embed_dim", f"be divisible by model.num_heads={heads}", f"try {nearest}"
-        if self.head_dim % 2:
-            rule = f"give heads of an even width (it is {self.head_dim}) for rotary positions"
+        if self.embed_dim // heads % 2 and not self.head_dim:
+            rule = f"give heads of an even width (it is {self.embed_dim // heads}) for rotary positions"
             yield "embed_dim", rule, f"try {nearest}"
+        if self.head_dim % 2:
+            yield "head_dim", "be even for rotary positions", f"try {self.head_dim + 1}"
         if kv_heads and heads % kv_heads:
             yield "num_kv_heads", f"divide model.num_heads={heads}", f"try {nearest_divisor(heads, kv_heads)}"
         if self.induction_match and not self.induction_init:
@@ -438,6 +448,7 @@ class CheckpointConfig(Group):
 
     every_steps: int = setting(200, "steps between checkpoints", not_negative, off="only at the end")
     keep: int = setting(2, "newest checkpoints kept, besides the best by validation loss", positive)
+    keep_every: int = setting(0, "steps of which each multiple's checkpoint is kept, too", not_negative, off="none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -564,7 +575,12 @@ class Config(Group):
     def _derived(self) -> "Config":
         model = self.model
         mlp_dim = model.mlp_dim or 64 * math.ceil(model.embed_dim * 8 / 3 / 64)
-        model = dataclasses.replace(model, num_kv_heads=model.num_kv_heads or model.num_heads, mlp_dim=mlp_dim)
+        model = dataclasses.replace(
+            model,
+            num_kv_heads=model.num_kv_heads or model.num_heads,
+            head_dim=model.head_dim or model.embed_dim // model.num_heads,
+            mlp_dim=mlp_dim,
+        )
         micro = self.micro_batch_size or self.batch_size
         evaluate = dataclasses.replace(self.evaluate, batch_size=self.evaluate.batch_size or micro)
         sample = dataclasses.replace(self.sample, every_steps=self.sample.every_steps or self.evaluate.every_steps)

@@ -1,5 +1,6 @@
 """What tests share: the tiny config and trainer, trees compared, launch scripts as a user starts them."""
 
+import contextlib
 import dataclasses
 import fcntl
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +173,19 @@ class Terminal:
             return False
         self.shown += data.decode(errors="replace")
         return bool(data)
+
+
+@contextlib.contextmanager
+def served(*flags: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A server process and its address; it is killed when it is still there at the end."""
+    process = start_script("serve", "--port=0", *flags)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://\S+:\d+", line)
+        assert found, (line, process.stderr and process.stderr.read())
+        yield process, found[0]
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()

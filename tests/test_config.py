@@ -108,6 +108,7 @@ OTHER = {
     "model.num_heads": 12,
     "model.seq_len": 512,
     "schedule.seq_len_divisor": 4,
+    "model.head_dim": 2,
     "optimizer.name": "muon",
 }
 
@@ -222,6 +223,7 @@ def test_a_misspelled_choice_gets_the_nearest(name):
             "model.num_kv_heads=4 must divide model.num_heads=6; try 3",
         ),
         ({"model.num_kv_heads": 10**15}, "model.num_heads=6; try 6"),
+        ({"model.head_dim": 3}, "model.head_dim=3 must be even for rotary positions; try 4"),
         (
             {"model.induction_match": True},
             "model.induction_match=True must be False without model.induction_init; set "
@@ -471,7 +473,7 @@ def test_saved_and_loaded_config_is_the_same(tmp_path):
     config = build_config(**{"sample.prompt": "Не\n", "metrics.wandb_project": "Не\n\ud800"})
     config.save(tmp_path)
     assert Config.load(tmp_path) == config
-    assert (tmp_path / "config.json").read_text().startswith('{\n  "format": 3,\n  "seed": 0,\n')
+    assert (tmp_path / "config.json").read_text().startswith(f'{{\n  "format": {FORMAT},\n  "seed": 0,\n')
     assert read_config_json(tmp_path) == dataclasses.asdict(config)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     with pytest.raises(ValueError, match="must hold an experiment"):
@@ -534,9 +536,15 @@ def test_an_older_format_is_brought_to_the_present_one(tmp_path, monkeypatch):
     assert Config.load(tmp_path) == config
 
 
-def test_format_1_had_no_encoding_and_nothing_for_changed_text(tmp_path):
-    values = {"format": 1} | dataclasses.asdict(build_config())
-    del values["corpus"]["encoding"], values["corpus"]["changed"], values["on_spike"]
+@pytest.mark.parametrize("number", range(1, FORMAT))
+def test_an_older_format_had_fewer_settings(tmp_path, number):
+    values = {"format": number} | dataclasses.asdict(build_config())
+    for later in range(number + 1, FORMAT + 1):
+        for name, new in config_module.NEW_SETTINGS[later].items():
+            for setting in new if isinstance(new, dict) else ():
+                del values[name][setting]
+            if not isinstance(new, dict):
+                del values[name]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert Config.load(tmp_path) == build_config()
 

@@ -215,7 +215,7 @@ def test_every_setting_named_anywhere_exists():
     ]
     wrong = [f"{t.place}: {fault}" for t, name, value in flags if (fault := check_setting(name, value.rstrip(".:")))]
     groups = "|".join(sorted(GROUPS | {"average"}))
-    files = r"(?:py|json|jsonl|md|html|bin|txt|model|partial)\b"
+    files = r"(?:py|json|jsonl|md|html|bin|txt|model|partial|safetensors|gguf)\b"
     named = [
         (text, match)
         for text in TEXTS
@@ -234,7 +234,8 @@ def test_every_setting_named_anywhere_exists():
 
 def test_every_flag_of_a_remedy_is_a_flag_of_a_script():
     """Error messages and help texts of the package and of the scripts."""
-    known = set().union(*SCRIPTS.values())
+    modules = {name for path in PYTHON for name in re.findall(r'add_argument\(\s*"--(\w+)"', path.read_text())}
+    known = set().union(*SCRIPTS.values(), modules)  # and those of what is run as `python -m`
     others = set("xla_cpu_prefer_vector_width xla_gpu_enable_latency_hiding_scheduler".split())  # XLA's
     others |= set("name helpshort count start ink muted grid".split())  # absl's, of a module, CSS variables
     found = [

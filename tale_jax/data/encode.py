@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tale_jax.data.tokenizer import Tokenizer
+from tale_jax.data.tokenizer import Tokenizer, read_tokenizer
 
 BATCH_CHARS = 1 << 20  # minimum length of a batch, but for the last one
 MIN_PARALLEL_BYTES = 32 << 20  # one core encodes half of so much text in the second that processes take to start
@@ -122,7 +122,7 @@ def _start_worker(model: bytes) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    _tokenizer = Tokenizer(model)
+    _tokenizer = read_tokenizer(model)
 
 
 def _encode_in_worker(texts: list[str], words_end_lines: bool) -> EncodedBatch:

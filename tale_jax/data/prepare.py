@@ -35,8 +35,15 @@ from tale_jax.data.token_files import (
     save_manifest,
     tokens_digest,
 )
-from tale_jax.data.tokenizer import Tokenizer, check_tokenizer, fillable_vocab_size, tokenizer_file, train_tokenizer
-from tale_jax.utils.files import atomic_writer, check_inside, write_atomically
+from tale_jax.data.tokenizer import (
+    JSON_FILE,
+    Tokenizer,
+    check_tokenizer,
+    fillable_vocab_size,
+    tokenizer_file,
+    train_tokenizer,
+)
+from tale_jax.utils.files import atomic_writer, check_inside
 from tale_jax.utils.locks import writer_lock
 from tale_jax.utils.progress import Progress
 
@@ -115,10 +122,16 @@ def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
     if corpus and missing:
         _tell([*corpus.notes, *([CHANGED_NOTE] if old else [])], log)
         _compare_documents(corpus, log)
-    if corpus and not manifests:
+    brought = tokenizer_file(workdir).name == JSON_FILE  # by a model from elsewhere: it stays
+    if corpus and not manifests and not brought:
         tokenizer = _write_tokenizer(corpus, config, workdir, log)
     else:
         tokenizer = load_tokenizer(workdir)
+    if brought and tokenizer.vocab_size > config.tokenizer.vocab_size:
+        raise ValueError(
+            f"tokenizer.vocab_size={config.tokenizer.vocab_size} must be that of {tokenizer_file(workdir)}; "
+            f"try --config.tokenizer.vocab_size={tokenizer.vocab_size}"
+        )
     for split, manifest in manifests.items():
         _check_settings(manifest, config, None if split in old else corpus, tokenizer, workdir, len(manifests))
     train_runs: RunSample | None = None
@@ -319,7 +332,7 @@ def _write_tokenizer(corpus: Corpus, config: Config, workdir: Path, log: Path | 
 
             tokenizer = train_tokenizer(documents(), config.tokenizer)
     with _disk_errors_explained(workdir):
-        write_atomically(tokenizer_file(workdir), tokenizer.model)
+        tokenizer.save(workdir / "tokenizer")
     return tokenizer
 
 

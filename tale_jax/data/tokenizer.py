@@ -1,4 +1,4 @@
-"""Text ↔ tokens: SentencePiece byte-pair encoding that gives every Unicode text back exactly.
+"""Text ↔ tokens: one interface, and SentencePiece byte-pair encoding that gives every Unicode text back exactly.
 
 Kudo & Richardson, "SentencePiece: A simple and language independent subword tokenizer and detokenizer for Neural Text
 Processing", EMNLP 2018. Four choices make it lossless: identity normalisation, no squeezing of spaces, no space put
@@ -8,6 +8,8 @@ before the text, and a token for each byte, for characters that the vocabulary l
 Two things are ours. SentencePiece writes a space as U+2581, and so would read a real U+2581 back as a space: here it is
 encoded as its three bytes, which any SentencePiece decoder understands. And since no token reaches over a space, the
 tokens of each word are kept in a cache: several times faster than the library, and equal to it.
+
+A model that was trained elsewhere may bring a `tokenizer.json` instead: see `json_tokenizer.py`.
 
     tokenizer = Tokenizer.load(tokenizer_file(workdir))
     tokenizer.decode(tokenizer.encode("Once upon a time"))
@@ -20,14 +22,16 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import sentencepiece
 from jaxtyping import UInt
 
 from tale_jax.config import MIN_VOCAB_SIZE, TokenizerConfig
+from tale_jax.utils.files import write_atomically
 
+MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 SPACE = "\u2581"  # how SentencePiece writes a space
 MAX_CACHED_WORDS = 400_000  # about 100 MB
 MAX_CACHED_WORD_CHARS = 64
@@ -37,14 +41,66 @@ _ROUND_TRIP_TEXT = f" Tab\tand  two spaces,\n\nline ends\r\n, {SPACE}, <s>, ① 
 
 
 class Tokenizer:
-    """A SentencePiece model. Make one with `load`, `train_tokenizer` or from the bytes of a model file.
+    """What every tokenizer is. Make one with `load`, `read_tokenizer` or `train_tokenizer`.
+
+    Special tokens that are written out in a text are text.
 
     Attributes:
-      model: the bytes of the model file.
+      model: the bytes that `read_tokenizer` makes it of again.
       fingerprint: their SHA-256, in hexadecimal digits.
       vocab_size, bos_id, eos_id, pad_id, unk_id: of the model; an id that it lacks is -1.
       dtype: little-endian uint16, or uint32 where the vocabulary has more than 65,536 tokens.
       token_bytes: for each id the UTF-8 bytes it stands for, perhaps half a character; b"" for BOS, EOS and PAD.
+    """
+
+    model: bytes
+    fingerprint: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    unk_id: int
+    dtype: np.dtype[Any]
+    token_bytes: list[bytes]
+
+    def __init__(self, model: bytes, vocab_size: int):
+        self.model, self.vocab_size = model, vocab_size
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+    @staticmethod
+    def load(path: Path | str) -> "Tokenizer":
+        """Reads a SentencePiece .model file, or a tokenizer.json and the tokenizer_config.json beside it.
+
+        Raises ValueError, in one line, when it is missing or is not one.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; give a SentencePiece .model file (launch/prepare.py makes one)")
+        if path.suffix != ".json":
+            return SentencePieceTokenizer(path.read_bytes(), str(path))
+        from tale_jax.data.json_tokenizer import JsonTokenizer
+
+        return JsonTokenizer.load(path)
+
+    def save(self, folder: Path) -> None:
+        """Writes its file, or files, to a folder that exists."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> UInt[np.ndarray, " T"]:
+        """Text → its tokens, of `dtype`, without BOS and EOS. Raises ValueError for half a surrogate pair."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """Tokens → text; BOS, EOS and PAD give nothing, and bytes that are no whole character give U+FFFD."""
+        return b"".join([self.token_bytes[i] for i in ids]).decode(errors="replace")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, from the bytes of its file.
+
+    Attributes:
+      adds_space: whether the model itself puts a space before each text. `encode` never does.
     """
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
@@ -56,32 +112,23 @@ class Tokenizer:
 
     def _read_model(self, model: bytes) -> None:
         library = self._library
-        self.model = model
-        self.fingerprint = hashlib.sha256(model).hexdigest()
-        self.vocab_size = library.vocab_size()
+        super().__init__(model, library.vocab_size())
         self.bos_id, self.eos_id = library.bos_id(), library.eos_id()
         self.pad_id, self.unk_id = library.pad_id(), library.unk_id()
-        self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
         self.token_bytes = [_token_bytes(library, i) for i in range(self.vocab_size)]
         self._space_ids = [library.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         # A foreign model may put a space before each text: it goes before a newline that is removed again.
-        adds_space = library.encode("a", out_type=str)[0].startswith(SPACE)
-        self._prefix_ids: list[int] = library.encode("\n") if adds_space else []
+        self.adds_space: bool = library.encode("a", out_type=str)[0].startswith(SPACE)
+        self._prefix_ids: list[int] = library.encode("\n") if self.adds_space else []
         tokens = [library.id_to_piece(i) for i in range(self.vocab_size)]
         # Tokens of a foreign model may reach from word to word.
         words_are_independent = not any(SPACE in token[1:] or ("\n" in token and token != "\n") for token in tokens)
         self._word_cache = _WordCache(self) if words_are_independent else None
 
-    @classmethod
-    def load(cls, path: Path | str) -> "Tokenizer":
-        """Reads a model file. Raises ValueError, in one line, when it is missing or is not one."""
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist; give a SentencePiece .model file (launch/prepare.py makes one)")
-        return cls(path.read_bytes(), str(path))
+    def save(self, folder: Path) -> None:
+        write_atomically(folder / MODEL_FILE, self.model)
 
     def encode(self, text: str) -> UInt[np.ndarray, " T"]:
-        """Text → its tokens, of `dtype`, without BOS and EOS. Raises ValueError for half a surrogate pair."""
         if self._word_cache is None:
             return np.array(self.encode_uncached(text), self.dtype)
         if len(self._word_cache) > MAX_CACHED_WORDS:
@@ -97,18 +144,11 @@ class Tokenizer:
         for word, ids in zip(words, self._library.encode([_text_of(word) for word in words]), strict=True):
             self._word_cache[word] = np.array(ids, self.dtype).tobytes()
 
-    def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Tokens → text; BOS, EOS and PAD give nothing, and bytes that are no whole character give U+FFFD."""
-        return b"".join([self.token_bytes[i] for i in ids]).decode(errors="replace")
-
     def encode_uncached(self, text: str) -> list[int]:
         """Text → ids, without the cache of words."""
         if text.isascii():
             return self._encode_with_library(text)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"text {text[:40]!r} must not hold half a surrogate pair; remove it") from None
+        check_unicode(text)
         first, *rest = text.split(SPACE)
         ids = self._encode_with_library(first)
         for part in rest:
@@ -121,9 +161,27 @@ class Tokenizer:
         return self._library.encode(text)
 
 
+def read_tokenizer(model: bytes, name: str = "tokenizer") -> Tokenizer:
+    """The tokenizer whose attribute `model` was `model`. Raises ValueError, in one line, when there is none."""
+    if not model.startswith(b"{"):
+        return SentencePieceTokenizer(model, name)
+    from tale_jax.data.json_tokenizer import JsonTokenizer
+
+    return JsonTokenizer(model, name)
+
+
 def tokenizer_file(workdir: Path) -> Path:
-    """Where an experiment keeps its tokenizer."""
-    return workdir / "tokenizer" / "tokenizer.model"
+    """Where an experiment keeps its tokenizer: one of ours, or one that came with a model from elsewhere."""
+    folder = Path(workdir) / "tokenizer"
+    return folder / JSON_FILE if (folder / JSON_FILE).is_file() else folder / MODEL_FILE
+
+
+def check_unicode(text: str) -> None:
+    """Raises ValueError, in one line, for half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"text {text[:40]!r} must not hold half a surrogate pair; remove it") from None
 
 
 def _split_words(text: str) -> list[str]:
@@ -140,7 +198,7 @@ def _text_of(word: str) -> str:
 class _WordCache(dict[str, bytes]):
     """Word, as `_split_words` makes them → its tokens, encoded when they are first asked for."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: SentencePieceTokenizer):
         super().__init__()
         self._tokenizer = tokenizer
 
@@ -151,7 +209,7 @@ class _WordCache(dict[str, bytes]):
         return tokens
 
 
-def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:
     """Learns a vocabulary of `config.vocab_size` tokens from documents, of which at most `sample_bytes` are used.
 
     The result depends on the documents and the settings only. Memory: about the sample, and a table of its words.
@@ -163,7 +221,7 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokeni
     for text in sample_evenly(documents, config.sample_bytes):
         word_counts.update(_split_words(text))
     try:
-        tokenizer = Tokenizer(_train(word_counts, config.vocab_size))
+        tokenizer = SentencePieceTokenizer(_train(word_counts, config.vocab_size))
     except RuntimeError as error:
         raise ValueError(_training_error(str(error), word_counts, config)) from None
     tokenizer.cache_words(itertools.islice(word_counts, MAX_CACHED_WORDS))

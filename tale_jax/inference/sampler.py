@@ -20,6 +20,7 @@ time of a token.
 
 import codecs
 import dataclasses
+import functools
 import math
 import operator
 import time
@@ -34,7 +35,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.inference.sampling import SamplingParams, sample_token
-from tale_jax.model.transformer import Cache, Transformer
+from tale_jax.model.decoding import Cache
+from tale_jax.model.transformer import Transformer
 
 CHUNK = 16  # tokens that are decoded before the host sees them
 MIN_SLOTS = 64  # of the cache: short texts do not attend to all of a long context, and still share one program
@@ -116,10 +118,23 @@ class DecodeState(flax.struct.PyTreeNode):
 
     layers: Any  # for each layer, keys and values of the cache, float [B, K, S, H]
     positions: Any  # the rest of the cache: int32 [B, S]
-    length: Any  # tokens so far: int32 []
+    length: Any  # tokens so far: int32 [], or [B] where rows have lengths of their own
     logits: Any  # of the next token: float32 [B, V]
     seen: Any  # tokens in the prompt and the text so far: bool [B, V]
-    step: Any  # tokens sampled: int32 []
+    step: Any  # tokens sampled: int32 [], or [B]
+    counts: Any = None  # of each token in the text so far, where penalties need them: int32 [B, V]
+
+
+class TopTokens(NamedTuple):
+    """The likeliest tokens of a position, the likeliest first, and what they and the chosen token are given.
+
+    Log-probabilities are in nats: `before` by the model's own softmax, `after` by what was sampled from.
+    """
+
+    ids: Any  # int32 [..., K]
+    before: Any  # float32 [..., K]
+    after: Any  # float32 [..., K]
+    chosen_after: Any  # float32 [...]
 
 
 class Sampler:
@@ -143,10 +158,12 @@ class Sampler:
         self.min_rows = 2 if model.dtype == jnp.bfloat16 else 1
         self.tokenizer, self.batch_size, self.context = tokenizer, batch_size, config.seq_len
         ids, special = np.arange(model.vocab_size), (tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id)
-        self._never_sampled = (np.isin(ids, special) & (ids != tokenizer.eos_id)) | (ids >= tokenizer.vocab_size)
+        self.never_sampled = (np.isin(ids, special) & (ids != tokenizer.eos_id)) | (ids >= tokenizer.vocab_size)
         self.load = jax.jit(self._load)
         self.prefill = jax.jit(self._prefill, static_argnames=("rows", "slots"))
-        self.decode = jax.jit(self._decode, donate_argnums=(1,) if donate else ())
+        donated = (1,) if donate else ()
+        self.decode = jax.jit(self._decode, donate_argnums=donated)
+        self.decode_with_top = jax.jit(self._decode_with_top, donate_argnums=donated, static_argnames=("chunk", "top"))
         self.compiled_shapes: set[tuple[int, int]] = set()  # numbers of rows and of slots that `decode` has run with
         self._weights = None if params is None else self.load(params)
 
@@ -214,11 +231,11 @@ class Sampler:
 
     def _forward(
         self, weights: Any, tokens: Int[Array, "B T"], cache: Cache, **options: Any
-    ) -> tuple[Float[Array, "B V"], Cache]:
-        """Logits of one position, in float32, and the cache with the tokens in it."""
+    ) -> tuple[Float[Array, "B _ V"], Cache]:
+        """Logits, in float32, and the cache with the tokens in it."""
         params = {**weights, "blocks": stack_layers(weights["blocks"])}
         result: Any = self.model.apply({"params": params}, tokens, cache=cache, **options)
-        return result[0][:, 0].astype(jnp.float32), result[1]
+        return result[0].astype(jnp.float32), result[1]
 
     def _prefill(
         self,
@@ -232,49 +249,114 @@ class Sampler:
     ) -> DecodeState:
         """The state after the tokens from `first` to `length`, repeated `rows` times, with a cache of `slots` positions
         (0: the context)."""
+        return self.prefill_with_logits(weights, tokens, length, seen, rows, slots, first)[0]
+
+    def prefill_with_logits(
+        self,
+        weights: Any,
+        tokens: Int[Array, "1 T"],
+        length: Int[Array, ""],
+        seen: Bool[Array, " V"],
+        rows: int,
+        slots: int = 0,
+        first: Int[Array, ""] | int = 0,
+        all_logits: bool = False,
+    ) -> tuple[DecodeState, Float[Array, "_ V"]]:
+        """The state of `prefill`, and the logits of its last position, or with `all_logits` of all T."""
         index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         cache = Cache.empty(self.model.config, 1, self.model.dtype, slots)
         positions = jnp.where((index >= first) & (index < length), index, -1)[None]
-        logits, cache = self._forward(weights, tokens, cache, positions=positions, logits_at=length - 1)
+        at = {} if all_logits else {"logits_at": length - 1}
+        logits, cache = self._forward(weights, tokens, cache, positions=positions, **at)
         state = DecodeState(
             layers=unstack_layers((cache.keys, cache.values), self.model.config.num_layers),
             positions=cache.positions,
             length=length,  # the next tokens overwrite the padding
-            logits=logits,
+            logits=jax.lax.dynamic_slice_in_dim(logits[0], length - 1, 1) if all_logits else logits[:, 0],
             seen=seen[None],
             step=jnp.zeros((), jnp.int32),
         )
-        return jax.tree_util.tree_map(lambda x: jnp.repeat(x, rows, axis=0) if x.ndim else x, state)
+        state = jax.tree_util.tree_map(lambda x: jnp.repeat(x, rows, axis=0) if x.ndim else x, state)
+        return state, logits[0]
 
     def _decode(
         self,
         weights: Any,
         state: DecodeState,
-        key: UInt32[Array, " 2"],
+        key: UInt32[Array, "*B 2"],
         numbers: Int[Array, " B"],
         sampling: SamplingParams,
     ) -> tuple[DecodeState, Int[Array, "T B"], Float[Array, "T B"]]:
-        """The next CHUNK tokens of each row and their log-probabilities in nats; `numbers` are those of the samples."""
+        """The next CHUNK tokens of each row and their log-probabilities in nats; `numbers` are those of the samples.
+
+        Key and sampling parameters are those of all rows, or of each.
+        """
+        return self._decode_with_top(weights, state, key, numbers, sampling)[:3]
+
+    def _decode_with_top(
+        self,
+        weights: Any,
+        state: DecodeState,
+        key: UInt32[Array, "*B 2"],
+        numbers: Int[Array, " B"],
+        sampling: SamplingParams,
+        wanted: Bool[Array, ""] | None = None,
+        chunk: int = CHUNK,
+        top: int = 0,
+    ) -> tuple[DecodeState, Int[Array, "T B"], Float[Array, "T B"], TopTokens | None]:
+        """`_decode` of `chunk` tokens, and the `top` likeliest of each position, computed where `wanted`."""
         ids = jnp.arange(self.model.vocab_size, dtype=jnp.int32)
         fold_in = jax.random.fold_in
-        sample_keys = jax.vmap(fold_in, (None, 0))(key, numbers)
+        sample_keys = jax.vmap(fold_in, (0 if key.ndim > 1 else None, 0))(key, numbers)
 
-        def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[Array, Array]]:
-            token_keys = jax.vmap(fold_in, (0, None))(sample_keys, state.step)
-            token = sample_token(
-                jnp.where(self._never_sampled, -jnp.inf, state.logits), state.seen, sampling, token_keys
-            )
-            chosen = jnp.take_along_axis(state.logits, token[:, None], axis=-1)[:, 0]
-            logprob = chosen - jax.nn.logsumexp(state.logits, axis=-1)
-            seen = state.seen | (ids == token[:, None])
+        def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[Array, Array, TopTokens | None]]:
+            token_keys = jax.vmap(fold_in, (0, 0 if state.step.ndim else None))(sample_keys, state.step)
+            allowed = jnp.where(self.never_sampled, -jnp.inf, state.logits)
+            token, filtered = sample_token(allowed, state.seen, sampling, token_keys, state.counts)
+            log_sum = jax.nn.logsumexp(state.logits, axis=-1)
+            logprob = _at(state.logits, token) - log_sum
+            likeliest = None
+            if top and wanted is not None:
+                arguments = state.logits, filtered, log_sum, token
+                likeliest = jax.lax.cond(
+                    wanted, functools.partial(top_tokens, top), functools.partial(_no_tokens, top), *arguments
+                )
+            is_token = ids == token[:, None]
             keys, values = stack_layers(state.layers)
             logits, cache = self._forward(weights, token[:, None], Cache(keys, values, state.positions, state.length))
-            layers = unstack_layers((cache.keys, cache.values), len(state.layers))
-            state = DecodeState(layers, cache.positions, cache.length, logits, seen, state.step + 1)
-            return state, (token, logprob)
+            state = DecodeState(
+                layers=unstack_layers((cache.keys, cache.values), len(state.layers)),
+                positions=cache.positions,
+                length=cache.length,
+                logits=logits[:, 0],
+                seen=state.seen | is_token,
+                step=state.step + 1,
+                counts=None if state.counts is None else state.counts + is_token,
+            )
+            return state, (token, logprob, likeliest)
 
-        state, (tokens, logprobs) = jax.lax.scan(step, state, None, length=CHUNK)
-        return state, tokens, logprobs
+        state, (tokens, logprobs, likeliest) = jax.lax.scan(step, state, None, length=chunk)
+        return state, tokens, logprobs, likeliest
+
+
+def top_tokens(
+    top: int, logits: Float[Array, "B V"], filtered: Float[Array, "B V"], log_sum: Float[Array, " B"], token: Array
+) -> TopTokens:
+    """The `top` likeliest tokens of each row."""
+    after = filtered - jax.nn.logsumexp(filtered, axis=-1, keepdims=True)
+    values, ids = jax.lax.top_k(logits, top)
+    return TopTokens(ids, values - log_sum[:, None], jnp.take_along_axis(after, ids, axis=-1), _at(after, token))
+
+
+def _no_tokens(top: int, logits: Array, *_: Array) -> TopTokens:
+    rows = logits.shape[0]
+    zeros = jnp.zeros((rows, top), logits.dtype)
+    return TopTokens(jnp.zeros((rows, top), jnp.int32), zeros, zeros, jnp.zeros(rows, logits.dtype))
+
+
+def _at(x: Float[Array, "B V"], ids: Int[Array, " B"]) -> Float[Array, " B"]:
+    """The value of one id in each row."""
+    return jnp.take_along_axis(x, ids[:, None], axis=-1)[:, 0]
 
 
 def _cast_kernels(tree: Any, dtype: Any) -> Any:
@@ -344,7 +426,7 @@ class Generation:
 
     def __iter__(self) -> Iterator[TextDelta]:
         start_time = time.perf_counter()
-        rows = [_SampleText(number, self.sampler.tokenizer, self.settings) for number in range(self.num_samples)]
+        rows = [SampleText(number, self.sampler.tokenizer, self.settings) for number in range(self.num_samples)]
         in_order = iter(rows)
         current = next(in_order)
         for first in range(0, len(rows), self.sampler.batch_size):
@@ -356,11 +438,11 @@ class Generation:
                         current = next(in_order, None)
                     yield delta
 
-    def _decode_group(self, group: list["_SampleText"]) -> Iterator[None]:
+    def _decode_group(self, group: list["SampleText"]) -> Iterator[None]:
         """Adds tokens to the rows until all are finished; yields after each chunk of them."""
         sampler, s, length = self.sampler, self.settings, max(map(len, self.prompts or [self.ids]))
-        num_rows = max(sampler.min_rows, min(sampler.batch_size, _power_of_two(len(group))))
-        slots = min(sampler.context, max(MIN_SLOTS, _power_of_two(length + s.max_tokens)))
+        num_rows = max(sampler.min_rows, min(sampler.batch_size, power_of_two(len(group))))
+        slots = min(sampler.context, max(MIN_SLOTS, power_of_two(length + s.max_tokens)))
         sampling = SamplingParams(
             temperature=jnp.float32(s.temperature),
             top_k=jnp.int32(min(s.top_k, sampler.model.vocab_size)),
@@ -387,13 +469,13 @@ class Generation:
             sampler.compiled_shapes.add((num_rows, slots))
             yield
 
-    def _prefill(self, group: list["_SampleText"], num_rows: int, slots: int, length: int) -> Any:
+    def _prefill(self, group: list["SampleText"], num_rows: int, slots: int, length: int) -> Any:
         """The state after the prompts. Where each sample has its own, all end at `length`, so shorter ones start later.
 
         Attention depends on differences of positions only, so where a prompt starts changes nothing but the rounding.
         """
         sampler = self.sampler
-        padded = min(sampler.context, _power_of_two(max(length, 16)))
+        padded = min(sampler.context, power_of_two(max(length, 16)))
 
         def state_after(ids: list[int], rows: int, **options: Any) -> Any:
             tokens = np.zeros((1, padded), np.int32)
@@ -417,25 +499,33 @@ class _ChunkTime(NamedTuple):
     seconds: float
 
 
-class _SampleText:
-    """The text of one sample: decoded token by token, cut where it ends, and passed on as soon as it cannot change."""
+class SampleText:
+    """The text of one sample: decoded token by token, cut where it ends, and passed on as soon as it cannot change.
+
+    `text` is all of it so far, of which `num_passed` characters were passed on.
+    """
 
     def __init__(self, number: int, tokenizer: Tokenizer, settings: SampleSettings):
         self.number, self.tokens, self.logprob, self.finish_reason = number, 0, 0.0, ""
         self._tokenizer, self._settings = tokenizer, settings
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # holds the bytes of half a character back
-        self._text, self._num_passed = "", 0  # the text so far, and how many characters of it were passed on
+        self._utf8 = self.decoder()
+        self.text, self.num_passed = "", 0
+
+    @staticmethod
+    def decoder() -> codecs.IncrementalDecoder:
+        """Bytes of tokens -> text; the bytes of half a character are held back."""
+        return codecs.getincrementaldecoder("utf-8")("replace")
 
     def add_tokens(self, ids: list[int], logprobs: list[float]) -> None:
         """Adds tokens, up to the one that finishes the sample."""
         for token, logprob in zip(ids, logprobs, strict=True):
             self.tokens += 1
             self.logprob += logprob
-            is_eos, length_before = token == self._tokenizer.eos_id, len(self._text)
-            self._text += self._utf8.decode(self._tokenizer.token_bytes[token], final=is_eos)
-            stops = [self._text.find(stop, max(0, length_before - len(stop) + 1)) for stop in self._settings.stop]
+            is_eos, length_before = token == self._tokenizer.eos_id, len(self.text)
+            self.text += self._utf8.decode(self._tokenizer.token_bytes[token], final=is_eos)
+            stops = [self.text.find(stop, max(0, length_before - len(stop) + 1)) for stop in self._settings.stop]
             if found := [place for place in stops if place >= 0]:
-                self._text, self.finish_reason = self._text[: min(found)], "stop"
+                self.text, self.finish_reason = self.text[: min(found)], "stop"
             elif is_eos or self.tokens == self._settings.max_tokens:
                 self.finish_reason = "eos" if is_eos else "length"
             if self.finish_reason:
@@ -443,15 +533,15 @@ class _SampleText:
 
     def next_delta(self) -> TextDelta | None:
         """The text since the last call, without the beginning of what may become a stop text; None if there is none."""
-        end, sample = len(self._text), None
+        end, sample = len(self.text), None
         if self.finish_reason:
-            sample = Sample(self._text, self.tokens, self.logprob, self.finish_reason)
+            sample = Sample(self.text, self.tokens, self.logprob, self.finish_reason)
         else:
             prefixes = (stop[:length] for stop in self._settings.stop for length in range(1, len(stop)))
-            end -= max((len(prefix) for prefix in prefixes if self._text.endswith(prefix)), default=0)
-        text, self._num_passed = self._text[self._num_passed : end], end
+            end -= max((len(prefix) for prefix in prefixes if self.text.endswith(prefix)), default=0)
+        text, self.num_passed = self.text[self.num_passed : end], end
         return TextDelta(self.number, text, sample) if text or sample else None
 
 
-def _power_of_two(minimum: int) -> int:
+def power_of_two(minimum: int) -> int:
     return 1 << (minimum - 1).bit_length()

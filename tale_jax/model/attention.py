@@ -19,6 +19,7 @@ only. Queries are taken in blocks; block i meets the keys up to its own end, in 
 """
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -29,11 +30,25 @@ from tale_jax.model.layers import after, product, transpose
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
 MIN_BLOCK, MAX_BLOCKS = 128, 16  # rows of a block of causal attention: fewer do not pay, more cost compilation
+SLOW_TURNS, FAST_TURNS = 1.0, 4.0  # of a pair in the context: Llama 3.1's low_freq_factor and high_freq_factor
 
 
-def rotary_angles(positions: Int[Array, "B T"], head_dim: int, base: float) -> Float[Array, "B T half"]:
-    """Angles of rotary position embedding (Su et al. 2021) for the head_dim/2 pairs, in float32 radians."""
+def rotary_frequencies(head_dim: int, base: float, scaling: float = 0, original_len: int = 1) -> Float[Array, " half"]:
+    """Radians that each of the head_dim/2 pairs turns per position (Su et al. 2021).
+
+    `scaling` as in Llama 3.1: a pair that turns less than once in `original_len` positions turns so many times slower,
+    one that turns more than four times as before, and between these the two are mixed.
+    """
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if not scaling:
+        return frequencies
+    turns = original_len * frequencies / (2 * math.pi)
+    kept = jnp.clip((turns - SLOW_TURNS) / (FAST_TURNS - SLOW_TURNS), 0, 1)
+    return frequencies * (kept + (1 - kept) / scaling)
+
+
+def rotary_angles(positions: Int[Array, "B T"], frequencies: Float[Array, " half"]) -> Float[Array, "B T half"]:
+    """Angles of rotary position embedding, in float32 radians."""
     return positions[..., None].astype(jnp.float32) * frequencies
 
 
@@ -203,21 +218,9 @@ def _attend_backward(materialize_transposes: bool, saved: tuple[Array, ...], dy:
     return dquery, dkey.astype(jnp.float32), dvalue.astype(jnp.float32)
 
 
-def attend_one(
-    query: Float[Array, "B N 1 H"],
-    key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S H"],
-    mask: Bool[Array, "_ 1 S"],
-) -> Float[Array, "B N 1 H"]:
-    """`attention` of one query a sequence, as decoding asks for it: the same values, by sums instead of products.
-
-    A product of one row is no work, only a passage over the cache. As a sum XLA fuses it with the conversion to
-    float32; as a product of bfloat16 on a CPU it first writes the whole cache again in float32 (up to seven times
-    slower, measured).
-    """
-    batch, heads, _, width = query.shape
-    grouped = (query * width**-0.5).reshape(batch, key.shape[1], -1, 1, width).astype(jnp.float32)
-    scores = jnp.sum(grouped * key[:, :, None].astype(jnp.float32), axis=-1)  # [B, K, G, S]
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1)
-    mixed = jnp.sum(weights[..., None] * value[:, :, None].astype(jnp.float32), axis=-2)
-    return mixed.reshape(batch, heads, 1, width).astype(value.dtype)
+def attention_weights(
+    query: Float[Array, "B N T H"], key: Float[Array, "B K S H"], mask: Bool[Array, "_ T S"]
+) -> Float[Array, "B N T S"]:
+    """How much of each key's value `attention` takes for each query, in float32; each row sums to 1."""
+    batch, heads, length, _ = query.shape
+    return jax.nn.softmax(_scores(query, key, mask, False), axis=-1).reshape(batch, heads, length, key.shape[2])

@@ -11,45 +11,29 @@ after another: names, shapes and initial values do not depend on `scan_layers` o
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tale_jax.config import Config, ModelConfig
 from tale_jax.model.attention import (
-    attend_one,
     attention,
+    attention_weights,
     causal_mask,
     cudnn_causal_attention,
     document_segments,
     rotary_angles,
+    rotary_frequencies,
     rotate,
 )
+from tale_jax.model.decoding import Cache, attend_one, write_slots
 from tale_jax.model.initialization import EMBEDDING_STD
 from tale_jax.model.layers import dropout, matmul, rms_norm, split_heads, swiglu
 from tale_jax.model.loss import Head, cross_entropy, logits, weighted_cross_entropy
 
-
-class Cache(flax.struct.PyTreeNode):
-    """Keys and values already computed: a ring of S slots for each layer, the oldest overwritten first."""
-
-    keys: Float[Array, "L B K S H"]
-    values: Float[Array, "L B K S H"]
-    positions: Int[Array, "B S"]  # of the token in each slot; -1 is empty
-    length: Int[Array, ""]  # tokens written so far
-
-    @classmethod
-    def empty(cls, config: ModelConfig, batch_size: int, dtype: Any, num_slots: int = 0) -> "Cache":
-        """A cache for `batch_size` sequences with `num_slots` slots (0: the context length of the model)."""
-        num_slots = num_slots or config.seq_len
-        shape = (config.num_layers, batch_size, config.num_kv_heads, num_slots, config.head_dim)
-        return cls(
-            keys=jnp.zeros(shape, dtype),
-            values=jnp.zeros(shape, dtype),
-            positions=jnp.full((batch_size, num_slots), -1, jnp.int32),
-            length=jnp.zeros((), jnp.int32),
-        )
+# `apply(..., mutable=[TAPS])` also gives what happens inside: `embedded` [B, T, D], and of the blocks `residual`
+# [L, B, T, D] and `attention/weights` [L, B, N, T, S], each in a tuple of one. Otherwise nothing of it is computed.
+TAPS = "intermediates"
 
 
 @runtime_checkable
@@ -108,7 +92,7 @@ class Attention(nn.Module):
         x: Float[Array, "B T D"],
         angles: Float[Array, "_ T half"],
         mask: Bool[Array, "_ T S"] | None,
-        slot: Int[Array, ""],
+        slot: Int[Array, "*B"],
         cached: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None]:
         c = self.config
@@ -123,11 +107,13 @@ class Attention(nn.Module):
         query, key = rotate(query, angles), rotate(key, angles)
         if cached is not None:
             key, value = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
+                write_slots(old, new.astype(old.dtype), slot, axis=2)
                 for old, new in zip(cached, (key, value), strict=True)
             )
             cached = key, value
         key, value = key.astype(self.dtype), value.astype(self.dtype)
+        if mask is not None and self.is_mutable_collection(TAPS):
+            self.sow(TAPS, "weights", attention_weights(query, key, mask))
         if mask is None:
             mixed = cudnn_causal_attention(query, key, value)
         elif cached is not None and x.shape[1] == 1:
@@ -173,6 +159,7 @@ class Block(nn.Module):
         x = x + drop(
             MLP(c, self.dtype, self.materialize_transposes, name="mlp")(RMSNorm(c.norm_eps, name="mlp_norm")(x))
         )
+        self.sow(TAPS, "residual", x)
         return x, cached
 
 
@@ -228,7 +215,8 @@ class Transformer(nn.Module):
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
         plain = cache is None and positions is None and segments is None
         if positions is None:
-            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+            positions = jnp.broadcast_to((start[:, None] if start.ndim else start) + index, tokens.shape)
         if cache is None:
             slot, slot_positions = start, positions
             mask = causal_mask(positions, positions, segments, segments)
@@ -244,9 +232,10 @@ class Transformer(nn.Module):
         else:
             num_slots = cache.positions.shape[1]
             slot = start % num_slots
-            slot_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
+            slot_positions = write_slots(cache.positions, positions, slot, axis=1)
             mask = causal_mask(positions, slot_positions, window=num_slots)
-        angles = rotary_angles(positions, c.head_dim, c.rope_base)
+        frequencies = rotary_frequencies(c.head_dim, c.rope_base, c.rope_scaling, c.rope_original_len)
+        angles = rotary_angles(positions, frequencies)
 
         embedding = self.param(
             "embedding", nn.initializers.normal(EMBEDDING_STD), (self.vocab_size, c.embed_dim), jnp.float32
@@ -260,6 +249,7 @@ class Transformer(nn.Module):
             x = x * c.embed_dim**0.5
         x = x.astype(self.dtype)
         x = Dropout(c.dropout, deterministic, name="dropout")(x)
+        self.sow(TAPS, "embedded", x)
 
         cached = None if cache is None else (cache.keys, cache.values)
         blocks = self._stack()(c, self.dtype, self.materialize_transposes, deterministic, name="blocks")
@@ -289,7 +279,7 @@ class Transformer(nn.Module):
             block = nn.remat(Block, policy=policy, prevent_cse=not self.config.scan_layers)
         return nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, TAPS: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             out_axes=0,

@@ -110,7 +110,8 @@ REGULARISATION = (
     Regularisation(max_passes=math.inf, dropout=0.3, weight_decay=0.4),
 )
 
-SHAPE_SETTINGS = tuple(f"model.{name}" for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim"))
+_SHAPE = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+SHAPE_SETTINGS = tuple(f"model.{name}" for name in _SHAPE)
 CHOSEN_SETTINGS = (
     "total_steps",
     "tokenizer.vocab_size",
@@ -330,7 +331,7 @@ def explain(best: Candidate, others: list[Candidate], prepared: Prepared) -> lis
 
 
 def _shape(num_layers: int, embed_dim: int) -> dict[str, Any]:
-    return dict(zip(SHAPE_SETTINGS, (num_layers, embed_dim, embed_dim // HEAD_DIM, 0, 0), strict=True))
+    return dict(zip(SHAPE_SETTINGS, (num_layers, embed_dim, embed_dim // HEAD_DIM, 0, 0, 0), strict=True))
 
 
 def _measure(config: Config, backend: Backend, dtype: Any) -> StepCost | None:

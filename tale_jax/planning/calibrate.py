@@ -82,7 +82,7 @@ def _calibrate_in_this_process(config: Config, platform: str) -> dict[str, Any]:
 def calibration_configs(config: Config) -> dict[str, Config]:
     """Twelve runs around a config, by name: remat × precision × batch, and a smaller model."""
     half = {"model.embed_dim": config.model.embed_dim // 2, "model.num_heads": config.model.num_heads // 2 or 1}
-    half |= {"model.num_kv_heads": 0, "model.mlp_dim": 0}
+    half |= {"model.num_kv_heads": 0, "model.head_dim": 0, "model.mlp_dim": 0}
     configs = {}
     for size, shape in (("whole", {}), ("half", half)):
         for remat in ("none", "block"):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from tale_jax.config import Config
 from tale_jax.hardware import machine
 from tale_jax.hardware.backend import Backend
-from tale_jax.model.transformer import Cache
+from tale_jax.model.decoding import Cache
 from tale_jax.training.checkpoint import max_concurrent_bytes
 from tale_jax.training.step import Trainer
 

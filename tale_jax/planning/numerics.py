@@ -25,7 +25,7 @@ import numpy as np
 from tale_jax.config import Config, change
 from tale_jax.hardware import machine
 from tale_jax.hardware.backend import Backend, for_platform, matmul_peak, start_backend
-from tale_jax.model.transformer import Cache
+from tale_jax.model.decoding import Cache
 from tale_jax.planning.programs import UntrainedTokenizer
 from tale_jax.planning.timing import random_windows, timed_step
 from tale_jax.training.state import TrainState
@@ -52,6 +52,7 @@ CHECKED_CONFIG = change(
         "model.embed_dim": 64,
         "model.num_heads": 4,
         "model.num_kv_heads": 2,
+        "model.head_dim": 0,
         "model.mlp_dim": 192,
         "model.seq_len": 64,
         "model.zero_init_outputs": False,  # else half of the gradients of a first step are 0
@@ -66,6 +67,7 @@ TIMED_CONFIG = change(
         "model.embed_dim": 384,
         "model.num_heads": 6,
         "model.num_kv_heads": 6,
+        "model.head_dim": 0,
         "model.mlp_dim": 1024,
         "model.seq_len": 256,
     },

@@ -138,7 +138,7 @@ def plan_run(
         budget_bytes=budget,
         fits=not budget or memory.peak <= budget,
         checkpoint_bytes=state_bytes,
-        disk_bytes=state_bytes * (config.checkpoint.keep + 2),  # the best one, and one that is being written
+        disk_bytes=state_bytes * (_checkpoints_kept(config) + 2),  # the best one, and one that is being written
     )
 
 
@@ -167,6 +167,13 @@ def check_fits(config: Config, backend: Backend) -> None:
         plan = plan_run(config, trainer, trainer.compile(), backend, budget, reason)
     if not plan.fits:
         raise ValueError(refusal(plan, config, backend))
+
+
+def _checkpoints_kept(config: Config) -> int:
+    """The newest, and those of multiples of `keep_every` steps."""
+    c = config.checkpoint
+    more = config.total_steps // math.lcm(c.keep_every, c.every_steps) if c.keep_every and c.every_steps else 0
+    return c.keep + more
 
 
 def make_mac_plan(config: Config, backend: Backend, workdir: Path | None = None, memory: int = 0) -> Plan:

@@ -27,6 +27,7 @@ from tale_jax.utils.format import format_clock
 from tale_jax.utils.progress import Progress
 
 MAX_SAMPLE_STEPS = 6
+SERVER = "http://127.0.0.1:8000/"  # where launch/serve.py listens, unless told
 
 
 def write_report(workdirs: Sequence[Path], out: Path | None = None) -> Path:
@@ -293,6 +294,8 @@ def _page(runs: Sequence[RunRecords]) -> str:
 {_quality(runs)}
 {"<h2>Samples</h2>" + samples if samples else ""}
 {configs}
+<footer>A look inside: <code>python launch/serve.py --workdir=DIR</code>, then
+<a href="{SERVER}">{SERVER}</a> (each token's surprise, attention, every checkpoint).</footer>
 </body>
 </html>
 """

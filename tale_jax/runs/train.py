@@ -136,7 +136,7 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
         trainer = make_trainer(config, backend, jnp.dtype(precision), tokenizer.bos_id)
         throttle = max_concurrent_bytes(trainer.abstract_state, backend.overlap_io)
         facts = run_facts(config, tokenizer, prepared.manifests, precision)
-        checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle, facts=facts)
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle, config.checkpoint.keep_every, facts=facts)
         what = f"checkpoint {checkpoints.latest} of {workdir}"
         check_belongs(what, checkpoints.manifest, wanted, tokenizer)
         for manifest in prepared.manifests.values():

@@ -50,7 +50,8 @@ logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orb
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep` of them stay, and the best by validation loss.
+    """The checkpoints of one run: the newest `keep` of them stay, the best by validation loss, and those of each
+    multiple of `keep_every` steps (0: no others).
 
     What a kill left half-written is removed, and what is damaged is set aside and named, before anything is read.
 
@@ -63,10 +64,16 @@ class Checkpoints:
     """
 
     def __init__(
-        self, workdir: Path, keep: int, max_concurrent_bytes: int = 0, *, facts: Mapping[str, Any] | None = None
+        self,
+        workdir: Path,
+        keep: int,
+        max_concurrent_bytes: int = 0,
+        keep_every: int = 0,
+        *,
+        facts: Mapping[str, Any] | None = None,
     ):
         self.folder = Path(workdir).absolute() / "checkpoints"
-        self.keep, self._facts = keep, dict(facts or {})
+        self.keep, self.keep_every, self._facts = keep, keep_every, dict(facts or {})
         latest, losses = from_main_process(self._clean)
         self._losses: dict[int, float | None] = {int(step): loss for step, loss in losses.items()}
         self._whole = set() if latest is None else {latest}  # steps that this process found whole, or wrote
@@ -192,6 +199,18 @@ class Checkpoints:
                     "file system, cannot be trusted: choose another --workdir"
                 )
 
+    def save_params(self, step: int, params: Any) -> None:
+        """Saves weights that no training here has led to. Raises OSError in one line when it fails."""
+        with self._written():
+            _check_space(self.folder, num_bytes(params))
+            if self._is_main:
+                write_atomically(self.folder / BEGUN, str(step))
+            self._manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)), force=True)
+        self._losses[step] = None
+        facts = {"step": step, LOSS: None, "arrays": digests({"params": params})}
+        self._sealing = self._sealer.submit(self._seal, step, facts | self._facts)
+        self.wait()
+
     def restore(self, abstract_state: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest whole state and data position, laid out on the devices of `shardings`, whichever saved them.
 
@@ -273,7 +292,7 @@ class Checkpoints:
         steps = sorted(self._losses)
         best = _best_step(self._losses)
         for step in steps[: -self.keep]:
-            if step != best:
+            if step != best and not (self.keep_every and step % self.keep_every == 0):
                 if self._is_main:
                     _remove(self.folder, step)
                 del self._losses[step]
@@ -508,6 +527,17 @@ def _first_not_finite(tree: Any) -> str:
 
 def _key_name(key: Any) -> str:
     return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+
+def save_params(workdir: Path, step: int, params: Any, facts: Mapping[str, Any]) -> None:
+    """Writes weights alone as the checkpoint of a step: of a model that was trained elsewhere, to be read.
+
+    `facts` of the model go into its manifest, in JSON's types. Raises OSError in one line when it fails.
+    """
+    throttle = max_concurrent_bytes(params, overlap_io=False)
+    checkpoints = Checkpoints(workdir, keep=1, max_concurrent_bytes=throttle, facts=facts)
+    checkpoints.save_params(step, params)
+    checkpoints.close()
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:

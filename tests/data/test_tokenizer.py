@@ -10,7 +10,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tale_jax.config import TokenizerConfig
-from tale_jax.data.tokenizer import Tokenizer, check_tokenizer, fillable_vocab_size, sample_evenly, train_tokenizer
+from tale_jax.data.tokenizer import (
+    SentencePieceTokenizer,
+    Tokenizer,
+    check_tokenizer,
+    fillable_vocab_size,
+    sample_evenly,
+    train_tokenizer,
+)
 
 TEXT = [
     "Once upon a time there was a fox. The fox had a red tail,\nand a red hat!\n\nIt went to the town. ",
@@ -20,11 +27,11 @@ TEXT = [
 
 
 @functools.cache
-def trained(vocab_size: int = 360) -> Tokenizer:
+def trained(vocab_size: int = 360) -> SentencePieceTokenizer:
     return train_tokenizer(TEXT * 5, TokenizerConfig(vocab_size, "", 10_000_000))
 
 
-def foreign(**options) -> Tokenizer:
+def foreign(**options) -> SentencePieceTokenizer:
     """A model such as other programs make."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -33,7 +40,7 @@ def foreign(**options) -> Tokenizer:
         minloglevel=4,
         **({"vocab_size": 360, "model_type": "bpe", "byte_fallback": True, "character_coverage": 1.0} | options),
     )
-    return Tokenizer(model.getvalue())
+    return SentencePieceTokenizer(model.getvalue())
 
 
 @settings(deadline=None)
@@ -90,7 +97,7 @@ def test_a_foreign_model_with_a_space_before_the_text_is_lossless_too(text):
 
 
 @functools.cache
-def foreign_with_prefix() -> Tokenizer:
+def foreign_with_prefix() -> SentencePieceTokenizer:
     return foreign(
         normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True
     )
@@ -186,7 +193,7 @@ def test_files_that_are_no_model(tmp_path):
 
 def test_words_longer_and_more_than_the_cache_holds(monkeypatch):
     monkeypatch.setattr("tale_jax.data.tokenizer.MAX_CACHED_WORDS", 5)
-    tokenizer = Tokenizer(trained().model)
+    tokenizer = SentencePieceTokenizer(trained().model)
     text = " ".join(f"word{n}" for n in range(20)) + " " + "x" * 10_000
     for _ in range(2):
         assert tokenizer.encode(text).tolist() == trained().encode(text).tolist() == tokenizer.encode_uncached(text)
@@ -219,6 +226,6 @@ def test_large_vocabularies_have_ids_of_four_bytes(monkeypatch):
     monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "vocab_size", lambda self: 1 << 16)
     monkeypatch.setattr("tale_jax.data.tokenizer._token_bytes", lambda library, index: b"")
     monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "id_to_piece", lambda self, index: "x")
-    assert Tokenizer(trained().model).dtype == np.dtype("<u2")
+    assert SentencePieceTokenizer(trained().model).dtype == np.dtype("<u2")
     monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "vocab_size", lambda self: (1 << 16) + 1)
-    assert Tokenizer(trained().model).dtype == np.dtype("<u4")
+    assert SentencePieceTokenizer(trained().model).dtype == np.dtype("<u4")

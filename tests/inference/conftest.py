@@ -26,7 +26,7 @@ def make_model(tokenizer):
     """Makes a model and random weights, so large that some tokens are much likelier than others."""
 
     def make(dtype=jnp.float32, **changes):
-        shape = {"num_layers": 2, "embed_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48}
+        shape = {"num_layers": 2, "embed_dim": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 48}
         config = dataclasses.replace(build_config().model, **(shape | {"seq_len": CONTEXT} | changes))
         model = Transformer(config, tokenizer.vocab_size, dtype)
         params = model.init(jax.random.PRNGKey(0), jnp.zeros((1, 4), jnp.int32))["params"]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tale_jax.inference.sampling import SamplingParams, filter_logits, sample_token
+from tale_jax.inference.sampling import SamplingParams, filter_logits, penalize, sample_token
 
 
 def sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
@@ -79,7 +79,7 @@ def test_frequencies_are_the_probabilities(settings):
     rows, logits = 20_000, np.random.default_rng(0).normal(size=50).astype(np.float32) * 2
     logits[:3], seen = -np.inf, np.zeros(50, bool)
     keys = jax.random.split(jax.random.PRNGKey(0), rows)
-    tokens = sample_token(jnp.tile(logits, (rows, 1)), jnp.tile(seen, (rows, 1)), sampling(**settings), keys)
+    tokens = sample_token(jnp.tile(logits, (rows, 1)), jnp.tile(seen, (rows, 1)), sampling(**settings), keys)[0]
     expected = rows * reference(logits, seen, **settings)
     observed = np.bincount(tokens, minlength=50)
     assert observed[expected == 0].sum() == 0
@@ -96,11 +96,46 @@ def test_frequencies_are_the_probabilities(settings):
 def test_greedy_takes_the_first_of_the_most_likely(settings):
     logits = jnp.array([[1.0, 5.0, 5.0, 0.0], [0.0, 0.0, 0.0, 0.0], [9.0, -1.0, 0.0, 8.9]])
     keys = jax.random.split(jax.random.PRNGKey(0), 3)
-    tokens = sample_token(logits, jnp.zeros((3, 4), bool), sampling(**settings), keys)
+    tokens = sample_token(logits, jnp.zeros((3, 4), bool), sampling(**settings), keys)[0]
     np.testing.assert_array_equal(tokens, [1, 0, 0])
 
 
 def test_the_penalty_counts_where_greedy_decides():
     logits, seen = jnp.array([[2.0, 1.9, -1.0]]), jnp.array([[True, False, False]])
     settings = sampling(temperature=0.0, repetition_penalty=1.2)
-    assert int(sample_token(logits, seen, settings, jax.random.split(jax.random.PRNGKey(0), 1))[0]) == 1
+    token, _ = sample_token(logits, seen, settings, jax.random.split(jax.random.PRNGKey(0), 1))
+    assert token.tolist() == [1]
+
+
+def test_every_row_may_have_settings_of_its_own_and_none_changes_another():
+    """Rows with all kinds of settings together, and each one alone: equal bits."""
+    rng = np.random.default_rng(0)
+    kinds = [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5, "temperature": 0.7}, {"min_p": 0.1}, {"top_k": 1}]
+    rows = len(kinds)
+    logits, seen = jnp.asarray(rng.normal(size=(rows, 90)), jnp.float32), jnp.asarray(rng.random((rows, 90)) < 0.2)
+    counts, keys = jnp.asarray(rng.integers(0, 3, (rows, 90)), jnp.int32), jax.random.split(jax.random.PRNGKey(0), rows)
+    numbers = [sampling(**kind, repetition_penalty=1 + 0.1 * row) for row, kind in enumerate(kinds)]
+    more = {
+        "frequency_penalty": jnp.linspace(-1, 1, rows),
+        "presence_penalty": jnp.linspace(1, -1, rows),
+        "logit_bias": jnp.asarray(rng.normal(size=(rows, 90)), jnp.float32),
+    }
+    together = SamplingParams(*(jnp.stack(x) for x in zip(*(n[:5] for n in numbers), strict=True)), **more)
+    tokens, filtered = jax.jit(sample_token)(logits, seen, together, keys, counts)
+    quiet = sampling(temperature=0.0)
+    for row in range(rows):
+        # The same row among rows that ask for nothing.
+        alone = [jnp.full((rows,), value).at[row].set(n) for value, n in zip(quiet[:5], numbers[row][:5], strict=True)]
+        token, kept = jax.jit(sample_token)(logits, seen, SamplingParams(*alone, **more), keys, counts)
+        assert token[row] == tokens[row]
+        np.testing.assert_array_equal(kept[row], filtered[row])
+
+
+def test_bias_and_penalties_are_the_sums_they_say():
+    logits, seen = jnp.array([[2.0, -1.0, 0.5, 3.0]]), jnp.array([[True, True, False, False]])
+    settings = sampling(repetition_penalty=2.0)._replace(
+        frequency_penalty=jnp.array([0.5]), presence_penalty=jnp.array([0.25]), logit_bias=jnp.array([[0.0, 0, 1, -9]])
+    )
+    counts = jnp.array([[0, 3, 1, 0]], jnp.int32)
+    np.testing.assert_allclose(penalize(logits, seen, settings, counts), [[1.0, -2 - 1.75, 1.5 - 0.75, -6]])
+    np.testing.assert_allclose(penalize(logits, seen, settings._replace(logit_bias=None)), [[1.0, -2.0, 0.5, 3.0]])

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tale_jax.model.attention import attend_one, attention, causal_mask, document_segments, rotary_angles, rotate
+from tale_jax.model.attention import (
+    attention,
+    causal_mask,
+    document_segments,
+    rotary_angles,
+    rotary_frequencies,
+    rotate,
+)
+from tale_jax.model.decoding import attend_one
 
 
 def inputs(length, heads=4, kv_heads=2, width=8, dtype=jnp.float32):
@@ -104,7 +112,20 @@ def test_segments_count_documents():
 def test_rotation_is_a_product_with_complex_numbers():
     """Pair i of a head is multiplied by exp(i * position * base ** (-2i / width)), so lengths stay."""
     x, positions = inputs(7)[0], jnp.broadcast_to(jnp.arange(7) + 3, (2, 7))
-    found = np.asarray(rotate(x, rotary_angles(positions, 8, 100.0)))
+    found = np.asarray(rotate(x, rotary_angles(positions, rotary_frequencies(8, 100.0))))
     pairs = np.asarray(x[..., :4]) + 1j * np.asarray(x[..., 4:])
     turned = pairs * np.exp(1j * np.arange(3, 10)[:, None] * 100.0 ** (-np.arange(4) / 4))
     np.testing.assert_allclose(found[..., :4] + 1j * found[..., 4:], turned, atol=1e-5)
+
+
+def test_scaled_frequencies_are_those_of_llama_3():
+    """By the wavelengths of Llama 3.1's paper code: short ones stay, long ones are divided, between them a mean."""
+    plain = 500_000.0 ** (-np.arange(0, 128, 2) / 128)
+    wavelengths = 2 * np.pi / plain
+    share = (8192 / wavelengths - 1.0) / (4.0 - 1.0)
+    wanted = np.where(wavelengths < 8192 / 4, plain, plain / 8)
+    between = (wavelengths >= 8192 / 4) & (wavelengths <= 8192)
+    wanted[between] = ((1 - share) * plain / 8 + share * plain)[between]
+    assert between.any() and (wavelengths > 8192).any()
+    np.testing.assert_allclose(rotary_frequencies(128, 500_000.0, 8.0, 8192), wanted, rtol=2e-5)
+    np.testing.assert_array_equal(rotary_frequencies(128, 500_000.0, 0.0, 5), rotary_frequencies(128, 500_000.0))

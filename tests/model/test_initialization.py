@@ -10,7 +10,7 @@ import pytest
 from helpers import build_config
 
 from tale_jax.config import ModelConfig
-from tale_jax.model.attention import causal_mask, rotary_angles, rotate
+from tale_jax.model.attention import causal_mask, rotary_angles, rotary_frequencies, rotate
 from tale_jax.model.layers import rms_norm
 from tale_jax.model.transformer import Transformer
 from tale_jax.training.state import init_state
@@ -22,6 +22,7 @@ def model_config(**changes) -> ModelConfig:
     shape = {"num_layers": 3, "embed_dim": 32, "num_heads": 4, "mlp_dim": 48, "seq_len": 16}
     shape |= {"zero_init_outputs": False, "induction_init": True, **changes}
     shape.setdefault("num_kv_heads", shape["num_heads"])
+    shape.setdefault("head_dim", shape["embed_dim"] // shape["num_heads"])
     return dataclasses.replace(build_config().model, **shape)
 
 
@@ -41,7 +42,7 @@ def test_induction_init_looks_one_token_back(changes):
         query, key = ((x @ attention[name]["kernel"][0, :, : c.head_dim])[:, None] for name in ("query", "key"))
         if c.qk_norm:
             query, key = (rms_norm(y, jnp.ones(c.head_dim), c.norm_eps) for y in (query, key))
-        angles = rotary_angles(positions, c.head_dim, c.rope_base)
+        angles = rotary_angles(positions, rotary_frequencies(c.head_dim, c.rope_base))
         scores = jnp.einsum("bnth,bnsh->ts", rotate(query, angles), rotate(key, angles)) / c.head_dim**0.5
         return jax.nn.softmax(jnp.where(causal_mask(positions, positions)[0], scores, -1e30), axis=-1)
 

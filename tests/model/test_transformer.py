@@ -11,8 +11,8 @@ import pytest
 from helpers import assert_trees_close, assert_trees_equal, build_config
 
 from tale_jax.model import transformer
+from tale_jax.model.decoding import Cache
 from tale_jax.model.transformer import (
-    Cache,
     Transformer,
     count_parameters,
     flops_per_token,
@@ -29,6 +29,7 @@ def make(materialize_transposes=False, remat="none", dtype=jnp.float32, **change
     names = {"num_layers": 3, "embed_dim": 32, "num_heads": 4, "mlp_dim": 48, "seq_len": 16, "zero_init_outputs": False}
     names |= {"mask_documents": False, "induction_init": False}
     config = dataclasses.replace(build_config().model, **(names | changes))
+    config = dataclasses.replace(config, head_dim=config.embed_dim // config.num_heads)
     model = Transformer(config, V, dtype, materialize_transposes, remat)
     params = model.init(jax.random.PRNGKey(0), jnp.zeros((1, 4), jnp.int32))["params"]
     leaves, tree = jax.tree_util.tree_flatten(params)

@@ -14,10 +14,10 @@ from tale_jax.training import checkpoint as checkpoint_module
 from tale_jax.training.checkpoint import Checkpoints, SavedParams, check_checkpoint, max_concurrent_bytes
 
 
-def save(folder, keep, losses):
+def save(folder, keep, losses, **more):
     """Checkpoints at steps 1, 2, ... with these validation losses (None: not known)."""
     trainer = tiny_trainer()
-    checkpoints, state = Checkpoints(folder, keep), trainer.init()
+    checkpoints, state = Checkpoints(folder, keep, **more), trainer.init()
     for step, loss in enumerate(losses, start=1):
         state = state.replace(step=state.step + 1)
         checkpoints.save(step, state, {"examples": 8 * step}, loss)
@@ -64,6 +64,11 @@ def test_saved_on_one_device_restored_on_eight_and_back(tmp_path):
 def test_keeps_the_newest_and_the_best(tmp_path):
     save(tmp_path, 2, [3.0, 1.0, 2.0, None, 2.5])
     assert kept(tmp_path) == [2, 4, 5]
+
+
+def test_keeps_multiples_too(tmp_path):
+    save(tmp_path, 1, [3.0, 2.0, 1.0, 4.0, 5.0, 6.0, 7.0], keep_every=2)
+    assert kept(tmp_path) == [2, 3, 4, 6, 7]
 
 
 def test_the_best_is_known_after_a_restart(tmp_path):

@@ -1,0 +1,46 @@
+"""What `transformers` makes of exported folders. Run by tests/interop with one of two versions on the path.
+
+python transformers_side.py REQUESTS.json ANSWERS.json     one answer for each request: see `answer`
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+import transformers
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """For a folder: logits of `ids`, the greedy tokens after them, and the ids of texts."""
+    folder = request["folder"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    result: dict[str, Any] = {"class": type(model).__name__, "tied": model.config.tie_word_embeddings}
+    with torch.no_grad():
+        ids = torch.tensor([request["ids"]])
+        result["logits"] = model(ids).logits[0].double().tolist()
+        if request.get("greedy"):
+            for _ in range(request["greedy"]):
+                logits = model(ids).logits[0, -1]
+                logits[request["never"]] = -torch.inf
+                ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
+            result["greedy"] = ids[0, len(request["ids"]) :].tolist()
+    if request.get("texts"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        result["texts"] = [tokenizer(text, **options).input_ids for text in request["texts"]]
+        result["plain_call"] = tokenizer("Once </s>").input_ids
+        result["decoded"] = tokenizer.decode(tokenizer("Once  upon").input_ids, skip_special_tokens=True)
+    return result
+
+
+def main() -> None:
+    with open(sys.argv[1], encoding="utf-8") as file:
+        requests = json.load(file)
+    answers = {"version": transformers.__version__, "answers": [answer(request) for request in requests]}
+    with open(sys.argv[2], "w", encoding="utf-8") as file:
+        json.dump(answers, file)
+
+
+if __name__ == "__main__":
+    main()
