@@ -115,7 +115,7 @@ def check_belongs(what: str, manifest: Mapping[str, Any], config: Config, tokeni
             "or give another --workdir"
         )
     is_same = manifest.get("tokenizer", tokenizer.fingerprint) == tokenizer.fingerprint
-    if not is_same or tokenizer.vocab_size != config.tokenizer.vocab_size:
+    if not is_same or tokenizer.vocab_size > config.tokenizer.vocab_size:
         raise ValueError(f"{what} belongs to another tokenizer than the one in the workdir; restore that from a copy")
 
 
