@@ -1,6 +1,7 @@
 """What is said of a damaged or foreign workdir is done, and it is read again."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -23,8 +24,8 @@ from tale_jax.runs.experiment import open_experiment
 from tale_jax.runs.train import train
 from tale_jax.runs.verify import repair, verify
 from tale_jax.training.checkpoint import SavedParams, check_checkpoint
-from tale_jax.utils.files import check_inside
-from tale_jax.utils.manifests import MANIFEST, read_manifest, write_manifest
+from tale_jax.utils.files import check_entries, check_inside
+from tale_jax.utils.manifests import MANIFEST, hash_file, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -207,6 +208,22 @@ def test_what_is_a_link_or_too_long_is_put_right(tmp_path):
     file.write_text("{}")
     check_inside(file.parent, file, 2)
     assert refusal(check_inside, file.parent, file, 1).endswith("restore it")
+
+
+def test_pipes_and_files_that_claim_more_than_there_is_are_removed_as_told(tmp_path):
+    folder = tmp_path / "workdir"
+    folder.mkdir()
+    os.mkfifo(folder / "log.txt")
+    assert refusal(check_entries, folder).endswith("must be a file or folder, and is a pipe or device; remove it")
+    with pytest.raises(OSError, match="it is no regular file"):
+        hash_file(folder / "log.txt")
+    (folder / "log.txt").unlink()
+    with (folder / "train.bin").open("wb") as file:
+        file.truncate(1 << 42)
+    assert refusal(check_entries, folder).endswith("of which the disk has 0; remove it, or restore it from a copy")
+    (folder / "train.bin").write_bytes(b"0" * 10**5)
+    check_entries(folder)
+    assert hash_file(folder / "train.bin")[1] == 10**5
 
 
 def test_what_verify_finds_is_mended_as_it_says(run):
