@@ -69,8 +69,9 @@ def open_experiment(
     config = Config.load(workdir)
     saved = SavedParams(workdir)
     if not saved.steps:
+        why = ", ".join(f"{step}: {fault}" for step, fault in saved.faults.items()) or "none"
         raise ValueError(
-            f"workdir={workdir} must hold a checkpoint (none that is whole in {saved.folder}); train first with "
+            f"workdir={workdir} must hold a checkpoint that is whole (in {saved.folder}: {why}); train first with "
             "launch/train.py"
         )
     if step and step not in saved.steps:
