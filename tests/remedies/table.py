@@ -382,7 +382,12 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "line {} is {}": MENDED,
         "verify --repair": MENDED,
     },
-    "tale_jax/utils/files.py": {"put the file itself there": LINKS, "and has {}; restore it": LINKS},
+    "tale_jax/utils/files.py": {
+        "put the file itself there": LINKS,
+        "and has {}; restore it": LINKS,
+        "is a pipe or device; remove it": LINKS,
+        "remove it, or restore it from a copy": LINKS,
+    },
     "tale_jax/utils/extras.py": {"-m pip install -e": LIBRARY},
     "tale_jax/utils/paths.py": {
         "must name a file or folder": HOME,
@@ -408,6 +413,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "give another --workdir": (f"{RUNS}test_a_writer_is_stopped_as_told"),
     },
     "tale_jax/utils/manifests.py": {
+        "it is no regular file": LINKS,
         "{} is missing": "tests/utils/test_manifests.py::test_every_change_is_found_and_named",
         "{} is too large": "tests/utils/test_manifests.py::test_every_change_is_found_and_named",
         "{} is damaged": "tests/utils/test_manifests.py::test_every_change_is_found_and_named",

@@ -6,7 +6,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import SEQ_LEN, VOCAB_SIZE, assert_trees_close, assert_trees_equal, build_config, take_steps, tiny_trainer
+from helpers import SEQ_LEN, assert_trees_close, assert_trees_equal, build_config, take_steps, tiny_trainer
 
 from tale_jax.config import Config, change
 from tale_jax.data.token_files import load_manifest
@@ -18,8 +18,7 @@ SHAPE = {
     "model.embed_dim": 32,
     "model.num_heads": 4,
     "model.seq_len": SEQ_LEN,
-    "tokenizer.vocab_size": VOCAB_SIZE,
-    "tokenizer.path": "none.model",
+    "tokenizer.vocab_size": build_config().tokenizer.vocab_size,
     "ema.decay": 0.9,
 }
 
@@ -34,7 +33,7 @@ def averaged(tmp_path_factory, trained):
         checkpoints.save(step, states[step], {}, loss)
     checkpoints.close()
     build_config(**SHAPE).save(workdir)
-    shutil.copytree(trained / "tokenizer", workdir / "tokenizer")  # of another run: a vocabulary of 64 has none
+    shutil.copytree(trained / "tokenizer", workdir / "tokenizer")
     return workdir, states
 
 
