@@ -29,7 +29,6 @@ CONFIG_BACK = f"{WORKDIRS}test_a_config_comes_back_by_the_command_that_is_told"
 COPY = f"{WORKDIRS}test_a_tokenizer_or_settings_of_another_run_are_restored_from_a_copy"
 WINDOWS = f"{WORKDIRS}test_damaged_windows_are_removed_as_told_and_made_again"
 PASSED_OVER = f"{WORKDIRS}test_a_damaged_checkpoint_is_passed_over_or_restored"
-PIPES = f"{WORKDIRS}test_pipes_and_files_that_claim_more_than_there_is_are_removed_as_told"
 LINKS = f"{WORKDIRS}test_what_is_a_link_or_too_long_is_put_right"
 MENDED = f"{WORKDIRS}test_what_verify_finds_is_mended_as_it_says"
 MACHINE = "tests/remedies/test_machine.py::"
@@ -386,8 +385,8 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "tale_jax/utils/files.py": {
         "put the file itself there": LINKS,
         "and has {}; restore it": LINKS,
-        "and is a pipe or device": PIPES,
-        "{} {}; remove it": PIPES,
+        "is a pipe or device; remove it": LINKS,
+        "remove it, or restore it from a copy": LINKS,
     },
     "tale_jax/utils/extras.py": {"-m pip install -e": LIBRARY},
     "tale_jax/utils/paths.py": {
@@ -414,7 +413,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "give another --workdir": (f"{RUNS}test_a_writer_is_stopped_as_told"),
     },
     "tale_jax/utils/manifests.py": {
-        "it is no regular file": PIPES,
+        "it is no regular file": LINKS,
         "{} is missing": "tests/utils/test_manifests.py::test_every_change_is_found_and_named",
         "{} is too large": "tests/utils/test_manifests.py::test_every_change_is_found_and_named",
         "{} is damaged": "tests/utils/test_manifests.py::test_every_change_is_found_and_named",
