@@ -69,8 +69,9 @@ def open_experiment(
     config = Config.load(workdir)
     saved = SavedParams(workdir)
     if not saved.steps:
+        why = ", ".join(f"{step}: {fault}" for step, fault in saved.faults.items()) or "none"
         raise ValueError(
-            f"workdir={workdir} must hold a checkpoint (none that is whole in {saved.folder}); train first with "
+            f"workdir={workdir} must hold a checkpoint that is whole (in {saved.folder}: {why}); train first with "
             "launch/train.py"
         )
     if step and step not in saved.steps:
@@ -115,7 +116,7 @@ def check_belongs(what: str, manifest: Mapping[str, Any], config: Config, tokeni
             "or give another --workdir"
         )
     is_same = manifest.get("tokenizer", tokenizer.fingerprint) == tokenizer.fingerprint
-    if not is_same or tokenizer.vocab_size != config.tokenizer.vocab_size:
+    if not is_same or tokenizer.vocab_size > config.tokenizer.vocab_size:
         raise ValueError(f"{what} belongs to another tokenizer than the one in the workdir; restore that from a copy")
 
 

@@ -194,9 +194,8 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
                 checkpoints.save(step, state, batches.get_state(), None)  # does nothing where this step was saved
             checkpoints.close()
         if stop.number:
-            progress.print(
-                f"stopped at step {step} of {config.total_steps}, saved; the same command goes on from there"
-            )
+            where = f"at step {step} of {config.total_steps}, saved" if step else "before the first step"
+            progress.print(f"stopped {where}; the same command goes on from there")
         keep_peak(backend, plan.precision, hooks.peak_flops)
         return Outcome(step, config.total_steps, stop.number, first_step, checkpoints.best or step)
 

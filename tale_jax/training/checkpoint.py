@@ -320,8 +320,9 @@ class SavedParams:
                 notice(f"checkpoint {step} has no digests, as earlier versions wrote it; it is taken as it is")
             elif step != _begun(self.folder):  # by a run that goes on at this moment, perhaps
                 self.faults[step] = fault(self.folder, step)
-                notice(f"checkpoint {step} is not used: {self.faults[step]}")
         self.steps = sorted(self.manifests)
+        for step, why in self.faults.items() if self.steps else ():  # else that is the reason to stop, of one line
+            notice(f"checkpoint {step} is not used: {why}")
 
     def __enter__(self) -> "SavedParams":
         options = ocp.CheckpointManagerOptions(create=False, read_only=True)

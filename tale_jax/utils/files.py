@@ -82,9 +82,15 @@ def check_entries(folder: Path) -> None:
                     todo.append(Path(entry.path))
                 elif not stat.S_ISREG(status.st_mode):
                     raise ValueError(f"{entry.path} must be a file or folder, and is a pipe or device; remove it")
-                elif status.st_size > max(LONG_FILE, MAX_SPARSENESS * 512 * status.st_blocks):
+                elif status.st_size > max(LONG_FILE, MAX_SPARSENESS * 512 * status.st_blocks) and _has_hole(entry.path):
                     size = f"claims {status.st_size:,} bytes, of which the disk has {512 * status.st_blocks:,}"
                     raise ValueError(f"{entry.path} {size}; remove it, or restore it from a copy")
+
+
+def _has_hole(path: str) -> bool:
+    """Whether a file is sparse; some file systems count no blocks, but they know of no holes either."""
+    with open(path, "rb") as file:
+        return os.lseek(file.fileno(), 0, os.SEEK_HOLE) < os.fstat(file.fileno()).st_size
 
 
 def sync_folder(folder: Path) -> None:

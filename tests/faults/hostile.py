@@ -152,6 +152,8 @@ def sign(workdir: Path) -> None:
 
     for path in (workdir / "config.json", *(workdir / "windows").glob("*.json")):
         with contextlib.suppress(Exception):
+            if path.is_symlink():
+                continue  # it would be written through
             values = json.loads(path.read_text())
             if path.parent.name == "windows":
                 from tale_jax.utils.manifests import hash_file
@@ -161,6 +163,8 @@ def sign(workdir: Path) -> None:
             path.write_text(json.dumps(values | {"digest": digest_of(values)}))
     for folder in (workdir / "checkpoints").glob("[0-9]*"):
         with contextlib.suppress(Exception):
+            if any(path.is_symlink() for path in (folder.parent, folder, folder / "manifest.json")):
+                continue
             facts = json.loads((folder / "manifest.json").read_text())
             facts = {name: value for name, value in facts.items() if name not in ("files", "sha256")}
             write_manifest(folder, facts)

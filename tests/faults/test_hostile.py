@@ -63,7 +63,8 @@ def test_workdirs_from_elsewhere_are_read_or_refused(tmp_path):
         "train",
         "--config=configs/tales.py:tiny",
         *(f"--config.model.{setting}" for setting in tiny),
-        *("--config.corpus.num_train_tales=60", "--config.tokenizer.vocab_size=320", "--config.total_steps=2"),
+        *(f"--config.corpus.num_{split}_tales={count}" for split, count in (("train", 60), ("valid", 2), ("test", 2))),
+        *("--config.tokenizer.vocab_size=320", "--config.total_steps=2"),
         *("--config.backend.platform=cpu", "--config.precision=float32", "--config.checkpoint.every_steps=1"),
         f"--workdir={base}",
     )

@@ -400,7 +400,6 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "line {} is {}": MENDED,
         "verify --repair": MENDED,
     },
-    "tale_jax/utils/files.py": {"put the file itself there": LINKS, "and has {}; restore it": LINKS},
     "tale_jax/bench/serving.py": {
         "must answer with texts": f"{SERVE}test_a_load_is_asked_for_as_it_is_told",
         "must be the address of a server": f"{SERVE}test_a_load_is_asked_for_as_it_is_told",
@@ -507,6 +506,11 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "tale_jax/serve/settings.py": {
         "must {}; try --{}={}": f"{SERVE}test_a_setting_that_is_corrected_as_told_serves",
         "must be as a browser sends it": f"{SERVE}test_a_setting_that_is_corrected_as_told_serves",
+    "tale_jax/utils/files.py": {
+        "put the file itself there": LINKS,
+        "and has {}; restore it": LINKS,
+        "is a pipe or device; remove it": LINKS,
+        "remove it, or restore it from a copy": LINKS,
     },
     "tale_jax/utils/extras.py": {"-m pip install -e": LIBRARY},
     "tale_jax/utils/paths.py": {
@@ -534,6 +538,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "give another --workdir": (f"{RUNS}test_a_writer_is_stopped_as_told"),
     },
     "tale_jax/utils/manifests.py": {
+        "it is no regular file": LINKS,
         "{} is missing": "tests/utils/test_manifests.py::test_every_change_is_found_and_named",
         "{} is too large": "tests/utils/test_manifests.py::test_every_change_is_found_and_named",
         "{} is damaged": "tests/utils/test_manifests.py::test_every_change_is_found_and_named",

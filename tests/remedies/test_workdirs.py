@@ -1,6 +1,7 @@
 """What is said of a damaged or foreign workdir is done, and it is read again."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -20,11 +21,12 @@ from tale_jax.data.token_files import iter_documents, load_manifest, load_tokens
 from tale_jax.data.tokenizer import Tokenizer, tokenizer_file
 from tale_jax.runs.evaluate import evaluate
 from tale_jax.runs.experiment import open_experiment
+from tale_jax.runs.report import write_report
 from tale_jax.runs.train import train
 from tale_jax.runs.verify import repair, verify
 from tale_jax.training.checkpoint import SavedParams, check_checkpoint
-from tale_jax.utils.files import check_inside
-from tale_jax.utils.manifests import MANIFEST, read_manifest, write_manifest
+from tale_jax.utils.files import check_entries, check_inside
+from tale_jax.utils.manifests import MANIFEST, hash_file, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -197,7 +199,7 @@ def test_a_checkpoint_that_is_none_is_named(run, capsys):
     assert refusal(check_checkpoint, folder, 10) == "it is a link, and must be the folder itself"
 
 
-def test_what_is_a_link_or_too_long_is_put_right(tmp_path):
+def test_what_is_a_link_or_too_long_is_put_right(tmp_path, cpu):
     (tmp_path / "workdir").mkdir()
     (tmp_path / "other").write_text("{}")
     file = tmp_path / "workdir" / "config.json"
@@ -207,6 +209,30 @@ def test_what_is_a_link_or_too_long_is_put_right(tmp_path):
     file.write_text("{}")
     check_inside(file.parent, file, 2)
     assert refusal(check_inside, file.parent, file, 1).endswith("restore it")
+    # Deep in it, and what is no file: nothing of it is read.
+    odd = tmp_path / "workdir" / "checkpoints" / "7" / "odd"
+    odd.parent.mkdir(parents=True)
+    os.mkfifo(odd)
+    assert refusal(check_entries, tmp_path / "workdir").endswith("is a pipe or device; remove it")
+    with pytest.raises(OSError, match="it is no regular file"):  # of a manifest that names it
+        hash_file(odd)
+    odd.unlink()
+    with odd.open("wb") as long:
+        long.truncate(1 << 40)
+    assert refusal(check_entries, tmp_path / "workdir").endswith("remove it, or restore it from a copy")
+    odd.unlink()
+    odd.symlink_to(tmp_path / "other")
+    workdir = tmp_path / "workdir"
+    for call in (
+        lambda: check_entries(workdir),
+        lambda: Config.load(workdir),
+        lambda: train(build_config(), workdir, cpu),
+        lambda: write_report([workdir]),
+    ):
+        assert refusal(call).endswith("put the file itself there")
+    odd.unlink()
+    odd.symlink_to(file)  # inside: as good as the file
+    check_entries(tmp_path / "workdir")
 
 
 def test_what_verify_finds_is_mended_as_it_says(run):
