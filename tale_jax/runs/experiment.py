@@ -17,7 +17,7 @@ from tale_jax.config import Config
 from tale_jax.data.tokenizer import Tokenizer, tokenizer_file
 from tale_jax.model.transformer import Kernels, Transformer, make_model
 from tale_jax.training.checkpoint import SavedParams
-from tale_jax.utils.progress import Progress
+from tale_jax.utils.progress import Progress, notice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def open_experiment(
         raise ValueError(f"step={step} must be a checkpoint of {saved.folder}; there is {steps}")
     model = make_model(dataclasses.replace(config, remat="none"), backend, dtype)
     with Progress("restoring the weights", every_seconds=math.inf), saved:
-        step = step or (saved.steps[-1] if count else saved.best())
+        wanted_step, step = step, step or (saved.steps[-1] if count else saved.best())
         has_ema = saved.has_ema(step)
         steps = [s for s in saved.steps if s <= step][-max(1, count) :]
         if len(steps) < count or (weights == "ema" and not has_ema):
@@ -75,6 +75,11 @@ def open_experiment(
             )
         weights = weights if weights != "auto" else "ema" if has_ema else "last"
         params = saved.load(steps, _abstract_params(model), ema=weights == "ema")
+        note = ""
+        if not wanted_step and not count and step != saved.steps[-1]:
+            note = f"checkpoint of step {step}, the best by validation loss; the last is of step {saved.steps[-1]}"
+    if note:
+        notice(note)
     tokenizer = Tokenizer.load(tokenizer_file(workdir))
     return Experiment(workdir, config, step, weights, tokenizer, model, params)
 
