@@ -29,6 +29,7 @@ export function setSpecial(tokens) {
 export function shown(token) {
   if (!token.bytes.length) return token.id === special.bos ? "⟨start⟩" : token.id === special.eos ? "⟨end⟩" : "⟨special⟩";
   const text = token.text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+  if (/^ +$/.test(text)) return "␣".repeat(text.length);
   return text.includes("\ufffd") ? token.bytes.map((byte) => `⟨${byte.toString(16).padStart(2, "0")}⟩`).join("") : text;
 }
 
