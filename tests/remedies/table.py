@@ -506,6 +506,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "tale_jax/serve/settings.py": {
         "must {}; try --{}={}": f"{SERVE}test_a_setting_that_is_corrected_as_told_serves",
         "must be as a browser sends it": f"{SERVE}test_a_setting_that_is_corrected_as_told_serves",
+    },
     "tale_jax/utils/files.py": {
         "put the file itself there": LINKS,
         "and has {}; restore it": LINKS,
