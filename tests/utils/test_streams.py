@@ -124,7 +124,8 @@ def test_a_table_is_cut_neither_in_a_pipe_nor_on_a_terminal(tmp_path):
     """In a pipe a row is one line, however long; on a terminal it folds."""
     words = [f"word{i:03}" for i in range(40)]
     code = (
-        "from tale_jax.utils.streams import table_console; import rich.table; table = rich.table.Table(box=None, show_header=False); "
+        "from tale_jax.utils.streams import table_console; import rich.table; "
+        "table = rich.table.Table(box=None, show_header=False); "
         f"table.add_row(*{[' '.join(words[i::2]) for i in range(2)]!r}); table_console().print(table)"
     )
     piped = subprocess.run(python(code), capture_output=True, text=True, check=True)
