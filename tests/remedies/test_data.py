@@ -33,7 +33,7 @@ from tale_jax.data.prepare import prepare
 from tale_jax.data.readers import Cut, read_documents, texts
 from tale_jax.data.text_files import find_files, read_text
 from tale_jax.data.token_files import load_tokens
-from tale_jax.data.tokenizer import Tokenizer, check_tokenizer, train_tokenizer
+from tale_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, check_tokenizer, train_tokenizer
 
 WORDS = "The café’s façade was naïve, and the old crow said: go on and on.\n"
 
@@ -471,7 +471,7 @@ def test_a_tokenizer_that_cannot_be_used_is_replaced_as_told(tmp_path):
     assert size and prepared("a", **{"tokenizer.vocab_size": int(size[1])}).tokenizer.model == path.read_bytes()
     made = tmp_path / "b" / "tokenizer" / "tokenizer.model"  # "launch/prepare.py makes one"
     assert prepared("c", **{"tokenizer.path": str(made)}).tokenizer.model == made.read_bytes()
-    check_tokenizer(Tokenizer(tokenizer_model(**whole)), TokenizerConfig(340, "my.model", 0))
+    check_tokenizer(SentencePieceTokenizer(tokenizer_model(**whole)), TokenizerConfig(340, "my.model", 0))
     assert "half a surrogate pair; remove it" in refusal(Tokenizer.load(made).encode, "half \ud83d")
     assert len(Tokenizer.load(made).encode("half "))
 
