@@ -204,14 +204,16 @@ def test_what_can_be_checked_is_checked_before_the_text_is_prepared():
 
 @pytest.mark.slow
 def test_a_run_that_diverged_learns_at_the_rate_that_is_advised(tmp_path, cpu):
-    wild = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0, "checkpoint.every_steps": 1, "total_steps": 5}
+    wild = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0}
+    wild |= {"evaluate.every_steps": 100, "total_steps": 14}  # ten updates in a row are left out before it ends
     for number in range(80):
         try:
-            assert train(build_config(**SMALL | wild), tmp_path / "run", cpu).step == 5 and number
+            assert train(build_config(**SMALL | wild), tmp_path / "run", cpu).step == 14 and number
             break
         except ValueError as error:
-            rate = flags_in(str(error).partition("smaller rate, as ")[2].partition(";")[0])["optimizer.learning_rate"]
-            wild["optimizer.learning_rate"] = rate / 1e6  # and so on
+            told = re.search(r"a smaller rate, as --config\.optimizer\.learning_rate=([^;]+);", str(error))
+            assert told or number  # later ones may end between what was told and what would have worked
+            wild["optimizer.learning_rate"] = (float(told[1]) if told else wild["optimizer.learning_rate"]) / 1e6
     else:
         raise AssertionError(wild)
 
@@ -235,7 +237,7 @@ def test_memory_that_ran_out_and_the_same_command_with_less(tmp_path, cpu, monke
 
 @pytest.mark.slow
 def test_a_data_position_of_other_text(tmp_path, cpu, capsys):
-    """The windows were removed, and other text was prepared in their place."""
+    """The windows were removed, other text was prepared in their place, and the checkpoint says nothing of windows."""
     texts, workdir = tmp_path / "texts", tmp_path / "run"
     texts.mkdir()
     (texts / "book.txt").write_text("\n\n".join(SENTENCES))
@@ -249,7 +251,9 @@ def test_a_data_position_of_other_text(tmp_path, cpu, capsys):
     (workdir / "tokenizer" / "tokenizer.model").write_bytes(kept)
     for manifest in (workdir / "windows").glob("*.json"):
         values = json.loads(manifest.read_text()) | {"tokenizer": open_experiment(workdir, cpu).tokenizer.fingerprint}
-        manifest.write_text(json.dumps(values))
+        manifest.write_text(signed(values))
+    facts = read_manifest(checkpoint := workdir / "checkpoints" / "2")
+    write_manifest(checkpoint, {name: fact for name, fact in facts.items() if name not in ("files", "windows")})
     longer = small | {"total_steps": 4}
     line = refusal(train, build_config(**longer), workdir, cpu)
     assert "as when the data position was saved" in line
