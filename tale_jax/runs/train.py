@@ -387,7 +387,7 @@ class RunHooks(Hooks):
         self._meter = Meter(
             tokens_per_step=config.tokens_per_step,
             flops_per_token=record["flops_per_token"],
-            peak_flops=record["matmul_peak"] or 0,
+            peak_flops=record["matmul_peak"] or 0.0,
             tokens=record["step"] * config.tokens_per_step,
             clock=clock,
         )

@@ -209,12 +209,12 @@ class Meter:
         *,
         tokens_per_step: int,
         flops_per_token: float | int = 0,
-        peak_flops: float | int = 0,
+        peak_flops: float = 0.0,
         tokens: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._tokens_per_step = tokens_per_step
-        self._flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self._flops_per_token, self.peak_flops = flops_per_token, float(peak_flops)
         self._tokens = tokens
         self._clock = clock
         self._since: float | None = None  # start of the timed interval; None until the first step is done
