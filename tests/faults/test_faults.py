@@ -133,11 +133,12 @@ def measured(stdout):
 def test_a_signal_saves_and_the_run_goes_on(whole, tmp_path, name):
     number = getattr(signal, name)
     process = start_script("train", *RECIPE, "--config.total_steps=4000", f"--workdir={tmp_path / 'run'}")
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and '"kind": "train"' in metrics.read_text()):  # before its first step it saves nothing
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + number, stderr
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert newest_digests(tmp_path / "run")[0] >= last
