@@ -9,8 +9,8 @@ A workdir made from elsewhere is like any other: evaluate, sample and fine-tune 
 
 from pathlib import Path
 
-from absl import flags
 from cli import run
+from absl import flags
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "folder of the experiment: with --to it is read, with --from made", required=True)

@@ -8,8 +8,8 @@ Ctrl-C lets the texts under way end, and a second one ends at once.
 
 import dataclasses
 
-from absl import flags
 from cli import run
+from absl import flags
 
 FLAGS = flags.FLAGS
 WORKDIR = flags.DEFINE_multi_string("workdir", None, "folder of an experiment; may be repeated", required=True)

@@ -107,6 +107,7 @@ OTHER = {
     "schedule.seq_len_divisor": 4,
     "model.head_dim": 2,
     "optimizer.name": "muon",
+    "lora.matrices": "query,value",
 }
 
 

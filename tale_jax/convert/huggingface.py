@@ -153,7 +153,7 @@ def import_huggingface(path: Path, workdir: Path) -> None:
 
 def read_huggingface(path: Path) -> tuple[Config, Any, Tokenizer]:
     """The config, the weights and the tokenizer of a Hugging Face folder, none of which is written anywhere."""
-    theirs = _read_json(path / "config.json")
+    theirs = read_json(path / "config.json")
     tensors = open_safetensors(path)
     tokenizer = _read_tokenizer(path, theirs)
     config = our_config(theirs, path)
@@ -236,7 +236,8 @@ def _said(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of their folder. Raises ValueError, in one line, when it is missing or none."""
     if not path.is_file():
         raise ValueError(f"{path.parent} must be a Hugging Face folder (no {path.name} there); give --path=FOLDER")
     try:
@@ -251,7 +252,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_tokenizer(path: Path, theirs: Mapping[str, Any]) -> JsonTokenizer:
     """The tokenizer of the folder, with the marks of documents that its settings or config.json name."""
     beside = path / SETTINGS_FILE
-    settings = _read_json(beside) if beside.is_file() else {}
+    settings = read_json(beside) if beside.is_file() else {}
     if (path / JSON_FILE).is_file():
         name = path / JSON_FILE
         specification = name.read_bytes()

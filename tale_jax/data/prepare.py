@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -47,6 +48,7 @@ CHARACTER_SAMPLE_BYTES = 1 << 21  # text whose characters are counted
 TOKEN_DEVIATION, DOCUMENT_DEVIATION = 2.8, 0.2
 MIN_TOLD_INTERVAL = 0.03  # nats per token; a smaller half width is not worth a word
 CHANGED_NOTE = "the text has changed: prepared again, with the same tokenizer; the data position starts anew"
+BASE_FOLDER = "base"  # where the base of a fine-tuned workdir is looked for first: a folder in it, or a link there
 CHARACTER_COVERAGE = 0.9995  # share of those characters that SentencePiece gives a token of their own
 
 
@@ -98,6 +100,8 @@ def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
                 (workdir / name).mkdir(parents=True, exist_ok=True)
                 for partial in (workdir / name).glob("*.partial"):  # of a run that was killed
                     partial.unlink()
+    if config.base and not tokenizer_file(workdir).is_file():
+        _copy_tokenizer(base_folder(workdir, config.base), workdir)
     manifests = {split: load_manifest(workdir, split) for split in present}
     corpus = _open_corpus(config, manifests, workdir)
     old = {split: m for split, m in manifests.items() if corpus and _changed_files(m, corpus, config, len(manifests))}
@@ -107,7 +111,7 @@ def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
     if corpus and missing:
         _tell([*corpus.notes, *([CHANGED_NOTE] if old else [])], log)
         _compare_documents(corpus, log)
-    brought = tokenizer_file(workdir).name == JSON_FILE  # by a model from elsewhere: it stays
+    brought = bool(config.base) or tokenizer_file(workdir).name == JSON_FILE  # with the model: it stays
     if corpus and not manifests and not brought:
         tokenizer = _write_tokenizer(corpus, config, workdir, log)
     else:
@@ -133,6 +137,23 @@ def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
         )
         train_runs = runs if split == "train" else train_runs
     return Prepared(workdir, tokenizer, {split: manifests[split] for split in SPLITS})
+
+
+def base_folder(workdir: Path, base: str) -> Path:
+    """Where the base of a fine-tuned workdir lies: in it, or at the path that the setting `base` names."""
+    inside = Path(workdir) / BASE_FOLDER
+    return inside if inside.exists() else expand(base, "base")
+
+
+def _copy_tokenizer(base: Path, workdir: Path) -> None:
+    """The tokenizer of the base, and its chat template, for the text of this run."""
+    if not tokenizer_file(base).is_file():
+        raise ValueError(f"base={base} must hold a tokenizer (none in {base}/tokenizer); restore it")
+    partial = workdir / "tokenizer.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(base / "tokenizer", partial)
+    shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
+    partial.rename(workdir / "tokenizer")
 
 
 def describe(manifest: Manifest) -> str:

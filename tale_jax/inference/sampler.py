@@ -35,6 +35,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.inference.sampling import SamplingParams, sample_token
+from tale_jax.model.adapters import merged
 from tale_jax.model.decoding import Cache
 from tale_jax.model.transformer import Transformer
 
@@ -225,6 +226,7 @@ class Sampler:
 
     def _load(self, params: Any) -> Any:
         """The weights as decoding needs them: kernels in the compute dtype, one tree a layer, the head a matrix."""
+        params = merged(params)
         head = params["head"] if "head" in params else params["embedding"].T
         blocks = unstack_layers(params["blocks"], self.model.config.num_layers)
         return {**params, "head": head.astype(self.model.dtype), "blocks": _cast_kernels(blocks, self.model.dtype)}

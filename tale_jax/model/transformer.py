@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tale_jax.config import Config, ModelConfig
+from tale_jax.model.adapters import ADAPTERS, apply
 from tale_jax.model.attention import (
     attention,
     attention_weights,
@@ -279,7 +280,7 @@ class Transformer(nn.Module):
             block = nn.remat(Block, policy=policy, prevent_cse=not self.config.scan_layers)
         return nn.scan(
             block,
-            variable_axes={"params": 0, TAPS: 0},
+            variable_axes={"params": 0, ADAPTERS: 0, TAPS: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             out_axes=0,
@@ -310,11 +311,13 @@ def token_losses(
 ) -> Float[Array, "B T"] | Float[Array, ""]:
     """Nats of each token of a batch of windows but the first, or with `weights` their weighted sum.
 
-    Training and scoring both call this; which tokens count is said by `loss_mask`.
+    `params` may be `Adapted`.
+    Training and scoring both call this; which tokens count is said by `loss_mask`. `params` may be `Adapted`.
     """
     inputs, targets = windows[:, :-1], windows[:, 1:]
-    losses, _ = model.apply(
-        {"params": params},
+    losses, _ = apply(
+        model,
+        params,
         inputs,
         segments=document_segments(inputs, bos_id) if model.config.mask_documents else None,
         targets=targets,

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tale_jax.config import Config
 from tale_jax.data.corpus import SPLITS
 from tale_jax.data.loader import Batches, window_starts
-from tale_jax.data.prepare import Prepared, prepare
+from tale_jax.data.prepare import Prepared, base_folder, prepare
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans, per
 from tale_jax.hardware.backend import Backend
@@ -35,6 +35,7 @@ from tale_jax.planning.autotune import autotune
 from tale_jax.planning.memory import memory_budget
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.plan import Plan, headline, plan_run, refusal, remedies
+from tale_jax.runs.experiment import open_base
 from tale_jax.runs.resume import resumed_config
 from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes
 from tale_jax.training.loop import Hooks, fit
@@ -97,6 +98,12 @@ def train(
     check_extras(config.metrics)
     start_time, note = start_time or time.monotonic(), ""
     was_prepared = (workdir / "windows" / f"{SPLITS[-1]}.json").is_file()
+    if config.lora.rank and not config.base:
+        raise ValueError("base= must name the model whose weights the adapters change; give --config.base=DIR")
+    if config.lora.rank and config.optimizer.name != "adamw":
+        raise mistake("optimizer.name", config.optimizer.name, "be adamw with lora.rank above 0", "try adamw")
+    if config.base and config.minutes:
+        raise mistake("minutes", config.minutes, "be 0 with a base, whose size is known", "set total_steps or passes")
     if (workdir / "config.json").is_file():
         config, note = resumed_config(config, workdir, overrides)
     elif config.minutes:
@@ -117,7 +124,7 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
         with progress.part("timing matrix products"):
             precision, reason = from_main_process(lambda: _choose_precision(config, backend))
         trainer = make_trainer(config, backend, jnp.dtype(precision), tokenizer.bos_id)
-        throttle = max_concurrent_bytes(trainer.abstract_state, backend.overlap_io)
+        throttle = max_concurrent_bytes(trainer.abstract_state.replace(base=None), backend.overlap_io)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle, config.checkpoint.keep_every)
         if (step := checkpoints.latest or 0) >= config.total_steps:
             checkpoints.close()
@@ -141,11 +148,13 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
             if is_main_process():
                 config.save(workdir)
             if checkpoints.latest is None:
-                with progress.part("drawing initial weights"):
-                    state = trainer.init()
+                with progress.part("drawing initial weights" if not config.base else "reading the base"):
+                    state = trainer.init(*_base_params(config, workdir, backend))
             else:
                 with progress.part(f"restoring checkpoint {checkpoints.latest}"):
                     state, position = checkpoints.restore(trainer.abstract_state, trainer.state_shardings)
+                    if config.lora.rank:
+                        state = state.replace(base=trainer.init(*_base_params(config, workdir, backend)).base)
                 if config.corpus.changed == "continue" and not batches.is_in_this_text(position):
                     progress.print("the text has changed: training goes on with the weights, at the start of it")
                 else:
@@ -160,6 +169,10 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
             hooks = RunHooks(config, workdir, tokenizer, trainer, checkpoints, batches, sinks, progress, record, stop)
             if config.windows == "document":
                 hooks.score_training_text(tokens, starts)
+            if config.base:
+                hooks.score_base_text(base_folder(workdir, config.base))
+                if step == 0:
+                    hooks.on_base(state)
             scheduled = scheduled_batches(hooks.timed(batches), config.schedule, config.total_steps, step)
             state, step = fit(trainer, state, scheduled, hooks, step)
             checkpoints.save(step, state, batches.get_state(), None)  # does nothing where this step was saved
@@ -169,6 +182,11 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
                 f"stopped at step {step} of {config.total_steps}, saved; the same command goes on from there"
             )
         return Outcome(step, config.total_steps, stop.number, first_step)
+
+
+def _base_params(config: Config, workdir: Path, backend: Backend) -> tuple[Any, ...]:
+    """The weights to start from; empty where they are random."""
+    return (open_base(workdir, config, backend).params,) if config.base else ()
 
 
 def _choose_precision(config: Config, backend: Backend) -> list[str]:
@@ -342,7 +360,7 @@ class RunHooks(Hooks):
         decoder = trainer.model.clone(dtype=jnp.float32)
         self._sampler = Sampler(decoder, None, tokenizer, batch_size=min(config.sample.num_samples, MAX_SAMPLE_ROWS))
         self._replicate = jax.jit(lambda tree: tree, out_shardings=trainer.replicated)
-        self._bos_id = tokenizer.bos_id
+        self._tokenizer, self._bos_id = tokenizer, tokenizer.bos_id
         self._scorer = Scorer(
             trainer.model,
             tokenizer,
@@ -354,6 +372,7 @@ class RunHooks(Hooks):
         self._evaluation = Evaluation(
             workdir, "valid", self._scorer, tokenizer, config.windows, max_windows=config.evaluate.max_windows
         )
+        self._base_evaluation: Evaluation | None = None
         self._train_tokens: np.ndarray | None = None
         self._train_spans: list[Span] = []
 
@@ -368,6 +387,17 @@ class RunHooks(Hooks):
         context = self._config.model.seq_len
         self._train_tokens = tokens
         self._train_spans = list(first_document_spans(tokens, chosen, context, self._bos_id))
+
+    def score_base_text(self, base: Path) -> None:
+        """Before the first step and after the last, the text of the base is scored too: what was forgotten."""
+        if (base / "windows" / "valid.json").is_file():
+            tokenizer, windows = self._tokenizer, Config.load(base).windows
+            maximum = self._config.evaluate.max_windows
+            self._base_evaluation = Evaluation(base, "valid", self._scorer, tokenizer, windows, max_windows=maximum)
+
+    def on_base(self, state: TrainState) -> None:
+        """The model before the first step."""
+        self._evaluate(state.eval_params, 0)
 
     def timed(self, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """The batches; how long the loop waits for them is measured."""
@@ -426,12 +456,17 @@ class RunHooks(Hooks):
             if self._train_tokens is not None:
                 nats, counts, _ = self._scorer(params, self._train_tokens, self._train_spans, part.advance)
                 result["train_nats_per_token"] = per(float(nats.sum()), float(counts.sum()))
+            if self._base_evaluation and step in (0, self._config.total_steps):
+                old = self._base_evaluation(params)
+                result |= {f"base_{name}": old[name] for name in ("nats_per_token", "bits_per_byte")}
         keep = ("nats_per_token", "nats_per_token_stderr", "bits_per_byte", "tokens", "windows", "split_windows")
-        keep += ("excess_nats_per_token", "train_nats_per_token")
+        keep += ("excess_nats_per_token", "train_nats_per_token", "base_nats_per_token", "base_bits_per_byte")
         self._sinks.write(
             {"kind": "valid", "step": step, "time": time.time()} | {k: result[k] for k in keep if k in result}
         )
         excess = f", {result['excess_nats_per_token']:.4f} over the floor" if "excess_nats_per_token" in result else ""
+        if (forgotten := result.get("base_nats_per_token")) is not None:
+            excess += f"; on the base's own text {forgotten:.4f} nats/token"
         nats, bits = (
             "–" if result[name] is None else format(result[name], form)
             for name, form in (("nats_per_token", ".4f"), ("bits_per_byte", ".3f"))

@@ -76,7 +76,10 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(params=arrays, meta=meta))
 
     def restore(self, abstract_state: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest state and data position, laid out on the devices of `shardings`, whichever saved them."""
+        """The newest state and data position, laid out on the devices of `shardings`, whichever saved them.
+
+        The weights of a base are not saved: `base` of the result is that of `abstract_state`.
+        """
         step = self.latest
         if step is None:
             raise ValueError(f"{self.folder} must hold a checkpoint; train first")
@@ -86,7 +89,7 @@ class Checkpoints:
         items = {name: ocp.args.StandardRestore(arrays) for name, arrays in _arrays(target).items()}
         found = _restore(self._manager, step, ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
         scale = target.scale and _restored_scale(target.scale, _read_meta(self._manager, step))
-        state = TrainState(params=found.params, ema_params=found.get("ema"), scale=scale, **found.training)
+        state = abstract_state.replace(params=found.params, ema_params=found.get("ema"), scale=scale, **found.training)
         return state, dict(found.data)
 
     def wait(self) -> None:
