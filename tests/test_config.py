@@ -490,7 +490,9 @@ def test_an_older_format_had_fewer_settings(tmp_path, number):
     for later in range(number + 1, FORMAT + 1):
         for group, names in config_module.NEW_SETTINGS[later].items():
             for name in names:
-                del values[group][name]
+                del (values[group] if group else values)[name]
+            if group and not values[group]:
+                del values[group]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert Config.load(tmp_path) == build_config()
 

@@ -34,7 +34,9 @@ def config_of(variant, base, text, workdir="", **changes):
     return with_base(Config.build(values), workdir, set(changes))
 
 
-@pytest.mark.parametrize("variant", ["full", "lora", pytest.param("dora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "variant", [pytest.param("full", marks=pytest.mark.slow), "lora", pytest.param("dora", marks=pytest.mark.slow)]
+)
 def test_a_base_is_fine_tuned_and_resumes_to_the_bit(variant, trained, text, tmp_path, cpu):
     straight, halted = tmp_path / "straight", tmp_path / "halted"
     config = config_of(variant, trained, text)
@@ -60,6 +62,7 @@ def test_a_base_is_fine_tuned_and_resumes_to_the_bit(variant, trained, text, tmp
         assert evaluate(one, num_samples=0)["params"] == evaluate(old, num_samples=0)["params"]
 
 
+@pytest.mark.slow
 def test_another_base_is_refused_and_a_moved_one_found(trained, text, tmp_path, cpu):
     base, workdir = tmp_path / "bases" / "one", tmp_path / "run"
     shutil.copytree(trained, base)
@@ -76,6 +79,7 @@ def test_another_base_is_refused_and_a_moved_one_found(trained, text, tmp_path, 
         open_experiment(workdir, cpu)
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_is_a_base(trained, text, tmp_path, cpu):
     export_model(open_experiment(trained, cpu), "huggingface", tmp_path / "theirs")
     workdir = tmp_path / "run"
