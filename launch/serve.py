@@ -7,15 +7,18 @@ Ctrl-C lets the texts under way end, and a second one ends at once.
 """
 
 import dataclasses
+import sys
+from pathlib import Path
 
-from cli import run
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under `python -P`
+from cli import define_path, run
 from absl import flags
 
 FLAGS = flags.FLAGS
-WORKDIR = flags.DEFINE_multi_string("workdir", None, "folder of an experiment; may be repeated", required=True)
+WORKDIR = define_path("workdir", "folder", "folder of an experiment; may be repeated", required=True, several=True)
 flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0: other machines may call, too")
 flags.DEFINE_integer("port", 8000, "port to listen on; 0: any that is free")
-flags.DEFINE_string("api_key_file", "", "file of keys, one a line, one of which each request must bring; empty: none")
+define_path("api_key_file", "file", "file of keys, one a line, one of which each request must bring; left out: none")
 CORS = flags.DEFINE_multi_string("cors_origin", [], "other page that may call from a browser, as https://example.org")
 flags.DEFINE_integer("max_body_bytes", 1_000_000, "of a request")
 flags.DEFINE_integer("rows", 32, "texts that a model writes at a time")
@@ -26,12 +29,13 @@ flags.DEFINE_string("weights", "auto", "last, ema, auto (ema where there is one)
 
 
 def main(_: list[str]) -> None:
-    from tale_jax.serve.server import ServerSettings, serve
+    from tale_jax.serve.settings import ServerSettings
 
-    values = {
-        field.name: FLAGS[field.name].value for field in dataclasses.fields(ServerSettings) if field.name in FLAGS
-    }
-    serve(WORKDIR.value, ServerSettings(**values, cors_origins=tuple(CORS.value)))
+    names = [field.name for field in dataclasses.fields(ServerSettings) if field.name in FLAGS]
+    settings = ServerSettings(**{name: FLAGS[name].value for name in names}, cors_origins=tuple(CORS.value))
+    from tale_jax.serve.server import serve  # needs the extra
+
+    serve(WORKDIR.value, settings)
 
 
 if __name__ == "__main__":

@@ -298,11 +298,11 @@ class CorpusConfig(Group):
         if self.name == "hub" and not self.train_split:
             yield "train_split", "name a split of the dataset", "try train"
         if self.name == "files" and not self.path.strip():
-            yield "path", "name a file, folder or glob", "try corpus.path=my-texts/"
+            yield "path", "name a file, folder or glob", "try --config.corpus.path=my-texts/"
         if self.encoding and not is_text_encoding(self.encoding):
             yield "encoding", "be a text encoding that Python knows", _similar_encodings(self.encoding)
         if self.changed not in ("", "continue"):
-            yield "changed", 'be "" or continue', "try corpus.changed=continue"
+            yield "changed", 'be "" or continue', "try --config.corpus.changed=continue"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,10 +362,14 @@ class ModelConfig(Group):
         if kv_heads and heads % kv_heads:
             yield "num_kv_heads", f"divide model.num_heads={heads}", f"try {nearest_divisor(heads, kv_heads)}"
         if self.induction_match and not self.induction_init:
-            yield "induction_match", "be False without model.induction_init", "set model.induction_init=True"
+            yield "induction_match", "be False without model.induction_init", "set --config.model.induction_init=True"
         if self.induction_init and (kv_heads or heads) == 1:
             rule = "be False unless another key/value head is left for the rest"
-            yield "induction_init", rule, "set model.num_kv_heads=0" if heads > 1 else "set model.num_heads=2"
+            yield (
+                "induction_init",
+                rule,
+                ("set --config.model.num_kv_heads=0" if heads > 1 else "set --config.model.num_heads=2"),
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,7 +420,8 @@ class OptimizerConfig(Group):
 
     def broken(self) -> Broken:
         if self.normuon_beta and self.name != "muon":
-            yield "normuon_beta", f"be 0 where optimizer.name={self.name}", "set optimizer.name=muon"
+            remedy = "set --config.optimizer.normuon_beta=0, or --config.optimizer.name=muon"
+            yield "normuon_beta", f"be 0 where optimizer.name={self.name}", remedy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -458,10 +463,11 @@ class SampleConfig(Group):
     temperature: float = setting(0.7, "what logits are divided by", not_negative, off="always the likeliest token")
 
     def broken(self) -> Broken:
+        remedy = 'set --config.sample.prompt="" to start documents'
         if self.prompt and not self.prompt.strip():
-            yield "prompt", "hold more than white space", 'set sample.prompt="" to start documents'
+            yield "prompt", "hold more than white space", remedy
         if any("\ud800" <= character <= "\udfff" for character in self.prompt):
-            yield "prompt", "be text (half a surrogate pair is none)", 'set sample.prompt="" to start documents'
+            yield "prompt", "be text (half a surrogate pair is none)", remedy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -540,7 +546,8 @@ class Config(Group):
     def broken(self) -> Broken:
         batch, micro, length = self.batch_size, self.micro_batch_size, self.model.seq_len
         if not self.total_steps and self.passes <= 0:
-            yield "passes", "be positive when total_steps=0", "try passes=1.0, or set total_steps"
+            remedy = "try --config.passes=1.0, or set --config.total_steps=1000"
+            yield "passes", "be positive when total_steps=0", remedy
         if 0 < self.total_steps < self.schedule.warmup_steps:
             yield "schedule.warmup_steps", *_warmup_rule(self.total_steps)
         if micro and batch % micro:
@@ -775,7 +782,7 @@ def _similar_encodings(name: str) -> str:
 
 
 def _warmup_rule(total_steps: int) -> tuple[str, str]:
-    return f"not exceed total_steps={total_steps}", "try schedule.warmup_steps=0 (2 % of the run)"
+    return f"not exceed total_steps={total_steps}", "try --config.schedule.warmup_steps=0 (2 % of the run)"
 
 
 def _default_warmup(total_steps: int) -> int:

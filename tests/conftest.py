@@ -28,11 +28,14 @@ from remedies.reached import (  # noqa: E402, F401  (hooks)
 
 from tale_jax.hardware.backend import Backend, start_backend  # noqa: E402
 
+# JAX is set here as a run sets it: a test module that makes an array when it is imported would start it otherwise.
+CPU = dataclasses.replace(start_backend("cpu"), devices=(jax.devices()[0],))
 
-@pytest.fixture(scope="session", autouse=True)
+
+@pytest.fixture(scope="session")
 def cpu() -> Backend:
-    """One CPU device, whatever the tests simulate; and JAX set for every test as a run sets it."""
-    return dataclasses.replace(start_backend("cpu"), devices=(jax.devices()[0],))
+    """One CPU device, whatever the tests simulate."""
+    return CPU
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,9 @@ def refusal(**changes: Any) -> str:
 def suggested(line: str, name: str) -> dict[str, Any]:
     """The setting that the remedy of an error about `name` tells to make, by dotted name."""
     remedy = line.rpartition("; ")[2]
-    found = re.match(r"(?:try |set |did you mean )(?:([a-z_]+(?:\.[a-z0-9_]+)?)=)?(\"[^\"]*\"|[^ ,?]+)", remedy)
+    found = re.match(
+        r"(?:try |set |did you mean )(?:--config\.)?(?:([a-z_]+(?:\.[a-z0-9_]+)?)=)?(\"[^\"]*\"|[^ ,?]+)", remedy
+    )
     assert found, line
     target, text = found[1] or name, found[2]
     kind = type(SETTINGS[target].default)
@@ -223,24 +225,25 @@ def test_a_misspelled_choice_gets_the_nearest(name):
         ({"model.num_kv_heads": 10**15}, "model.num_heads=6; try 6"),
         (
             {"model.induction_match": True},
-            "model.induction_match=True must be False without model.induction_init; set model.induction_init=True",
+            "model.induction_match=True must be False without model.induction_init; set --config.model.induction_init=True",
         ),
         (
             {"model.induction_init": True, "model.num_kv_heads": 1},
             "model.induction_init=True must be False unless another key/value head is left for the rest; set "
-            "model.num_kv_heads=0",
+            "--config.model.num_kv_heads=0",
         ),
-        ({"model.induction_init": True, "model.num_heads": 1}, "for the rest; set model.num_heads=2"),
+        ({"model.induction_init": True, "model.num_heads": 1}, "for the rest; set --config.model.num_heads=2"),
         (
             {"model.induction_init": True, "model.num_heads": 1, "model.num_kv_heads": 1},
-            "for the rest; set model.num_heads=2",
+            "for the rest; set --config.model.num_heads=2",
         ),
-        ({"model.induction_init": True, "model.num_heads": 1, "model.embed_dim": 6}, "set model.num_heads=2"),
+        ({"model.induction_init": True, "model.num_heads": 1, "model.embed_dim": 6}, "set --config.model.num_heads=2"),
         ({"batch_size": 8, "micro_batch_size": 3}, "micro_batch_size=3 must divide batch_size=8; try 2"),
         ({"batch_size": 1 << 20, "micro_batch_size": 10**15}, "must divide batch_size=1048576; try 1048576"),
         (
             {"optimizer.normuon_beta": 0.95},
-            "optimizer.normuon_beta=0.95 must be 0 where optimizer.name=adamw; set optimizer.name=muon",
+            "optimizer.normuon_beta=0.95 must be 0 where optimizer.name=adamw; set --config.optimizer.normuon_beta=0, or "
+            "--config.optimizer.name=muon",
         ),
         (
             {"schedule.short_seq_fraction": 0.5, "schedule.seq_len_divisor": 3, "model.seq_len": 208},
@@ -248,20 +251,29 @@ def test_a_misspelled_choice_gets_the_nearest(name):
         ),
         ({"schedule.short_seq_fraction": 0.5, "model.seq_len": 1}, "must divide model.seq_len=1; try 1"),
         ({"schedule.short_seq_fraction": 0.5, "model.seq_len": 1048573}, "must divide model.seq_len=1048573; try"),
-        ({"corpus.name": "files"}, 'corpus.path="" must name a file, folder or glob; try corpus.path=my-texts/'),
+        (
+            {"corpus.name": "files"},
+            'corpus.path="" must name a file, folder or glob; try --config.corpus.path=my-texts/',
+        ),
         ({"corpus.name": "hub"}, 'corpus.hub_name="" must name a dataset when corpus.name=hub; try ag_news'),
         ({"corpus.name": "hub", "corpus.hub_name": "x", "corpus.train_split": ""}, "name a split of the dataset; try"),
         ({"tokenizer.vocab_size": 260}, "tokenizer.vocab_size=260 must be at least 261"),
         ({"corpus.encoding": "uft-16"}, 'corpus.encoding="uft-16" must be a text encoding that Python knows; did you'),
         ({"corpus.encoding": "rot13"}, 'corpus.encoding="rot13" must be a text encoding that Python knows; try cp1252'),
-        ({"corpus.changed": "yes"}, 'corpus.changed="yes" must be "" or continue; try corpus.changed=continue'),
-        ({"sample.prompt": " \n"}, 'must hold more than white space; set sample.prompt="" to start documents'),
-        ({"sample.prompt": "x\ud800"}, "must be text (half a surrogate pair is none); set sample.prompt"),
+        (
+            {"corpus.changed": "yes"},
+            'corpus.changed="yes" must be "" or continue; try --config.corpus.changed=continue',
+        ),
+        ({"sample.prompt": " \n"}, 'must hold more than white space; set --config.sample.prompt="" to start documents'),
+        ({"sample.prompt": "x\ud800"}, "must be text (half a surrogate pair is none); set --config.sample.prompt"),
         (
             {"total_steps": 5, "schedule.warmup_steps": 6},
-            "schedule.warmup_steps=6 must not exceed total_steps=5; try schedule.warmup_steps=0 (2 % of the run)",
+            "schedule.warmup_steps=6 must not exceed total_steps=5; try --config.schedule.warmup_steps=0 (2 % of the run)",
         ),
-        ({"passes": 0.0}, "passes=0.0 must be positive when total_steps=0; try passes=1.0, or set total_steps"),
+        (
+            {"passes": 0.0},
+            "passes=0.0 must be positive when total_steps=0; try --config.passes=1.0, or set --config.total_steps=1000",
+        ),
     ],
 )
 def test_a_broken_rule_between_settings_is_one_line_and_following_it_helps(changes, line):

@@ -23,7 +23,14 @@ from typing import Any
 
 import numpy as np
 
+from tale_jax.utils.files import json_line
+from tale_jax.utils.streams import printable, say
+
 MEMORY, SAMPLED = "process_resident_memory_bytes", "tale_jax_sampled_tokens_total"
+HEAD = (
+    "{method} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n"
+    "Connection: close\r\n\r\n"
+)
 REST_SECONDS = 60  # that a server has to come to rest
 
 
@@ -57,8 +64,7 @@ class _Client:
     async def post(self, seed: int) -> AsyncIterator[tuple[int, asyncio.StreamReader]]:
         """The status and the body of an answer to a request for a text."""
         body = json.dumps(self.body | {"seed": seed}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        head = HEAD.format(method="POST", path="/v1/completions", host=self.host, length=len(body))
         reader, writer = await asyncio.open_connection(self.host, self.port)
         try:
             writer.write(head.encode() + body)
@@ -71,7 +77,7 @@ class _Client:
 
     async def metrics(self) -> str:
         reader, writer = await asyncio.open_connection(self.host, self.port)
-        writer.write(f"GET /metrics HTTP/1.1\r\nHost: {self.host}\r\nConnection: close\r\n\r\n".encode())
+        writer.write(HEAD.format(method="GET", path="/metrics", host=self.host, length=0).encode())
         text = (await reader.read()).decode()
         writer.close()
         return text
@@ -90,7 +96,8 @@ class _Client:
                 await asyncio.sleep(0.1)
                 return
             if status != 200:
-                raise ValueError(f"the server answered {status}: {(await reader.read()).decode(errors='replace')}")
+                said = printable((await reader.read()).decode(errors="replace"))
+                raise ValueError(f"{self.host}:{self.port} must answer with texts, and answered {status}: {said}")
             async for line in reader:
                 if not line.startswith(b"data: {"):
                     continue
@@ -161,7 +168,7 @@ async def _rest(client: _Client) -> float:
 def _client(url: str, body: dict[str, Any]) -> _Client:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme != "http" or not parts.hostname:
-        raise ValueError(f"url={url} must be that of a server; try --url=http://127.0.0.1:8000")
+        raise ValueError(f"url={url} must be the address of a server; give it as http://127.0.0.1:8000")
     return _Client(parts.hostname, parts.port or 80, body | {"stream": True})
 
 
@@ -182,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--clients", default="1,8,32,128", help="numbers of clients, one measurement each")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each measurement")
     parser.add_argument("--max_tokens", type=int, default=200, help="of each text")
-    parser.add_argument("--leave", type=int, default=0, help="clients that leave in the middle; 0: none")
+    parser.add_argument("--leave", type=int, default=0, help="clients that go in the middle; 0: none")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args(argv)
     body = {"prompt": "", "max_tokens": options.max_tokens, "temperature": 0.8}
@@ -195,11 +202,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     loads, rest = asyncio.run(run())
     if options.json:
-        print(json.dumps({"loads": [dataclasses.asdict(load) for load in loads], "rest_seconds": rest}))
+        print(json_line({"loads": [dataclasses.asdict(load) for load in loads], "rest_seconds": rest}))
         return
-    print(describe(loads))
+    say(describe(loads))
     if rest is not None:
-        print(f"{options.leave} clients left in the middle; the server was at rest {rest:.2f} s later")
+        say(f"{options.leave} clients left in the middle; the server was at rest {rest:.2f} s later")
 
 
 if __name__ == "__main__":

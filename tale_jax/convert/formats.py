@@ -15,7 +15,9 @@ from tale_jax.convert.gguf import export_gguf
 from tale_jax.convert.huggingface import export_huggingface, import_huggingface, our_config, read_json
 from tale_jax.convert.ollama import export_ollama
 from tale_jax.data.prepare import BASE_FOLDER
-from tale_jax.runs.experiment import Experiment
+from tale_jax.hardware.backend import start_backend
+from tale_jax.runs.experiment import Experiment, open_experiment
+from tale_jax.utils.paths import fault_of, printable_path
 
 EXPORTS: dict[str, Callable[[Experiment, Path, str], None]] = {
     "huggingface": export_huggingface,
@@ -23,6 +25,49 @@ EXPORTS: dict[str, Callable[[Experiment, Path, str], None]] = {
     "ollama": export_ollama,
 }
 IMPORTS: dict[str, Callable[[Path, Path], None]] = {"huggingface": import_huggingface}
+
+
+def convert(
+    workdir: Path,
+    *,
+    to: str = "",
+    out: Path | None = None,
+    dtype: str = "float32",
+    step: int = 0,
+    weights: str = "auto",
+    source: str = "",
+    path: Path | None = None,
+) -> Path:
+    """What `launch/convert.py` does: the model of a workdir out to a format, or one in from a `source`.
+
+    Args:
+      workdir: is read, or with `source` made.
+      to, out, dtype: format of `EXPORTS`, what to make, and the dtype of its weights.
+      step, weights: of the checkpoint, as `open_experiment` has them.
+      source, path: format of `IMPORTS`, and what to read.
+
+    Returns:
+      what was made.
+
+    Raises:
+      ValueError: in one line, for what cannot be done; nothing is made then.
+    """
+    if bool(source) == bool(to):
+        raise ValueError("give one of --to=FORMAT (with --out=PATH) and --from=FORMAT (with --path=FOLDER)")
+    needed, unused = ("out", "path") if to else ("path", "out")
+    given = {"out": out, "path": path}
+    if (needed_path := given[needed]) is None:
+        raise ValueError(f"--{needed} is missing; give --{needed}=PATH")
+    if given[unused] is not None:
+        raise ValueError(f"--{unused} has no use with --{'to' if to else 'from'}; leave it out")
+    backend = start_backend("cpu")
+    if source:
+        import_model(source, needed_path, workdir)
+        return workdir
+    _check("workdir", workdir, "folder")
+    _check("out", needed_path, "path to make")
+    export_model(open_experiment(workdir, backend, step, weights=weights), to, needed_path, dtype)
+    return needed_path
 
 
 def export_model(experiment: Experiment, to: str, out: Path, dtype: str = "float32") -> None:
@@ -33,8 +78,7 @@ def export_model(experiment: Experiment, to: str, out: Path, dtype: str = "float
 
 def import_model(source: str, path: Path, workdir: Path) -> None:
     """Makes a workdir, which must not be there, of a model in `path`. Raises ValueError, in one line, if it cannot."""
-    if not path.is_dir():
-        raise ValueError(f"--path={path} must be a folder; give the one that holds config.json")
+    _check("path", path, "folder")
     with _made_whole(workdir, "workdir") as partial:
         IMPORTS[source](path, partial)
 
@@ -66,13 +110,17 @@ def is_huggingface(path: Path) -> bool:
     return (path / "config.json").is_file() and "model_type" in read_json(path / "config.json")
 
 
+def _check(flag: str, path: Path, kind: str) -> None:
+    if fault := fault_of(path, kind):
+        raise ValueError(f"--{flag}={printable_path(path)} {fault}")
+
+
 @contextmanager
 def _made_whole(path: Path, flag: str) -> Iterator[Path]:
     """A name beside `path` to write to, which becomes `path` at the end; nothing is left if anything goes wrong."""
-    if path.exists() or path.is_symlink():
-        raise ValueError(f"--{flag}={path} must not exist yet, so that nothing is lost; remove it or give another name")
+    _check(flag, path, "path to make")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f".{path.name[:200]}.partial")
     _remove(partial)
     try:
         yield partial

@@ -28,6 +28,7 @@ from tale_jax.data.json_tokenizer import JsonTokenizer
 from tale_jax.data.tokenizer import SPACE, Tokenizer
 from tale_jax.model.attention import rotary_frequencies
 from tale_jax.runs.experiment import Experiment
+from tale_jax.utils.extras import missing_extra
 
 FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 Q8_BLOCK = 32  # weights of a row that share a scale
@@ -62,7 +63,7 @@ def export_gguf(experiment: Experiment, out: Path, dtype: str = "float32") -> No
     try:
         import gguf
     except ImportError:
-        raise ValueError("--to=gguf needs the convert extra: pip install -e .[convert]") from None
+        raise ValueError(missing_extra("--to=gguf", "gguf", "convert")) from None
     c, tokenizer = experiment.config.model, experiment.tokenizer
     if c.qk_norm and c.rope_scaling:
         raise ValueError("model.rope_scaling must be 0 with model.qk_norm for gguf; write --to=huggingface")
@@ -231,7 +232,9 @@ def _of_byte_level(tokenizer: JsonTokenizer) -> Vocabulary:
     if not pre:
         said = json.dumps([kind for kind, _ in cut])
         known = ", ".join(PRE_TOKENIZERS)
-        raise ValueError(f"the tokenizer's pre-tokenizers {said} must be those of {known} for gguf; no gguf for it")
+        raise ValueError(
+            f"the tokenizer's pre-tokenizers {said} must be those of {known} for gguf; write --to=huggingface"
+        )
     kinds = [NORMAL] * len(pieces)
     for index in tokenizer.added:
         kinds[index] = CONTROL if index in tokenizer.special_ids else USER_DEFINED
@@ -243,7 +246,9 @@ def _of_byte_level(tokenizer: JsonTokenizer) -> Vocabulary:
 def _pieces(tokenizer: JsonTokenizer) -> list[str]:
     """The token of each id; ids that have none get a name."""
     if tokenizer.specification["model"]["type"] != "BPE":
-        raise ValueError("the tokenizer must be byte-pair encoding for gguf, and is a unigram model; no gguf for it")
+        raise ValueError(
+            "the tokenizer must be byte-pair encoding for gguf, and is a unigram model; write --to=huggingface"
+        )
     found = (tokenizer.library.id_to_token(index) for index in range(tokenizer.vocab_size))
     return [f"[PAD{index}]" if piece is None else piece for index, piece in enumerate(found)]
 

@@ -168,12 +168,13 @@ def our_config(theirs: Mapping[str, Any], path: Path) -> Config:
     name, family = path / "config.json", theirs.get("model_type")
     if family not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES)
-        raise ValueError(f"{name}: model_type={_said(family)} must be {known}; other architectures are not supported")
+        raise ValueError(f"{name}: model_type={_said(family)} must be {known}; bring a model of one of these")
     for field, allowed in ONLY.items():
         if theirs.get(field) not in allowed:
-            raise ValueError(f"{name}: {field}={_said(theirs[field])} is not supported; it must be {_said(allowed[0])}")
+            rule = f"must be {_said(allowed[0])}, and no other is supported"
+            raise ValueError(f"{name}: {field}={_said(theirs[field])} {rule}; bring another model")
     if any(kind != "full_attention" for kind in theirs.get("layer_types") or ()):
-        raise ValueError(f"{name}: layer_types must all be full_attention; sliding windows are not supported")
+        raise ValueError(f"{name}: layer_types must all be full_attention; bring a model without sliding windows")
     heads = _number(theirs, "num_attention_heads", name)
     default_head_dim = 128 if family == "qwen3" else 0
     base, scaling, original_len = _rope(theirs, name)
@@ -210,15 +211,17 @@ def _rope(theirs: Mapping[str, Any], name: Path) -> tuple[float, float, int]:
     scaling = dict(theirs.get("rope_scaling") or {}) or parameters
     base = parameters.get("rope_theta") or scaling.get("rope_theta") or theirs.get("rope_theta") or 10_000.0
     if not isinstance(base, int | float) or not 0 < base < math.inf:
-        raise ValueError(f"{name}: rope_theta={_said(base)} must be a number above 0")
+        raise ValueError(f"{name}: rope_theta={_said(base)} must be a number above 0; copy the file again")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return float(base), 0.0, ModelConfig().rope_original_len
     if kind != "llama3":
-        raise ValueError(f"{name}: rope scaling of type {_said(kind)} is not supported; it must be default or llama3")
+        raise ValueError(f"{name}: rope scaling of type {_said(kind)} must be default or llama3; bring another model")
     for field, wanted in (("low_freq_factor", SLOW_TURNS), ("high_freq_factor", FAST_TURNS)):
         if scaling.get(field, wanted) != wanted:
-            raise ValueError(f"{name}: rope scaling with {field}={_said(scaling[field])} is not supported; {wanted} is")
+            raise ValueError(
+                f"{name}: rope scaling with {field}={_said(scaling[field])} must have {wanted}; bring another model"
+            )
     factor = _number(scaling, "factor", name, kind=float)
     return float(base), float(factor), _number(scaling, "original_max_position_embeddings", name)
 
@@ -294,11 +297,14 @@ def _check_tensors(tensors: Tensors, shapes: Any, config: Config, path: Path) ->
             raise ValueError(f"{path} must hold {name}, as its config.json has it; copy the folder again")
         if tensors.shapes[name] != shape:
             found = list(tensors.shapes[name])
-            raise ValueError(f"{path}: {name} has the shape {found} and must have {list(shape)}, by its config.json")
+            raise ValueError(
+                f"{path}: {name} has the shape {found} and must have {list(shape)}, by its config.json; copy the "
+                "folder again"
+            )
     ignored = {"lm_head.weight"} if config.model.tie_embeddings else set()
     surplus = [name for name in tensors.shapes if name not in {*expected, *ignored} and "rotary_emb" not in name]
     if surplus:
-        raise ValueError(f"{path}: {_said(min(surplus))} has no place in our model; it is not a plain Llama or Qwen3")
+        raise ValueError(f"{path}: {_said(min(surplus))} has no place in our model; bring a plain Llama or Qwen3")
 
 
 def _check_vocabulary(tokenizer: Tokenizer, rows: int, path: Path) -> None:
@@ -307,5 +313,5 @@ def _check_vocabulary(tokenizer: Tokenizer, rows: int, path: Path) -> None:
     if padding and (padding < 0 or rows % PADDED_TO or padding > max(PADDED_TO, MAX_PADDING * rows)):
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and must have the {rows} of the embedding; "
-            "it belongs to another model"
+            "it belongs to another model; copy the one of this model"
         )

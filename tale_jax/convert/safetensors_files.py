@@ -21,6 +21,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
+from tale_jax.utils.extras import missing_extra
+
 MAX_HEADER = 100_000_000  # bytes, as the library of the format has it
 MAX_RANK = 8
 READABLE = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -153,6 +155,6 @@ def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     try:
         from safetensors.numpy import save_file
     except ImportError:
-        raise ValueError("--to=huggingface needs the convert extra: pip install -e .[convert]") from None
+        raise ValueError(missing_extra("--to=huggingface", "safetensors", "convert")) from None
     save_file(dict(arrays), path, metadata={"format": "pt"})  # transformers wants to be told: it has no "np"
     path.chmod(0o644)  # the library gives it to its owner alone

@@ -16,6 +16,7 @@ import sentencepiece
 
 from tale_jax.data.json_tokenizer import JsonTokenizer
 from tale_jax.data.tokenizer import SPACE, SentencePieceTokenizer, Tokenizer
+from tale_jax.utils.extras import missing_extra
 
 PROBE = "aﬁ  a"  # what normalisation, or the squeezing of spaces, would change
 UNSEEN = ("\u0378", "\U000e01f0")  # no characters, so that no vocabulary has them
@@ -54,7 +55,7 @@ def tokenizer_json(model: bytes, bos_id: int, prefix: bool = False, name: str = 
         import tokenizers
         from tokenizers import decoders, models, normalizers, processors
     except ImportError:
-        raise ValueError(f"{name} needs the convert extra: pip install -e .[convert]") from None
+        raise ValueError(missing_extra(name, "tokenizers", "convert")) from None
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     _check_kind(sp, name)
     space = SPACE if prefix else " "

@@ -123,7 +123,7 @@ class FileSplits:
         name = f"corpus.path={printable(self._config.path)}"
         limit = self._config.max_train_bytes
         more = (
-            f"raise corpus.max_train_bytes={limit} to {MIN_CORPUS_BYTES} or more"
+            f"set --config.corpus.max_train_bytes={MIN_CORPUS_BYTES} or more (it is {limit})"
             if 0 < limit < MIN_CORPUS_BYTES
             else "add text"
         )

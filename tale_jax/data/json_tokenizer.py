@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import UInt
 
 from tale_jax.data.tokenizer import JSON_FILE, SPACE, Tokenizer, check_unicode
+from tale_jax.utils.extras import missing_extra
 from tale_jax.utils.files import write_atomically
 
 SETTINGS_FILE = "tokenizer_config.json"
@@ -142,7 +143,7 @@ def _library_tokenizer(text: str, name: str) -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise ValueError(f"{name} needs the convert extra: pip install -e .[convert]") from None
+        raise ValueError(missing_extra(name, "tokenizers", "convert")) from None
     try:
         library = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises Exception itself

@@ -103,7 +103,7 @@ class Batches:
         if batch_size % process_count:
             raise ValueError(
                 f"batch_size={batch_size} must be divisible by the {process_count} processes; "
-                f"try batch_size={max(1, batch_size // process_count) * process_count}"
+                f"try --config.batch_size={max(1, batch_size // process_count) * process_count}"
             )
         # grain shuffles pass n by seed + n: neighbouring seeds would share their orders, one pass apart.
         shuffle_seed = int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "big"), digest_size=4).digest(), "big")
@@ -164,4 +164,5 @@ class Batches:
 
 def _enough_windows(tokens: Integer[np.ndarray, " N"], starts: Integer[np.ndarray, " windows"], batch_size: int) -> str:
     """The setting that makes one batch of so few windows; shorter ones where there is none."""
-    return f"batch_size={len(starts)}" if len(starts) else f"model.seq_len={max(1, (len(tokens) - 1) // batch_size)}"
+    length = max(1, (len(tokens) - 1) // batch_size)
+    return f"--config.batch_size={len(starts)}" if len(starts) else f"--config.model.seq_len={length}"

@@ -119,7 +119,7 @@ def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
     if brought and tokenizer.vocab_size > config.tokenizer.vocab_size:
         raise ValueError(
             f"tokenizer.vocab_size={config.tokenizer.vocab_size} must be that of {tokenizer_file(workdir)}; "
-            f"try tokenizer.vocab_size={tokenizer.vocab_size}"
+            f"try --config.tokenizer.vocab_size={tokenizer.vocab_size}"
         )
     for split, manifest in manifests.items():
         _check_settings(manifest, config, None if split in old else corpus, tokenizer, workdir, len(manifests))
@@ -290,7 +290,7 @@ def _check_settings(
     if config.model.seq_len > manifest.window_len:
         raise ValueError(
             f"model.seq_len={config.model.seq_len} must not exceed the windows of {manifest.window_len} tokens that "
-            f"{workdir} was prepared with; try model.seq_len={manifest.window_len}, or a new --workdir"
+            f"{workdir} was prepared with; try --config.model.seq_len={manifest.window_len}, or a new --workdir"
         )
     settings = relevant_settings(config.corpus)
     pairs = {f"corpus.{name}": (value, _recorded(manifest.corpus, name)) for name, value in settings.items()}

@@ -262,18 +262,19 @@ def check_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
     for special_token in ("bos_id", "eos_id"):
         if getattr(tokenizer, special_token) < 0:
             raise ValueError(
-                f'{name} must have a {special_token}, to separate documents; give another, or tokenizer.path=""'
+                f"{name} must have a {special_token}, to separate documents; give another, or "
+                '--config.tokenizer.path=""'
             )
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
             f"tokenizer.vocab_size={config.vocab_size} must be that of {name}; "
-            f"try tokenizer.vocab_size={tokenizer.vocab_size}"
+            f"try --config.tokenizer.vocab_size={tokenizer.vocab_size}"
         )
     if (decoded := tokenizer.decode(tokenizer.encode(_ROUND_TRIP_TEXT))) != _ROUND_TRIP_TEXT:
         raise ValueError(
             f"{name} must give every text back, but makes {decoded!r} of {_ROUND_TRIP_TEXT!r}; give a model with "
-            'byte_fallback, identity normalisation and remove_extra_whitespaces=False, or tokenizer.path="" to train '
-            "one"
+            'byte_fallback, identity normalisation and remove_extra_whitespaces=False, or --config.tokenizer.path="" '
+            "to train one"
         )
 
 
@@ -342,12 +343,12 @@ def _training_error(message: str, word_counts: Mapping[str, int], config: Tokeni
         max_size = int(found[1])
         return (
             f"{field} must not exceed the {max_size} tokens that the text can fill; try "
-            f"tokenizer.vocab_size={max_size}, or give more text"
+            f"--config.tokenizer.vocab_size={max_size}, or give more text"
         )
     if found := _TOO_SMALL.search(message):
         low, high = _vocab_limits(word_counts, config.vocab_size)
         needs = f"256 bytes, 4 special tokens and the text's characters, {low} in all"
-        return f"{field} must hold {needs}; try tokenizer.vocab_size={max(low, min(2 * low, high))}"
+        return f"{field} must hold {needs}; try --config.tokenizer.vocab_size={max(low, min(2 * low, high))}"
     if "sentences_.empty()" in message:
         return f"{field} needs text in the training split to learn from; give text with words in corpus.path"
     return f"{field}: SentencePiece could not be trained ({message.strip().splitlines()[0]})"

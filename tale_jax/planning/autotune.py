@@ -169,7 +169,9 @@ def autotune(
         if name in overrides:
             raise ValueError(f"{name} must not be given where minutes={config.minutes:g} decide it; leave out one")
     if jax.process_count() > 1:
-        raise ValueError(f"minutes={config.minutes:g} must be 0 where several processes train; set passes instead")
+        raise ValueError(
+            f"minutes={config.minutes:g} must be 0 where several processes train; set --config.passes=1 instead"
+        )
     log = workdir / "log.txt"
     with Progress("autotune", log=log) as progress:
         if "tokenizer.vocab_size" not in overrides:
@@ -224,7 +226,7 @@ def find_best(
         spent = 60 * config.minutes - seconds_left
         raise ValueError(
             f"minutes={config.minutes:g} must leave time to train, but {spent:.0f} s went into preparing; "
-            f"try minutes={math.ceil(spent / 15)}"
+            f"try --config.minutes={math.ceil(spent / 15)}"
         )
     return runs[best], [run for i, run in enumerate(runs) if i != best]
 

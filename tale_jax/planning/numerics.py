@@ -114,7 +114,7 @@ def choose_precision(backend: Backend, precision: str) -> tuple[Any, str]:
     correct = [check for check in checks.values() if check.correct]
     if precision != "auto":
         if not checks[precision].correct:
-            alternative = f"precision={correct[0].dtype}" if correct else "backend.platform=cpu"
+            alternative = f"--config.precision={correct[0].dtype}" if correct else "--config.backend.platform=cpu"
             raise ValueError(
                 f"precision={precision} must be numerically correct on {backend.platform}, but is not "
                 f"({checks[precision].reason}); try {alternative}"
@@ -124,7 +124,7 @@ def choose_precision(backend: Backend, precision: str) -> tuple[Any, str]:
         reasons = "; ".join(f"{check.dtype}: {check.reason}" for check in checks.values())
         raise ValueError(
             f"precision=auto finds no dtype that is numerically correct on {backend.platform} ({reasons}); "
-            "try backend.platform=cpu"
+            "try --config.backend.platform=cpu"
         )
     preference = {"float32": FLOAT32_PREFERENCE}
     best = max(correct, key=lambda check: check.tokens_per_second * preference.get(check.dtype, 1.0))

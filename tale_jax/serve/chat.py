@@ -36,7 +36,7 @@ def encode_chat(template: str, messages: Sequence[Mapping[str, str]], tokenizer:
         )
     except TemplateRefusal as error:
         raise Invalid(f"messages are refused by the chat template: {error}", "messages") from None
-    except (jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         raise Invalid(f"messages do not suit the chat template ({type(error).__name__})", "messages") from None
     if len(text) > MAX_TEXT:
         raise Invalid("messages are too long", "messages", 413)

@@ -11,7 +11,6 @@ ends at once.
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import hmac
 import importlib.metadata
@@ -22,7 +21,6 @@ import mimetypes
 import secrets
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from pathlib import Path
@@ -48,6 +46,9 @@ from tale_jax.serve.inspect import Inspector
 from tale_jax.serve.metrics import Metrics
 from tale_jax.serve.models import Model, Variant, names_of, open_model
 from tale_jax.serve.schema import MAX_CHOICES, SCHEMAS, Invalid, openapi, read
+from tale_jax.serve.settings import ServerSettings
+from tale_jax.utils.paths import printable_path
+from tale_jax.utils.streams import say, write_line
 
 PAGE = Path(__file__).parent / "page"
 BODY_SECONDS = 30  # a body takes at most
@@ -64,42 +65,6 @@ PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class ServerSettings:
-    """How the server runs.
-
-    Attributes:
-      host, port: where it listens; port 0 takes any that is free.
-      api_key_file: a file of keys, one a line, one of which each request must bring; "": none are needed.
-      cors_origins: other pages that may call the server from a browser; ("*",): all.
-      max_body_bytes: of a request.
-      rows, block_rows, max_queue: of each model's engine.
-      precision, weights: as in `launch/sample.py`.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key_file: str = ""
-    cors_origins: tuple[str, ...] = ()
-    max_body_bytes: int = 1_000_000
-    rows: int = 32
-    block_rows: int = 0
-    max_queue: int = 256
-    precision: str = "float32"
-    weights: str = "auto"
-
-    def __post_init__(self):
-        for name, holds, rule, example in (
-            ("port", 0 <= self.port < 1 << 16, "be at least 0 (any that is free) and below 65536", "8000"),
-            ("max_body_bytes", self.max_body_bytes >= 1000, "be at least 1000", "1000000"),
-            ("rows", 1 <= self.rows <= 1024, "be at least 1 and at most 1024", "32"),
-            ("block_rows", 0 <= self.block_rows <= self.rows, f"be at least 0 and at most rows={self.rows}", "0"),
-            ("max_queue", self.max_queue >= 1, "be at least 1", "256"),
-        ):
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)} must {rule}; try --{name}={example}")
 
 
 class App:
@@ -638,7 +603,7 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def serve(workdirs: Sequence[str], settings: ServerSettings) -> None:
+def serve(workdirs: Sequence[Path], settings: ServerSettings) -> None:
     """Serves the models of some workdirs until Ctrl-C, or SIGTERM.
 
     Raises ValueError, in one line, for a workdir without a model, a port that is taken, or a file without a key.
@@ -648,11 +613,10 @@ def serve(workdirs: Sequence[str], settings: ServerSettings) -> None:
     with listener:
         backend = start_backend("auto")
         dtype = choose_precision(backend, settings.precision)[0]
-        folders = [Path(workdir) for workdir in workdirs]
         options = {name: getattr(settings, name) for name in ("weights", "rows", "block_rows", "max_queue")}
         models = [
             open_model(folder, name, backend, dtype=dtype, **options)
-            for folder, name in zip(folders, names_of(folders), strict=True)
+            for folder, name in zip(workdirs, names_of(workdirs), strict=True)
         ]
         asyncio.run(_serve(models, keys, settings, listener))
 
@@ -707,7 +671,7 @@ async def _serve(
     names = ", ".join(f"{model.name} (step {model.default.step:,})" for model in models)
     shown = f"[{host}]" if ":" in host else host
     listener.listen(BACKLOG)  # before the line that says so
-    print(f"serves {names} at http://{shown}:{port}; Ctrl-C ends it", flush=True)
+    say(f"serves {names} at http://{shown}:{port}; Ctrl-C ends it")
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -719,7 +683,7 @@ async def _serve(
 async def _drain(app: App, server: uvicorn.Server, ending: asyncio.Event) -> None:
     """After the first signal: waits until the texts under way have ended, then lets the server end."""
     await ending.wait()
-    print("ends when the texts under way have ended; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+    write_line("ends when the texts under way have ended; Ctrl-C again ends at once")
     await _rest(app, DRAIN_SECONDS)
     server.should_exit = True
 
@@ -732,23 +696,32 @@ async def _rest(app: App, seconds: float) -> None:
                 await asyncio.sleep(0.05)
 
 
-def _read_keys(path: str) -> list[str]:
-    if not path:
+def _read_keys(path: Path | None) -> list[str]:
+    if path is None:
         return []
-    keys = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = path.read_bytes().decode(errors="replace").splitlines()
+    keys = [line.strip() for line in lines if line.strip()]
     if not keys:
-        raise ValueError(f"api_key_file={path} must hold a key, one a line; write one into it")
+        raise ValueError(f"--api_key_file={printable_path(path)} must hold a key, one a line; write one into it")
+    if odd := [key for key in keys if not (key.isascii() and key.isprintable() and " " not in key)]:
+        raise ValueError(
+            f"--api_key_file={printable_path(path)} must hold keys of printable ASCII without spaces, and line "
+            f"{1 + keys.index(odd[0])} is none; write another, as `openssl rand -hex 16` makes one"
+        )
     return keys
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    listener = None
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         reason = error.strerror or str(error)
-        raise ValueError(f"host={host} and port={port} must be free to listen on ({reason}); try --port=0") from None
+        raise ValueError(f"--host={host} --port={port} must be free to listen on ({reason}); try --port=0") from None
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     return listener

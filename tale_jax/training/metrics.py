@@ -108,7 +108,9 @@ class WandbSink:
             )
         except wandb.errors.Error as error:
             reason, other = " ".join(str(error).split()), "offline" if mode == "online" else "off"
-            raise ValueError(f"metrics.wandb={mode} does not start ({reason}); try metrics.wandb={other}") from error
+            raise ValueError(
+                f"metrics.wandb={mode} does not start ({reason}); try --config.metrics.wandb={other}"
+            ) from error
         self._run.define_metric("*", step_metric="step")  # wandb's own step may not go back, a restarted run's does
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -178,7 +180,7 @@ def _check_credentials(wandb: Any) -> None:
     if not wandb.login(prompt=False, verify=False):
         raise ValueError(
             "metrics.wandb=online needs credentials and none are set: run `wandb login`, set WANDB_API_KEY, "
-            "or use metrics.wandb=offline"
+            "or set --config.metrics.wandb=offline"
         )
 
 

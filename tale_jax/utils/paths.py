@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tale_jax.utils.streams import escaped
 
-KINDS = ("folder", "folder to write", "file", "file to write")
+KINDS = ("folder", "folder to write", "file", "file to write", "path to make", "path")
 
 
 def printable_path(path: Path | str) -> str:
@@ -40,10 +40,17 @@ def expanded(path: str, field: str) -> Path:
 def fault_of(path: Path, kind: str) -> str:
     """Why `path` cannot be used as one of `KINDS`, with a remedy; "" where it can.
 
-    "folder" and "file" are read, and must exist; what is written need not, but the folder above can be made.
+    "folder" and "file" are read, and must exist; what is written need not, but the folder above can be made. A "path to
+    make" must not exist; of a "path" nothing is known yet.
     """
+    if kind == "path":
+        return ""
     to_write, wants_folder = kind.endswith("to write"), kind.startswith("folder")
     try:
+        if kind == "path to make":
+            if os.path.lexists(path):
+                return "must not exist yet, so that nothing is lost; remove it, or give another name"
+            return _fault_of_parents(path)
         there = _exists(path)
         if wants_folder and not _is_utf8(path):
             return "must have a name in UTF-8, as the folders above it: no other can hold checkpoints; rename it"

@@ -38,3 +38,23 @@ def test_what_is_there_stays(tmp_path, exports, kind):
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (
         out.is_symlink() or not out.is_dir() or not [*out.iterdir()]
     )
+
+
+def test_a_mistake_is_corrected_as_told(trained, tmp_path):
+    """What launch/convert.py is told, and what its answer says to tell it."""
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"give one of --to=FORMAT .* and --from=FORMAT"):
+        formats.convert(trained, out=out)
+    with pytest.raises(ValueError, match="--out is missing; give --out=PATH"):
+        formats.convert(trained, to="gguf")
+    with pytest.raises(ValueError, match="--path has no use with --to; leave it out"):
+        formats.convert(trained, to="gguf", out=out, path=tmp_path)
+    out.touch()
+    with pytest.raises(ValueError, match=r"--out=.* must not exist yet, so that nothing is lost; remove it, or give"):
+        formats.convert(trained, to="gguf", out=out)
+    out.unlink()
+    assert formats.convert(trained, to="huggingface", out=out) == out
+    with pytest.raises(ValueError, match="--path is missing; give --path=PATH"):
+        formats.convert(tmp_path / "back", source="huggingface")
+    assert formats.convert(tmp_path / "back", source="huggingface", path=out) == tmp_path / "back"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "out"]

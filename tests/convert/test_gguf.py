@@ -22,7 +22,7 @@ from tale_jax.data.json_tokenizer import JsonTokenizer, pack
 from tale_jax.data.tokenizer import SPACE
 
 gguf = pytest.importorskip("gguf", reason="needs the convert extra")
-pytest.importorskip("tokenizers", reason="needs the convert extra")
+tokenizers = pytest.importorskip("tokenizers", reason="needs the convert extra")
 MARKS = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 
 
@@ -162,11 +162,20 @@ def test_what_llama_cpp_cannot_be_told(tmp_path):
     library = byte_level_tokenizer("gpt-2")
     changed = re.sub('"add_prefix_space":false', '"add_prefix_space":true', library.to_str())
     odd = make_experiment(tmp_path, JsonTokenizer(pack(changed, MARKS)))
-    with pytest.raises(ValueError, match=r'pre-tokenizers \["ByteLevel"\] must be those of gpt-2, smollm, qwen2'):
+    with pytest.raises(
+        ValueError, match=r'pre-tokenizers \["ByteLevel"\] must be those of gpt-2, smollm, qwen2.*--to=hugg'
+    ):
         export_model(odd, "gguf", tmp_path / "x.gguf")
+    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    unigram.add_special_tokens(["<s>", "</s>"])
+    one = make_experiment(tmp_path, JsonTokenizer(pack(unigram.to_str(), {"bos_token": "<s>", "eos_token": "</s>"})))
+    with pytest.raises(ValueError, match=r"must be byte-pair encoding for gguf, .* write --to=huggingface"):
+        export_model(one, "gguf", tmp_path / "x.gguf")
     experiment = make_experiment(tmp_path)
     scaled = dataclasses.replace(experiment.config.model, rope_scaling=8.0)
     config = dataclasses.replace(experiment.config, model=scaled)
     with pytest.raises(ValueError, match=r"model\.rope_scaling must be 0 with model\.qk_norm for gguf"):
         export_model(dataclasses.replace(experiment, config=config), "gguf", tmp_path / "x.gguf")
     assert not list(tmp_path.iterdir())
+    for number, refused in enumerate((odd, one, dataclasses.replace(experiment, config=config))):
+        export_model(refused, "huggingface", tmp_path / f"out{number}")

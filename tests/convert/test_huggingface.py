@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from helpers import build_config
 from interchange import (
     VARIANTS,
     byte_level_tokenizer,
@@ -25,6 +26,7 @@ from tale_jax.convert.huggingface import read_huggingface
 from tale_jax.convert.safetensors_files import open_safetensors, write_safetensors
 from tale_jax.convert.weights import huggingface_weights
 from tale_jax.data.json_tokenizer import JsonTokenizer, pack
+from tale_jax.data.prepare import prepare
 from tale_jax.model.transformer import Transformer
 from tale_jax.runs.experiment import Experiment, open_experiment
 
@@ -116,6 +118,8 @@ def test_a_weight_that_float16_cannot_hold(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"--dtype=q8_0 must be one of float32, float16, bfloat16 for huggingface"):
         export_model(experiment, "huggingface", tmp_path / "out", "q8_0")
+    export_model(experiment, "huggingface", tmp_path / "out", "bfloat16")
+    assert open_safetensors(tmp_path / "out").read("model.embed_tokens.weight").max() > 9e4
 
 
 def test_a_byte_level_tokenizer_goes_out_and_comes_in_as_it_is(tmp_path):
@@ -161,18 +165,24 @@ def test_config_json_of_transformers_4_and_of_5(tmp_path):
     [
         ({"model_type": "gpt2"}, 'model_type="gpt2" must be llama or qwen3'),
         ({"model_type": "REMOVED"}, "model_type=null must be llama or qwen3"),
-        ({"attention_bias": True}, "attention_bias=true is not supported"),
-        ({"mlp_bias": True}, "mlp_bias=true is not supported"),
-        ({"hidden_act": "gelu"}, 'hidden_act="gelu" is not supported; it must be "silu"'),
-        ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+        ({"attention_bias": True}, "attention_bias=true must be false, and no other is supported"),
+        ({"mlp_bias": True}, "mlp_bias=true must be false"),
+        ({"hidden_act": "gelu"}, 'hidden_act="gelu" must be "silu"'),
+        ({"use_sliding_window": True}, "use_sliding_window=true must be false"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must all be full_attention"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope scaling of type "linear" is not supported'),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, 'rope scaling of type "yarn" is not supported'),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            'rope scaling of type "linear" must be default or llama3',
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            'rope scaling of type "yarn" must be default or llama3',
+        ),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor=null must be a number"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}},
-            "low_freq_factor=2.0 is not supported",
+            "low_freq_factor=2.0 must have 1.0",
         ),
         ({"rope_theta": "10", "rope_parameters": {}}, 'rope_theta="10" must be a number above 0'),
         ({"hidden_size": "64"}, 'hidden_size="64" must be a number'),
@@ -190,11 +200,14 @@ def test_config_json_of_transformers_4_and_of_5(tmp_path):
 )
 def test_a_config_json_that_is_not_supported(tmp_path, changes, part):
     folder = exported(tmp_path, **VARIANTS["llama"])
+    whole = (folder / "config.json").read_text()
     edit(folder / "config.json", **changes)
     with pytest.raises(ValueError, match=r"out") as caught:
         import_model("huggingface", folder, tmp_path / "workdir")
     assert part in str(caught.value) and len(str(caught.value).splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (folder / "config.json").write_text(whole)  # copied again, or of another model
+    assert read_huggingface(folder)[0].model.num_layers == 2
 
 
 def padded(folder: Path, rows: int) -> None:
@@ -215,6 +228,8 @@ def test_a_tokenizer_whose_size_is_not_that_of_the_embedding(tmp_path, rows, fit
     else:
         with pytest.raises(ValueError, match=f"the tokenizer has 360 tokens and must have the {rows}"):
             read_huggingface(folder)
+        padded(folder, 360)
+        assert read_huggingface(folder)[0].tokenizer.vocab_size == 360
 
 
 @pytest.mark.parametrize(
@@ -227,14 +242,18 @@ def test_a_tokenizer_whose_size_is_not_that_of_the_embedding(tmp_path, rows, fit
 )
 def test_a_folder_that_lacks_something(tmp_path, missing, part):
     folder = exported(tmp_path)
+    whole = {name: (folder / name).read_bytes() for name in (missing, "config.json")}
     (folder / missing).unlink()
     with pytest.raises(ValueError, match=r"out must") as caught:
         import_model("huggingface", folder, tmp_path / "workdir")
     assert part in str(caught.value)
     for content in ("[]", "{"):
         (folder / "config.json").write_text(content)
-        with pytest.raises(ValueError, match=r"config\.json must be "):
+        with pytest.raises(ValueError, match=r"config\.json must be .* copy it again"):
             import_model("huggingface", folder, tmp_path / "workdir")
+    for name, content in whole.items():
+        (folder / name).write_bytes(content)
+    assert read_huggingface(folder)[0].model.num_layers == 2
 
 
 def test_marks_are_found_where_the_tokenizer_does_not_name_them(tmp_path):
@@ -246,8 +265,10 @@ def test_marks_are_found_where_the_tokenizer_does_not_name_them(tmp_path):
     tokenizer = read_huggingface(folder)[2]
     assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 2)
     edit(folder / "config.json", eos_token_id=None)
-    with pytest.raises(ValueError, match="must have a token for bos"):
+    with pytest.raises(ValueError, match=r"must have a token for bos; name it as bos_token in tokenizer_config\.json"):
         read_huggingface(folder)
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    assert read_huggingface(folder)[2].eos_id == 2
 
 
 def test_a_folder_with_a_sentencepiece_model_alone(tmp_path):
@@ -268,14 +289,28 @@ def test_a_workdir_made_of_a_folder_is_one_like_any_other(tmp_path, cpu):
     experiment = open_experiment(tmp_path / "new" / "workdir", cpu)
     assert experiment.step == 0 and Config.load(tmp_path / "new" / "workdir") == experiment.config
     assert (tmp_path / "new" / "workdir" / "tokenizer" / "chat_template.jinja").read_text() == "{{ messages }}"
-    with pytest.raises(ValueError, match="must not exist yet"):
+    with pytest.raises(
+        ValueError, match=r"--workdir=.* must not exist yet, so that nothing is lost; remove it, or give"
+    ):
         import_model("huggingface", tmp_path, tmp_path / "new" / "workdir")
-    with pytest.raises(ValueError, match="must be a folder"):
+    with pytest.raises(ValueError, match=r"--path=.* must be a folder, and does not exist; check its path"):
         import_model("huggingface", tmp_path / "gone", tmp_path / "other")
 
 
 def test_weights_that_have_no_name_elsewhere(tmp_path):
     experiment = make_experiment(tmp_path)
     odd = dataclasses.replace(experiment, params={**experiment.params, "lora": {"a": np.zeros((2, 2), np.float32)}})
-    with pytest.raises(ValueError, match="lora/a"):
+    with pytest.raises(ValueError, match=r"lora/a .* merge them into the model"):
         export_model(odd, "huggingface", tmp_path / "out")
+    export_model(experiment, "huggingface", tmp_path / "out")
+
+
+def test_a_workdir_made_of_a_folder_prepares_other_text(tmp_path):
+    import_model("huggingface", exported(tmp_path, **VARIANTS["llama"]), tmp_path / "workdir")
+    (tmp_path / "tales.txt").write_text("\n\n".join(f"Once there was a fox named {n}." for n in range(400)))
+    wanted = {"corpus.path": str(tmp_path / "tales.txt"), "corpus.name": "files", "model.seq_len": 32}
+    small = build_config(**wanted | {"tokenizer.vocab_size": 300})
+    with pytest.raises(ValueError, match=r"tokenizer.vocab_size=300 must be .*; try --config.tokenizer.vocab_size=360"):
+        prepare(small, tmp_path / "workdir")
+    prepared = prepare(build_config(**wanted | {"tokenizer.vocab_size": 360}), tmp_path / "workdir")
+    assert isinstance(prepared.tokenizer, JsonTokenizer) and set(prepared.manifests) == {"train", "valid", "test"}

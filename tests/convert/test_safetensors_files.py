@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tale_jax.convert import safetensors_files
 from tale_jax.convert.safetensors_files import open_safetensors, read_header, write_safetensors
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="needs the convert extra")
@@ -93,16 +94,24 @@ def test_a_file_that_is_not_sound(tmp_path, header, data, part):
         read_header(path)
     message = str(caught.value)
     assert part in message and len(message.splitlines()) == 1 and len(message) < 400 + len(str(path))
+    write_safetensors(path, arrays())  # downloaded again
+    assert set(read_header(path)) == set(arrays())
 
 
 @pytest.mark.parametrize("length", [100, 1 << 40, (1 << 64) - 1])
-def test_a_header_longer_than_the_file(tmp_path, length):
+def test_a_header_longer_than_the_file(tmp_path, monkeypatch, length):
     path = file_of(tmp_path / "model.safetensors", {}, length=length)
     with pytest.raises(ValueError, match=r"a header of .* bytes in a file of"):
         read_header(path)
     path.write_bytes(b"abc")
     with pytest.raises(ValueError, match=r"a header of .* bytes in a file of 3"):
         read_header(path)
+    monkeypatch.setattr(safetensors_files, "MAX_HEADER", 8)
+    write_safetensors(path, arrays())
+    with pytest.raises(ValueError, match=r"bytes, more than 8"):
+        read_header(path)
+    monkeypatch.undo()
+    assert set(read_header(path)) == set(arrays())
 
 
 def test_a_truncated_file(tmp_path):
@@ -135,9 +144,13 @@ def test_an_index_that_is_not_sound(tmp_path, index, part):
     with pytest.raises(ValueError, match=r"safetensors") as caught:
         open_safetensors(tmp_path)
     assert part in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "one.safetensors"}}')
+    assert set(open_safetensors(tmp_path).shapes) == {"a"}
 
 
 def test_numbers_that_are_no_weights(tmp_path):
     safetensors_numpy.save_file({"a": np.arange(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="a has dtype I64 and must have one of F32, F16, BF16"):
+    with pytest.raises(ValueError, match="a has dtype I64 and must have one of F32, F16, BF16; convert it"):
         open_safetensors(tmp_path).read("a")
+    safetensors_numpy.save_file({"a": np.arange(3, dtype=np.float16)}, tmp_path / "model.safetensors")
+    assert open_safetensors(tmp_path).read("a").tolist() == [0, 1, 2]

@@ -249,7 +249,7 @@ def test_bad_columns(opened, tmp_path):
 def test_too_little_text_says_how_much_is_needed(opened, tmp_path):
     write_stories(tmp_path, [1])
     says(lambda: opened("files", path=tmp_path), f"corpus.path={tmp_path}", "at least 5,000 bytes", "holds 42", "add")
-    says(lambda: opened("files", path=tmp_path, max_train_bytes=20), "raise corpus.max_train_bytes=20")
+    says(lambda: opened("files", path=tmp_path, max_train_bytes=20), "set --config.corpus.max_train_bytes=5000")
     (tmp_path / "story-001.txt").write_text(" \n" * 9000)
     says(lambda: opened("files", path=tmp_path), "white space")
     (tmp_path / "story-001.txt").unlink()

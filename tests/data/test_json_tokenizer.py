@@ -78,6 +78,8 @@ def test_files_that_are_none(tmp_path, content, part):
     with pytest.raises(ValueError, match=part) as caught:
         Tokenizer.load(tmp_path / "tokenizer.json")
     assert "tokenizer.json" in str(caught.value) and "\n" not in str(caught.value)
+    (tmp_path / "tokenizer.json").write_text(byte_level_tokenizer().to_str())  # copied again
+    assert Tokenizer.load(tmp_path / "tokenizer.json").vocab_size == byte_level().vocab_size
 
 
 def test_settings_that_are_no_json(tmp_path):

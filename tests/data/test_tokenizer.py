@@ -110,7 +110,7 @@ def foreign_with_prefix() -> SentencePieceTokenizer:
         ({"byte_fallback": False, "vocab_size": 80}, 80, ["must give every text back", "byte_fallback"]),
         ({"bos_id": -1}, 360, ["bos_id"]),
         ({"eos_id": -1}, 360, ["eos_id"]),
-        ({}, 4096, ["tokenizer.vocab_size=4096", "try tokenizer.vocab_size=360"]),
+        ({}, 4096, ["tokenizer.vocab_size=4096", "try --config.tokenizer.vocab_size=360"]),
     ],
 )
 def test_foreign_models_that_cannot_be_used(options, vocab_size, parts):
@@ -126,12 +126,12 @@ def test_foreign_models_that_cannot_be_used(options, vocab_size, parts):
         (
             TEXT,
             100_000,
-            r"tokenizer\.vocab_size=100000 must not exceed the \d+ tokens .*; try tokenizer.vocab_size=\d+",
+            r"tokenizer\.vocab_size=100000 must not exceed the \d+ tokens .*; try --config.tokenizer.vocab_size=\d+",
         ),
         (
             ["".join(map(chr, range(0x4E00, 0x4F00)))],
             300,
-            r"tokenizer\.vocab_size=300 must hold .*; try tokenizer.vocab_size=\d+",
+            r"tokenizer\.vocab_size=300 must hold .*; try --config.tokenizer.vocab_size=\d+",
         ),
         ([], 300, "needs text"),
         ([" \t"], 300, "tokenizer.vocab_size=300 must not exceed"),
@@ -165,7 +165,7 @@ def test_the_vocabulary_that_an_error_advises_works(texts, vocab_size):
         try:
             tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size, "", 10_000_000))
         except ValueError as error:
-            advised = int(str(error).partition("try tokenizer.vocab_size=")[2].partition(",")[0])
+            advised = int(str(error).partition("try --config.tokenizer.vocab_size=")[2].partition(",")[0])
             assert advised != vocab_size and advised >= 261
             vocab_size = advised
         else:

@@ -36,7 +36,9 @@ def test_out_and_in(trained, tmp_path):
         (["--workdir={trained}", "--to=onnx", "--out={tmp}/x"], "--to=onnx must be one of huggingface, gguf, ollama"),
         (["--workdir={trained}", "--to=gguf", "--out={tmp}"], "must not exist yet"),
         (["--workdir={trained}", "--to=huggingface", "--dtype=q8_0", "--out={tmp}/x"], "--dtype=q8_0 must be one of"),
-        (["--workdir={tmp}/nothing", "--to=gguf", "--out={tmp}/x"], "must hold an experiment"),
+        (["--workdir={tmp}/nothing", "--to=gguf", "--out={tmp}/x"], "must be a folder, and does not exist"),
+        (["--workdir={tmp}", "--to=gguf", "--out={tmp}/x"], "must hold an experiment"),
+        (["--workdir={trained}", "--to=gguf", "--out={tmp}/x", "--path={tmp}"], "--path has no use with --to"),
         (["--workdir={tmp}/x", "--from=huggingface", "--path={tmp}"], "must be a Hugging Face folder"),
     ],
 )

@@ -136,7 +136,9 @@ def test_a_size_that_does_not_fit_into_memory_is_not_chosen(cpu, machine, monkey
 
 
 def test_too_little_time_is_one_line_with_a_remedy(cpu, machine):
-    with pytest.raises(ValueError, match=r"minutes=0.1 must leave time to train, but .* try minutes=\d") as error:
+    with pytest.raises(
+        ValueError, match=r"minutes=0.1 must leave time to train, but .* try --config.minutes=\d"
+    ) as error:
         find_best(cpu, 0.1, 10**6)
     assert "\n" not in str(error.value)
 
@@ -176,7 +178,8 @@ def test_a_run_of_minutes_goes_on_with_what_was_decided(tmp_path, cpu, monkeypat
 
 def test_several_processes_are_refused(cpu, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"minutes=3 must be 0 where several processes train; set passes instead"):
+    line = r"minutes=3 must be 0 where several processes train; set --config.passes=1 instead"
+    with pytest.raises(ValueError, match=line):
         autotune.autotune(build_config(minutes=3), tmp_path / "new", cpu, time.monotonic())
     assert not (tmp_path / "new").exists()
 

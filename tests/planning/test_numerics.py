@@ -158,18 +158,17 @@ def test_a_dtype_asked_for_must_be_correct(cpu, monkeypatch):
     monkeypatch.setattr(
         numerics, "check_dtypes", lambda backend: [check_of("float32", True, 1), check_of("bfloat16", False, 1)]
     )
-    message = (
-        r"^precision=bfloat16 must be numerically correct on metal, but is not \(it aborts\); try precision=float32$"
-    )
+    rule = "must be numerically correct on metal, but is not"
+    message = rf"^precision=bfloat16 {rule} \(it aborts\); try --config.precision=float32$"
     with pytest.raises(ValueError, match=message):
         choose_precision(metal, "bfloat16")
     assert choose_precision(metal, "float32")[0] == jnp.float32
     monkeypatch.setattr(numerics, "check_dtypes", lambda backend: [check_of("float32", False, 1)])
     with pytest.raises(
-        ValueError, match=r"finds no dtype .* on metal \(float32: it aborts\); try backend.platform=cpu"
+        ValueError, match=r"finds no dtype .* on metal \(float32: it aborts\); try --config.backend.platform=cpu"
     ):
         choose_precision(metal, "auto")
-    with pytest.raises(ValueError, match=r"precision=float32 must be .* try backend.platform=cpu"):
+    with pytest.raises(ValueError, match=r"precision=float32 must be .* try --config.backend.platform=cpu"):
         choose_precision(metal, "float32")
 
 

@@ -33,6 +33,21 @@ HOME = f"{ENVIRONMENT}test_a_home_that_is_set_or_written_out_is_found"
 DOCTOR = f"{ENVIRONMENT}test_what_the_doctor_finds_is_gone_when_it_is_done"
 GOES_ON = "tests/runs/test_resume.py::test_the_script_goes_on_by_the_workdir_alone"
 SESSION = "tests/inference/test_chat.py::"
+SERVE = "tests/serve/test_remedies.py::"
+BODY = f"{SERVE}test_a_request_that_is_corrected_as_told_is_answered"
+SHORTER = f"{SERVE}test_a_text_that_is_shortened_as_told_is_read"
+SENT = f"{SERVE}test_a_body_is_sent_as_told"
+NAMED = f"{SERVE}test_a_model_that_is_named_as_told_answers"
+LACKING = f"{SERVE}test_what_a_workdir_lacks_is_done_without"
+CONVERT = "tests/convert/"
+THEIRS = f"{CONVERT}test_huggingface.py::test_a_config_json_that_is_not_supported"
+FOLDER = f"{CONVERT}test_huggingface.py::test_a_folder_that_lacks_something"
+SOUND = f"{CONVERT}test_safetensors_files.py::test_a_file_that_is_not_sound"
+LONG_HEADER = f"{CONVERT}test_safetensors_files.py::test_a_header_longer_than_the_file"
+INDEX = f"{CONVERT}test_safetensors_files.py::test_an_index_that_is_not_sound"
+NO_TOKENIZER_JSON = f"{CONVERT}test_tokenizer_json.py::test_models_that_no_tokenizer_json_can_hold"
+NO_GGUF = f"{CONVERT}test_gguf.py::test_what_llama_cpp_cannot_be_told"
+JSON_TOKENIZER = "tests/data/test_json_tokenizer.py::test_files_that_are_none"
 INTERNAL = "tests/remedies/test_runs.py::test_calls_of_python_are_corrected_as_they_are_told"
 
 REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
@@ -88,16 +103,16 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "try {}": BETWEEN,
         "try ag_news": BETWEEN,
         "try train": BETWEEN,
-        "try corpus.path=my-texts/": f"{RUNS}test_the_folder_that_an_example_names_is_read",
-        "try corpus.changed=continue": BETWEEN,
+        "try --config.corpus.path=my-texts/": f"{RUNS}test_the_folder_that_an_example_names_is_read",
+        "try --config.corpus.changed=continue": BETWEEN,
         "try 4096": BETWEEN,
         "give heads of an even width": BETWEEN,
-        "set model.induction_init=True": BETWEEN,
-        "set model.num_heads=2": BETWEEN,
-        "set model.num_kv_heads=0": BETWEEN,
-        'set sample.prompt="" to start documents': BETWEEN,
-        "set optimizer.name=muon": BETWEEN,
-        "try passes=1.0, or set total_steps": BETWEEN,
+        "set --config.model.induction_init=True": BETWEEN,
+        "set --config.model.num_heads=2": BETWEEN,
+        "set --config.model.num_kv_heads=0": BETWEEN,
+        'set --config.sample.prompt="" to start documents': BETWEEN,
+        "set --config.optimizer.normuon_beta=0": BETWEEN,
+        "try --config.passes=1.0, or set --config.total_steps=1000": BETWEEN,
         "schedule.warmup_steps": f"{CONFIG}test_total_steps_covers_the_passes",
         "{}: {}": f"{CONFIG}test_a_damaged_config_json_is_refused_in_one_line",
         "give the folder that launch/train.py wrote": f"{RUNS}test_a_workdir_that_is_no_experiment",
@@ -121,7 +136,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "tale_jax/data/corpus.py": {
         "run this once more": f"{DATA}test_text_that_changed_while_it_was_read_is_read_again",
         "add text": SPLITS,
-        "raise corpus.max_train_bytes={}": SPLITS,
+        "set --config.corpus.max_train_bytes={}": SPLITS,
         "holds no text but white space": SPLITS,
         "must hold at least {} bytes": SPLITS,
         "must hold three documents that differ": SPLITS,
@@ -143,6 +158,9 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "as in the windows prepared in": PREPARED,
         "set --config.corpus.changed=continue to prepare": PREPARED,
         "must be as it was when": PREPARED,
+        "must be that of {}; try --config.tokenizer.vocab_size": (
+            f"{CONVERT}test_huggingface.py::test_a_workdir_made_of_a_folder_prepares_other_text"
+        ),
         "must be the one that {}/windows": PREPARED,
         "the disk is full": "tests/data/test_prepare.py::test_a_full_disk_is_one_line_and_leaves_nothing_half_written",
         "cannot be written to": PREPARED,
@@ -277,7 +295,8 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "set LC_ALL=C.UTF-8": DOCTOR,
         "measured now; to check again": "tests/planning/test_doctor.py::test_tables_show_what_was_found",
         "make env EXTRAS=dev,{}": MAKE,
-        "make clean, then make env": MAKE,
+        "make the environment again": MAKE,
+        "try without what is set": f"{MACHINE}test_a_variable_that_keeps_jax_from_starting_is_taken_away",
         "python launch/plan.py --config=configs/tales.py": MAKE,
     },
     "tale_jax/planning/numerics.py": {
@@ -337,7 +356,114 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "tale_jax/training/metrics.py": {
         "needs credentials": f"{RUNS}test_records_go_where_it_is_told",
-        "does not start ({}); try metrics.wandb": f"{RUNS}test_records_go_where_it_is_told",
+        "does not start ({}); try --config.metrics.wandb": f"{RUNS}test_records_go_where_it_is_told",
+    },
+    "tale_jax/bench/serving.py": {
+        "must answer with texts": f"{SERVE}test_a_load_is_asked_for_as_it_is_told",
+        "must be the address of a server": f"{SERVE}test_a_load_is_asked_for_as_it_is_told",
+    },
+    "tale_jax/convert/dtypes.py": {
+        "try bfloat16": f"{CONVERT}test_huggingface.py::test_a_weight_that_float16_cannot_hold"
+    },
+    "tale_jax/convert/formats.py": {
+        "give one of --to=FORMAT": f"{CONVERT}test_formats.py::test_a_mistake_is_corrected_as_told",
+        "--{} is missing; give": f"{CONVERT}test_formats.py::test_a_mistake_is_corrected_as_told",
+        "has no use with": f"{CONVERT}test_formats.py::test_a_mistake_is_corrected_as_told",
+        "--{}={} {}": f"{CONVERT}test_huggingface.py::test_a_workdir_made_of_a_folder_is_one_like_any_other",
+    },
+    "tale_jax/convert/gguf.py": {
+        "model.rope_scaling must be 0": NO_GGUF,
+        "must be those of {} for gguf": NO_GGUF,
+        "must be byte-pair encoding for gguf": NO_GGUF,
+    },
+    "tale_jax/convert/huggingface.py": {
+        "--dtype={} must be one of": f"{CONVERT}test_huggingface.py::test_a_weight_that_float16_cannot_hold",
+        "bring a model of one of these": THEIRS,
+        "{}: {}={} {}; bring another model": THEIRS,
+        "layer_types must all be": THEIRS,
+        "{}: {}": THEIRS,
+        "rope_theta={} must be": THEIRS,
+        "rope scaling": THEIRS,
+        "must be a number; copy the file again": THEIRS,
+        "must be a Hugging Face folder": FOLDER,
+        "copy it again": FOLDER,
+        "must hold a tokenizer": FOLDER,
+        "must have a token for": (
+            f"{CONVERT}test_huggingface.py::test_marks_are_found_where_the_tokenizer_does_not_name_them"
+        ),
+        "as its config.json has it": THEIRS,
+        "by its config.json": THEIRS,
+        "bring a plain Llama": THEIRS,
+        "it belongs to another model": (
+            f"{CONVERT}test_huggingface.py::test_a_tokenizer_whose_size_is_not_that_of_the_embedding"
+        ),
+    },
+    "tale_jax/convert/safetensors_files.py": {
+        "convert it": f"{CONVERT}test_safetensors_files.py::test_numbers_that_are_no_weights",
+        "and its shards; download": INDEX,
+        "of names to shards": INDEX,
+        "which is no file beside it": INDEX,
+        "lacks the shard": INDEX,
+        "which {} places in": INDEX,
+        "is not a sound safetensors file": SOUND,
+        "a header of": LONG_HEADER,
+        "its header is": SOUND,
+        "{} {} {}": SOUND,
+        "its tensors end": SOUND,
+        "{} lacks dtype, shape": SOUND,
+        "which is not known": SOUND,
+        "that are no numbers": SOUND,
+        "not those of shape": SOUND,
+    },
+    "tale_jax/convert/tokenizer_json.py": {"train one with launch/prepare.py": NO_TOKENIZER_JSON},
+    "tale_jax/convert/weights.py": {
+        "merge them into the model": f"{CONVERT}test_huggingface.py::test_weights_that_have_no_name_elsewhere"
+    },
+    "tale_jax/data/json_tokenizer.py": {
+        "use another base": JSON_TOKENIZER,
+        "must be JSON in UTF-8": JSON_TOKENIZER,
+        "must be JSON ({}); copy": JSON_TOKENIZER,
+        "must be a JSON object; copy": JSON_TOKENIZER,
+        "that can be read ({}); copy": JSON_TOKENIZER,
+    },
+    "tale_jax/serve/chat.py": {
+        "refused by the chat template": f"{SERVE}test_messages_and_a_template_that_suit_each_other",
+        "do not suit the chat template": f"{SERVE}test_messages_and_a_template_that_suit_each_other",
+        "messages are too long": f"{SERVE}test_messages_and_a_template_that_suit_each_other",
+    },
+    "tale_jax/serve/inspect.py": {
+        "{}={} must be below": BODY,
+        "ask for one head": SHORTER,
+        "was not trained on the embedded tales": LACKING,
+        "and must have at most": SHORTER,
+    },
+    "tale_jax/serve/models.py": {"ask /inspect/checkpoints": f"{SERVE}test_a_checkpoint_that_is_damaged_and_another"},
+    "tale_jax/serve/schema.py": {"": BODY},
+    "tale_jax/serve/server.py": {
+        "has no chat template": LACKING,
+        "must be left out": BODY,
+        "prompts must be at most": BODY,
+        "the queue is full": f"{SERVE}test_a_full_queue_takes_it_again",
+        "send Content-Type": SENT,
+        "the body must have at most": SENT,
+        "the body must come within": SENT,
+        "the body must be JSON in UTF-8": BODY,
+        "model is missing": NAMED,
+        "there is no such model": NAMED,
+        "only `model` can be asked for": NAMED,
+        "more than {}": SHORTER,
+        "must hold ids below": BODY,
+        "step": BODY,
+        "ablate.": BODY,
+        "the server ends": f"{SERVE}test_a_server_that_ends_and_another",
+        "must fit the context": SHORTER,
+        "{} is not JSON": BODY,
+        "--api_key_file={} must hold": f"{SERVE}test_a_file_of_keys_that_is_corrected_as_told_is_read",
+        "must be free to listen on": f"{SERVE}test_a_port_that_is_taken_and_one_that_is_free",
+    },
+    "tale_jax/serve/settings.py": {
+        "must {}; try --{}={}": f"{SERVE}test_a_setting_that_is_corrected_as_told_serves",
+        "must be as a browser sends it": f"{SERVE}test_a_setting_that_is_corrected_as_told_serves",
     },
     "tale_jax/utils/extras.py": {"-m pip install -e": LIBRARY},
     "tale_jax/utils/paths.py": {
@@ -351,6 +477,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "give the path of a file": USABLE,
         "check its path": USABLE,
         "it is a link to nothing": USABLE,
+        "must not exist yet": f"{CONVERT}test_formats.py::test_a_mistake_is_corrected_as_told",
         "is no folder; give another path": USABLE,
         "(permission denied); give another, or chmod it": PERMITTED,
         "may not be written to; give another path": PERMITTED,

@@ -374,7 +374,9 @@ def test_a_corpus_with_too_little_for_its_splits_gets_what_it_is_told(tmp_path, 
     write(9, " \n")
     assert refusal(read).endswith("holds no text but white space; add text")
     write(50)
-    raised = re.search(r"raise corpus\.max_train_bytes=20 to (\d+) or more", refusal(read, max_train_bytes=20))
+    raised = re.search(
+        r"set --config\.corpus\.max_train_bytes=(\d+) or more \(it is 20\)", refusal(read, max_train_bytes=20)
+    )
     assert raised and read(max_train_bytes=int(raised[1]))
     # Cut by hash: hub datasets, and TinyStories.
     path = tmp_path / "stories.txt"
@@ -459,11 +461,13 @@ def test_a_tokenizer_that_cannot_be_used_is_replaced_as_told(tmp_path):
     for broken in ({"bos_id": -1}, {"eos_id": -1}, {}):  # the last alters text
         path.write_bytes(tokenizer_model(**broken))
         line = refusal(prepared, "a")
-        assert 'tokenizer.path=""' in line
+        assert '--config.tokenizer.path=""' in line
     assert "byte_fallback, identity normalisation and remove_extra_whitespaces=False" in line
     assert prepared("b", **{"tokenizer.path": ""}).tokenizer.vocab_size == 340
     path.write_bytes(tokenizer_model(**whole))
-    size = re.search(r"try tokenizer\.vocab_size=(\d+)", refusal(prepared, "a", **{"tokenizer.vocab_size": 4096}))
+    size = re.search(
+        r"try --config\.tokenizer\.vocab_size=(\d+)", refusal(prepared, "a", **{"tokenizer.vocab_size": 4096})
+    )
     assert size and prepared("a", **{"tokenizer.vocab_size": int(size[1])}).tokenizer.model == path.read_bytes()
     made = tmp_path / "b" / "tokenizer" / "tokenizer.model"  # "launch/prepare.py makes one"
     assert prepared("c", **{"tokenizer.path": str(made)}).tokenizer.model == made.read_bytes()
@@ -531,7 +535,9 @@ def test_prepared_text_goes_on_as_it_is_told(tmp_path):
     first = prepared()
     assert len(load_tokens(workdir, "train")[0])
     # Longer windows than were prepared.
-    advised = re.search(r"try model\.seq_len=(\d+), or a new --workdir", refusal(prepared, **{"model.seq_len": 100}))
+    advised = re.search(
+        r"try --config\.model\.seq_len=(\d+), or a new --workdir", refusal(prepared, **{"model.seq_len": 100})
+    )
     assert advised and prepared(**{"model.seq_len": int(advised[1])})
     assert prepared(tmp_path / "longer", **{"model.seq_len": 100})
     # Another setting: the value of then, a new workdir, or windows that are removed.
@@ -599,7 +605,7 @@ def test_batches_of_the_size_that_is_advised(bos_id, batch_size, seq_len):
         try:
             batches = make()
         except ValueError as error:
-            advised = re.search(r"or try (?:model\.)?(batch_size|seq_len)=(\d+)$", str(error))
+            advised = re.search(r"or try --config\.(?:model\.)?(batch_size|seq_len)=(\d+)$", str(error))
             settings[advised[1]] = int(advised[2])
         else:
             assert next(batches).shape == (settings["batch_size"], settings["seq_len"] + 1)
@@ -608,5 +614,5 @@ def test_batches_of_the_size_that_is_advised(bos_id, batch_size, seq_len):
     else:
         pytest.fail("the advice did not help")
     line = refusal(make, 3, batch_size=4, seq_len=10)
-    assert line.startswith("batch_size=4 must be divisible by the 3 processes; try batch_size=3")
+    assert line.startswith("batch_size=4 must be divisible by the 3 processes; try --config.batch_size=3")
     make(3, batch_size=3, seq_len=10).close()

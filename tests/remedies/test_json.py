@@ -57,7 +57,7 @@ def strict(text: str) -> Any:
 
 
 def vocabulary(line: str) -> int:
-    return int(line.partition("try tokenizer.vocab_size=")[2].partition(",")[0])
+    return int(line.partition("try --config.tokenizer.vocab_size=")[2].partition(",")[0])
 
 
 def check_files(workdir: Path) -> None:

@@ -128,3 +128,16 @@ def test_what_is_advised_to_make_can_be_made(monkeypatch, tmp_path):
         done = subprocess.run([sys.executable, script, flag, "--help"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and flag.partition("=")[0] in done.stdout
         assert (ROOT / flag.partition("=")[2].partition(":")[0]).is_file()
+
+
+def test_a_variable_that_keeps_jax_from_starting_is_taken_away(monkeypatch, tmp_path):
+    """A module of another project stands in the way of one that JAX imports: without PYTHONPATH it starts."""
+    (tmp_path / "ml_dtypes.py").write_text("raise RuntimeError('made for another project')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = doctor.examine(tmp_path)
+    assert any("made for another project" in problem for problem in found["problems"]), found["problems"]
+    advised = next(re.search(r"env( -u \w+)+", line) for line in found["advice"] if "try without" in line)
+    start = [sys.executable, "-c", "import jax.numpy as jnp; print(int(jnp.ones(2).sum()))"]
+    assert subprocess.run(start, cwd=ROOT, capture_output=True).returncode == 1
+    done = subprocess.run([*advised[0].split(), *start], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["2"], done.stderr

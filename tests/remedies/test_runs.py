@@ -266,9 +266,9 @@ def test_a_data_position_of_other_text(tmp_path, cpu, capsys):
 
 
 def test_the_folder_that_an_example_names_is_read(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"try corpus\.path=(\S+)") as caught:
+    with pytest.raises(ValueError, match=r"try --config\.corpus\.path=(\S+)") as caught:
         build_config(**{"corpus.name": "files"})
-    name = re.search(r"try corpus\.path=(\S+)", str(caught.value))[1]
+    name = re.search(r"try --config\.corpus\.path=(\S+)", str(caught.value))[1]
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()
     (Path(name) / "book.txt").write_text("\n\n".join(SENTENCES))

@@ -78,6 +78,14 @@ DEFINED = set(
 )
 
 
+def test_a_setting_is_advised_as_it_is_typed():
+    """`set --config.model.num_heads=2`, and not `set model.num_heads=2`, which no script takes."""
+    told = re.compile(r"\b(?:try|set|use|or|to|raise|lower) ([a-z_]+(?:\.[a-z_]+)?)=")
+    for message in ALL:
+        for name in told.findall(message.template):
+            assert name not in SETTINGS, f"{message.key}: {name} is not given as --config.{name}: {message.template}"
+
+
 def test_what_messages_name_is_there():
     for message in ALL:
         text = message.template.replace("{}", "\0")

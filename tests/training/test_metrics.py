@@ -265,5 +265,7 @@ def test_wandb_trouble_is_one_line(tmp_path, monkeypatch, wandb):
 
     monkeypatch.setattr(wandb, "login", lambda **_: True)
     monkeypatch.setattr(wandb, "init", fail)
-    with pytest.raises(ValueError, match=r"^metrics.wandb=online .* \(no network\); try metrics.wandb=offline$"):
+    with pytest.raises(
+        ValueError, match=r"^metrics.wandb=online .* \(no network\); try --config.metrics.wandb=offline$"
+    ):
         WandbSink(tmp_path, mode="online", project="p", config={})
