@@ -53,6 +53,7 @@ REMAT = ("none", "block", *REMAT_POLICIES)  # those are names in jax.checkpoint_
 WANDB_MODES = ("off", "offline", "online")
 WINDOWS = ("stream", "document")
 OPTIMIZERS = ("adamw", "muon")
+LOSS_ON = ("assistant", "all")
 MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # the linear layers of a block
 TUNABLE = ("seq_len", "dropout", "embedding_dropout", "mask_documents", "scan_layers")  # of a base's `model` settings
 
@@ -66,7 +67,7 @@ FORMAT = 3  # of config.json
 NEW_SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
     2: {"corpus": {"encoding": "", "changed": ""}},
     3: {
-        "": {"base": ""},
+        "": {"base": "", "loss_on": "assistant"},
         "model": {"head_dim": 0, "rope_scaling": 0.0, "rope_original_len": 8192},
         "checkpoint": {"keep_every": 0},
         "lora": {"rank": 0, "alpha": 16.0, "dropout": 0.0, "rank_stabilized": False, "dora": False, "matrices": ""},
@@ -527,6 +528,7 @@ class Config(Group):
     )
     precision: str = setting("auto", "dtype of the computation; weights stay float32", choices=PRECISIONS)
     windows: str = setting("stream", "end wherever they are full, or begin with a document", choices=WINDOWS)
+    loss_on: str = setting("assistant", "of conversations: which turns are learned", choices=LOSS_ON)
     base: str = setting("", "model to fine-tune: a workdir or a Hugging Face folder", off="train from random weights")
     remat: str = setting("none", "what the backward pass recomputes, by jax.checkpoint", choices=REMAT, free=True)
     corpus: CorpusConfig = group(CorpusConfig)

@@ -27,6 +27,7 @@ from jaxtyping import Float64, Int64, UInt8
 
 from tale_jax.config import CorpusConfig
 from tale_jax.data import readers
+from tale_jax.data.chat import CHAT_FIELD, contents
 from tale_jax.data.duplicates import NearDuplicates, text_hash
 from tale_jax.data.readers import Cut, Document
 from tale_jax.data.text_files import expand, find_files, fingerprint, kind_of, lines, printable, read_text
@@ -218,6 +219,7 @@ class Corpus:
       words_end_lines: WikiText's convention, in which the end of each line counts as a word (`count_words`).
       nats: -log probability of each document of a split, in order, where the corpus knows it (tales); else None.
       files: documents of one's own files.
+      chat: the documents are conversations (see `chat.py`).
       notes: what was left out, a line for people each.
     """
 
@@ -227,7 +229,13 @@ class Corpus:
     words_end_lines: bool = False
     nats: Callable[[str], Iterator[float]] | None = None
     files: FileSplits | None = None
+    chat: bool = False
     notes: tuple[str, ...] = ()
+
+    def texts(self, split: str) -> Iterator[str]:
+        """The documents of a split; of conversations what their messages say. A tokenizer learns from these."""
+        for document in self.documents(split):
+            yield from contents(document) if self.chat else (document,)
 
     def documents(self, split: str) -> Iterator[str]:
         """Streams the documents of "train", "valid" or "test", the same ones in the same order every time.
@@ -360,7 +368,10 @@ def _open_files(config: CorpusConfig, seed: int, workdir: Path | None) -> Corpus
     del seed
     files, notes = find_files(config.path, workdir)
     identity = relevant_settings(config) | {"split_rule": SPLIT_RULE} | fingerprint(files)
-    return Corpus(identity, files=FileSplits(files, config, identity), notes=tuple(notes))
+    chat = config.field == CHAT_FIELD or readers.holds_conversations(files[0], config.field, config.encoding)
+    if chat:
+        config, identity = dataclasses.replace(config, field=CHAT_FIELD), identity | {"chat": True}
+    return Corpus(identity, files=FileSplits(files, config, identity), chat=chat, notes=tuple(notes))
 
 
 def _open_hub(config: CorpusConfig, seed: int, workdir: Path | None) -> Corpus:

@@ -55,6 +55,7 @@ class JsonTokenizer(Tokenizer):
             vocabulary.get(_content(self.settings.get(f"{mark}_token")), -1) for mark in MARKS
         )
         self.special_ids |= {i for i in (self.bos_id, self.eos_id, self.pad_id, self.unk_id) if i >= 0}
+        self.special_tokens = {token: i for token, i in vocabulary.items() if i in self.special_ids}
         decoders = list(_parts(self.specification.get("decoder"), "decoders"))
         self.byte_level = any(part["type"] == "ByteLevel" for part in decoders)
         self._strips_space = any(part["type"] == "Strip" for part in decoders) or any(

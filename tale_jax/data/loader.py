@@ -19,6 +19,8 @@ import numpy as np
 from grain.experimental import ElasticIterator
 from jaxtyping import Int32, Integer
 
+from tale_jax.config import Config
+from tale_jax.data.packing import PackedWindows
 from tale_jax.data.token_files import document_starts
 
 
@@ -39,6 +41,15 @@ def window_starts(
     index_in_document = np.arange(num_windows.sum()) - np.repeat(np.cumsum(num_windows) - num_windows, num_windows)
     starts = np.repeat(documents, num_windows) + seq_len * index_in_document
     return starts[starts <= last]
+
+
+def training_windows(
+    tokens: Integer[np.ndarray, " N"], config: Config, bos_id: int, pad_id: int, chat: bool
+) -> Integer[np.ndarray, " windows"] | PackedWindows:
+    """The windows that a run learns from: by where they start, or, of conversations, packed ones."""
+    if chat:
+        return PackedWindows(tokens, config.model.seq_len, pad_id, all_learned=config.loss_on == "all")
+    return window_starts(tokens, config.model.seq_len, bos_id if config.windows == "document" else None)
 
 
 def split_windows(windows: Int32[np.ndarray, "B T1"], divisor: int) -> Int32[np.ndarray, "more shorter"]:
@@ -68,7 +79,7 @@ class Batches:
 
     Args:
       tokens: a stream of token ids [N], memory-mapped or not.
-      starts: of its windows, from `window_starts`.
+      starts: of its windows, from `window_starts`; or packed windows.
       seq_len: inputs in a window.
       batch_size: windows in a batch, over all processes.
       seed: of the order.
@@ -83,7 +94,7 @@ class Batches:
     def __init__(
         self,
         tokens: Integer[np.ndarray, " N"],
-        starts: Integer[np.ndarray, " windows"],
+        starts: Integer[np.ndarray, " windows"] | PackedWindows,
         *,
         seq_len: int,
         batch_size: int,
@@ -94,7 +105,7 @@ class Batches:
         num_threads: int = 0,
         prefetch: int = 4,
     ):
-        windows = Windows(tokens, starts, seq_len)
+        windows = starts if isinstance(starts, PackedWindows) else Windows(tokens, starts, seq_len)
         if len(windows) < batch_size:
             raise ValueError(
                 f"batch_size={batch_size} must not exceed the {len(windows)} windows of model.seq_len={seq_len} in the "
@@ -162,7 +173,7 @@ class Batches:
         self._iterator.close()
 
 
-def _enough_windows(tokens: Integer[np.ndarray, " N"], starts: Integer[np.ndarray, " windows"], batch_size: int) -> str:
+def _enough_windows(tokens: Integer[np.ndarray, " N"], starts: Any, batch_size: int) -> str:
     """The setting that makes one batch of so few windows; shorter ones where there is none."""
     length = max(1, (len(tokens) - 1) // batch_size)
     return f"--config.batch_size={len(starts)}" if len(starts) else f"--config.model.seq_len={length}"

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from tale_jax.data.tokenizer import Tokenizer
+from tale_jax.data.marks import begins_document, bos_or_marked, has_marks, marked, token_ids
+from tale_jax.data.tokenizer import Tokenizer, tokenizer_file
 
 FORMAT_VERSION = 1
 
@@ -32,7 +33,7 @@ class Manifest:
       seed: of the run.
       tokenizer: SHA-256 of the model file; tokenizer_settings: the settings it was made with.
       window_len: model.seq_len at the time: windows of any length up to it may be read.
-      dtype: of the token ids, as numpy writes it.
+      dtype: of the tokens, as numpy writes it; those of 32 bits have marks (`marks.py`).
       documents, words, bytes, tokens: counts; tokens include BOS and EOS.
       entropy: for the held-out tales, by the probabilities of their grammar: `nats_per_tale`, `nats_per_byte` and
         `nats_per_token` (EOS counted, BOS not), for each its standard error over tales (`nats_per_tale_stderr`, …), and
@@ -40,6 +41,9 @@ class Manifest:
       texts: files, or rows of files, that the documents are (passages of); 0: as many as documents.
       seen_share: of a held-out split: the share of its runs of 50 bytes that occur in the training split; None where
         that is unknown.
+      chat: of conversations: rows, learned tokens, truncated (sequences that no window of the context holds whole), and
+        the digest of the template; empty for text.
+      has_marks: whether 32-bit tokens do; not those of tale_jax 0.1.
       replaced: summaries of earlier texts that this one took the place of (`corpus.changed`), the oldest first.
     """
 
@@ -58,6 +62,8 @@ class Manifest:
     texts: int = 0
     seen_share: float | None = None
     replaced: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    chat: dict[str, Any] = dataclasses.field(default_factory=dict)
+    has_marks: bool = False
     format_version: int = FORMAT_VERSION
 
 
@@ -89,19 +95,25 @@ def load_tokens(workdir: Path, split: str) -> tuple[Integer[np.ndarray, " N"], M
             f"{path} must have {manifest.tokens * dtype.itemsize} bytes, but has {size}; "
             f"remove {path.with_suffix('.json')} and prepare again"
         )
-    return np.memmap(path, dtype, mode="r"), manifest
+    tokens = np.memmap(path, dtype, mode="r")
+    if has_marks(tokens) and not manifest.has_marks:
+        tokens = marked(tokens, Tokenizer.load(tokenizer_file(workdir)).bos_id)
+    return tokens, manifest
 
 
 def document_starts(
     tokens: Integer[np.ndarray, " N"], bos_id: int, block: int = 1 << 22
 ) -> Int64[np.ndarray, " documents"]:
-    """The positions of BOS in a token stream, which is read a block at a time."""
+    """Where documents begin in a token stream, which is read a block at a time: at BOS, or where a mark says so."""
+    bos_id = bos_or_marked(tokens, bos_id)
     blocks = range(0, len(tokens), block)
-    return np.concatenate([start + np.flatnonzero(tokens[start : start + block] == bos_id) for start in blocks])
+    return np.concatenate(
+        [start + np.flatnonzero(begins_document(tokens[start : start + block], bos_id)) for start in blocks]
+    )
 
 
 def iter_documents(tokens: Integer[np.ndarray, " N"], tokenizer: Tokenizer) -> Iterator[str]:
     """The texts of a token stream, in order."""
     starts = document_starts(tokens, tokenizer.bos_id).tolist()
     for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
-        yield tokenizer.decode(tokens[start:end].tolist())
+        yield tokenizer.decode(token_ids(tokens[start:end], bos_or_marked(tokens, tokenizer.bos_id)).tolist())

@@ -50,6 +50,7 @@ class Tokenizer:
       fingerprint: their SHA-256, in hexadecimal digits.
       vocab_size, bos_id, eos_id, pad_id, unk_id: of the model; an id that it lacks is -1.
       dtype: little-endian uint16, or uint32 where the vocabulary has more than 65,536 tokens.
+      special_tokens: those that a chat template may write, and their ids; no text becomes one of them.
       token_bytes: for each id the UTF-8 bytes it stands for, perhaps half a character; b"" for BOS, EOS and PAD.
     """
 
@@ -61,6 +62,7 @@ class Tokenizer:
     pad_id: int
     unk_id: int
     dtype: np.dtype[Any]
+    special_tokens: dict[str, int]
     token_bytes: list[bytes]
 
     def __init__(self, model: bytes, vocab_size: int):
@@ -111,6 +113,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(model, library.vocab_size())
         self.bos_id, self.eos_id = library.bos_id(), library.eos_id()
         self.pad_id, self.unk_id = library.pad_id(), library.unk_id()
+        self.special_tokens = {library.id_to_piece(i): i for i in range(self.vocab_size) if library.is_control(i)}
         self.token_bytes = [_token_bytes(library, i) for i in range(self.vocab_size)]
         self._space_ids = [library.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         # A foreign model may put a space before each text: it goes before a newline that is removed again.

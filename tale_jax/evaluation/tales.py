@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tale_jax.data.marks import bos_or_marked, token_ids
 from tale_jax.data.tales import grammar
 from tale_jax.data.token_files import iter_documents, load_tokens
 from tale_jax.data.tokenizer import Tokenizer
@@ -60,6 +61,7 @@ def grammar_nats(
     advance: Callable[[int], None] = lambda n: None,
 ) -> dict[int, float]:
     """Nats of the wanted documents, by number, by the grammar that generated them: no model can expect less."""
+    tokens = token_ids(tokens, bos_or_marked(tokens, tokenizer.bos_id))
     ends = [*starts[1:], len(tokens)]
     nats = {}
     for number in wanted:

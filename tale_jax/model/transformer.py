@@ -16,12 +16,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tale_jax.config import Config, ModelConfig
+from tale_jax.data.marks import MARKED, token_ids
 from tale_jax.model.adapters import ADAPTERS, apply
 from tale_jax.model.attention import (
     attention,
     attention_weights,
     causal_mask,
     cudnn_causal_attention,
+    document_positions,
     document_segments,
     rotary_angles,
     rotary_frequencies,
@@ -311,15 +313,17 @@ def token_losses(
 ) -> Float[Array, "B T"] | Float[Array, ""]:
     """Nats of each token of a batch of windows but the first, or with `weights` their weighted sum.
 
-    `params` may be `Adapted`.
     Training and scoring both call this; which tokens count is said by `loss_mask`. `params` may be `Adapted`.
+    Of windows with marks (`bos_id` of `marks.py`) documents that are masked count their positions from their start.
     """
-    inputs, targets = windows[:, :-1], windows[:, 1:]
+    inputs, targets = windows[:, :-1], token_ids(windows[:, 1:], bos_id)
+    apart = model.config.mask_documents
     losses, _ = apply(
         model,
         params,
-        inputs,
-        segments=document_segments(inputs, bos_id) if model.config.mask_documents else None,
+        token_ids(inputs, bos_id),
+        positions=document_positions(inputs, bos_id) if apart and bos_id <= MARKED else None,
+        segments=document_segments(inputs, bos_id) if apart else None,
         targets=targets,
         weights=weights,
         deterministic=dropout_key is None,

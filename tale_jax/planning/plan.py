@@ -19,7 +19,7 @@ import rich.console
 import rich.table
 
 from tale_jax.config import Config, change, leaves
-from tale_jax.data.loader import window_starts
+from tale_jax.data.loader import training_windows
 from tale_jax.data.token_files import load_tokens
 from tale_jax.hardware.backend import Backend, for_mac
 from tale_jax.model.transformer import count_parameters, flops_per_token
@@ -189,9 +189,9 @@ def make_plan(
 
 
 def _count_windows(config: Config, workdir: Path) -> int:
-    tokens, _ = load_tokens(workdir, "train")
-    bos_id = UntrainedTokenizer.bos_id if config.windows == "document" else None
-    return len(window_starts(tokens, config.model.seq_len, bos_id))
+    tokens, manifest = load_tokens(workdir, "train")
+    t = UntrainedTokenizer
+    return len(training_windows(tokens, config, t.bos_id, t.pad_id, bool(manifest.chat)))
 
 
 def with_time(plan: Plan, config: Config, trainer: Trainer) -> Plan:

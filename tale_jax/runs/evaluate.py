@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from tale_jax.data.marks import bos_or_marked, token_ids
 from tale_jax.data.token_files import load_tokens
 from tale_jax.evaluation.quality_samples import BATCH_SIZE, measure_quality, texts_to_compare, write_samples
 from tale_jax.evaluation.scoring import Evaluation, Scorer
@@ -54,18 +55,24 @@ def evaluate(
         longer than the context.
     """
     config, tokenizer, log = experiment.config, experiment.tokenizer, experiment.workdir / "log.txt"
-    scorer = Scorer(experiment.model, tokenizer, config.evaluate.batch_size)
+    tokens, manifest = load_tokens(experiment.workdir, split)
+    bos_id = bos_or_marked(tokens, tokenizer.bos_id)
+    scorer = Scorer(experiment.model, tokenizer, config.evaluate.batch_size, bos_id=bos_id)
     # What can be refused is refused before the split is scored.
     check_seed(seed)
     if not 0 <= sample_temperature < math.inf:
         rule = "be finite and at least 0"
         raise ValueError(f"sample_temperature={sample_temperature} must {rule}; try --sample_temperature=0.7")
-    with Progress(f"read {split}", total=load_tokens(experiment.workdir, split)[1].documents, unit="tales") as progress:
+    if with_quality and manifest.chat:
+        raise ValueError(
+            f"--quality must measure text, and {experiment.workdir} holds conversations; leave --quality out"
+        )
+    with Progress(f"read {split}", total=manifest.documents, unit="tales") as progress:
         evaluation = Evaluation(
             experiment.workdir, split, scorer, tokenizer, config.windows, stride, advance=progress.advance
         )
     if with_quality:
-        texts_to_compare(evaluation.tokens, tokenizer, config.model.seq_len)
+        texts_to_compare(token_ids(tokens, bos_id), tokenizer, config.model.seq_len)
     with Progress(f"evaluate {split}", total=len(evaluation.spans), unit="windows", log=log) as progress:
         result = evaluation(experiment.params, progress.advance)
     result.pop("split_windows", None)  # all of them
@@ -85,7 +92,8 @@ def evaluate(
 def _sample_quality(experiment: Experiment, split: str, seed: int) -> list[dict[str, Any]]:
     """All measures of `text_quality.py` of samples beside a split; the samples are written to `quality.jsonl`."""
     sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, batch_size=BATCH_SIZE)
-    (train, _), (held_out, _) = (load_tokens(experiment.workdir, name) for name in ("train", split))
+    streams = (load_tokens(experiment.workdir, name)[0] for name in ("train", split))
+    train, held_out = (token_ids(stream, bos_or_marked(stream, experiment.tokenizer.bos_id)) for stream in streams)
     with Progress("sample", unit="texts", log=experiment.workdir / "log.txt") as progress:
         results, records = measure_quality(sampler, train, held_out, seed=seed, advance=progress.advance)
     origin = {"split": split, "step": experiment.step}

@@ -22,8 +22,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tale_jax.config import Config
 from tale_jax.data.corpus import SPLITS
-from tale_jax.data.loader import Batches, window_starts
+from tale_jax.data.loader import Batches, training_windows
+from tale_jax.data.marks import ALL_LEARNED, MARKED, bos_or_marked
+from tale_jax.data.packing import PackedWindows
 from tale_jax.data.prepare import Prepared, base_folder, prepare
+from tale_jax.data.token_files import load_tokens
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans, per
 from tale_jax.hardware.backend import Backend
@@ -31,6 +34,7 @@ from tale_jax.hardware.distributed import any_process, from_main_process, is_mai
 from tale_jax.hardware.machine import release_memory
 from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, matmul_peak_of_all
 from tale_jax.inference.sampler import Sampler, SampleSettings
+from tale_jax.model.transformer import Transformer
 from tale_jax.planning.autotune import autotune
 from tale_jax.planning.memory import memory_budget
 from tale_jax.planning.numerics import choose_precision
@@ -117,13 +121,14 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
     prepared = open_workdir(workdir, config)
     tokenizer, tokens = prepared.tokenizer, prepared.tokens("train")
     _check_prompt(config, tokenizer)
-    starts = window_starts(tokens, config.model.seq_len, tokenizer.bos_id if config.windows == "document" else None)
+    starts = training_windows(tokens, config, tokenizer.bos_id, tokenizer.pad_id, prepared.chat)
     config = config.with_total_steps(len(starts))
     log = workdir / "log.txt" if is_main_process() else None
     with Progress("train", total=config.total_steps, unit="steps", log=log, show=is_main_process()) as progress:
         with progress.part("timing matrix products"):
             precision, reason = from_main_process(lambda: _choose_precision(config, backend))
-        trainer = make_trainer(config, backend, jnp.dtype(precision), tokenizer.bos_id)
+        as_trained, bos_id = _reading(config, prepared, tokens)
+        trainer = make_trainer(as_trained, backend, jnp.dtype(precision), bos_id)
         throttle = max_concurrent_bytes(trainer.abstract_state.replace(base=None), backend.overlap_io)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle, config.checkpoint.keep_every)
         if (step := checkpoints.latest or 0) >= config.total_steps:
@@ -167,7 +172,7 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
             progress.advance(step)
             stop = StopSignal(signals, trainer)
             hooks = RunHooks(config, workdir, tokenizer, trainer, checkpoints, batches, sinks, progress, record, stop)
-            if config.windows == "document":
+            if config.windows == "document" and not prepared.chat:
                 hooks.score_training_text(tokens, starts)
             if config.base:
                 hooks.score_base_text(base_folder(workdir, config.base))
@@ -187,6 +192,15 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
 def _base_params(config: Config, workdir: Path, backend: Backend) -> tuple[Any, ...]:
     """The weights to start from; empty where they are random."""
     return (open_base(workdir, config, backend).params,) if config.base else ()
+
+
+def _reading(config: Config, prepared: Prepared, tokens: np.ndarray) -> tuple[Config, int]:
+    """The config and the id of BOS by which windows are read: no conversation of a window attends to another."""
+    bos_id = bos_or_marked(tokens, prepared.tokenizer.bos_id)
+    if not prepared.chat:
+        return config, bos_id
+    model = dataclasses.replace(config.model, mask_documents=True)
+    return dataclasses.replace(config, model=model), ALL_LEARNED if config.loss_on == "all" else MARKED
 
 
 def _choose_precision(config: Config, backend: Backend) -> list[str]:
@@ -240,7 +254,7 @@ def _difference(config: Config, saved: Config) -> tuple[str, Any, Any] | None:
 
 @contextmanager
 def _batches(
-    config: Config, prepared: Prepared, tokens: np.ndarray, starts: np.ndarray, backend: Backend
+    config: Config, prepared: Prepared, tokens: np.ndarray, starts: np.ndarray | PackedWindows, backend: Backend
 ) -> Iterator[Batches]:
     """The batches of this process; their threads end with the `with`."""
     batches = Batches(
@@ -360,21 +374,21 @@ class RunHooks(Hooks):
         decoder = trainer.model.clone(dtype=jnp.float32)
         self._sampler = Sampler(decoder, None, tokenizer, batch_size=min(config.sample.num_samples, MAX_SAMPLE_ROWS))
         self._replicate = jax.jit(lambda tree: tree, out_shardings=trainer.replicated)
-        self._tokenizer, self._bos_id = tokenizer, tokenizer.bos_id
-        self._scorer = Scorer(
-            trainer.model,
-            tokenizer,
-            config.evaluate.batch_size,
-            trainer.place_same,
-            trainer.batch_sharding.mesh.size,
-            trainer.replicated,
-        )
+        self._tokenizer = tokenizer
+        self._model, self._place = trainer.model, trainer.place_same
+        self._num_devices, self._replicated = trainer.batch_sharding.mesh.size, trainer.replicated
+        bos_id = bos_or_marked(load_tokens(workdir, "valid")[0], tokenizer.bos_id)
+        self._scorer = self._scorer_of(trainer.model, bos_id)
         self._evaluation = Evaluation(
             workdir, "valid", self._scorer, tokenizer, config.windows, max_windows=config.evaluate.max_windows
         )
         self._base_evaluation: Evaluation | None = None
         self._train_tokens: np.ndarray | None = None
         self._train_spans: list[Span] = []
+
+    def _scorer_of(self, model: Transformer, bos_id: int) -> Scorer:
+        batch_size, tokenizer = self._config.evaluate.batch_size, self._tokenizer
+        return Scorer(model, tokenizer, batch_size, self._place, self._num_devices, self._replicated, bos_id)
 
     def score_training_text(self, tokens: np.ndarray, starts: np.ndarray) -> None:
         """From now on every evaluation also scores the first document of some training windows.
@@ -386,14 +400,19 @@ class RunHooks(Hooks):
         chosen = starts[np.arange(count) * len(starts) // count]
         context = self._config.model.seq_len
         self._train_tokens = tokens
-        self._train_spans = list(first_document_spans(tokens, chosen, context, self._bos_id))
+        self._train_spans = list(
+            first_document_spans(tokens, chosen, context, bos_or_marked(tokens, self._tokenizer.bos_id))
+        )
 
     def score_base_text(self, base: Path) -> None:
         """Before the first step and after the last, the text of the base is scored too: what was forgotten."""
         if (base / "windows" / "valid.json").is_file():
-            tokenizer, windows = self._tokenizer, Config.load(base).windows
+            theirs, tokenizer = Config.load(base), self._tokenizer
+            masked = theirs.model.mask_documents
+            model = self._model.clone(config=dataclasses.replace(self._model.config, mask_documents=masked))
+            scorer = self._scorer_of(model, bos_or_marked(load_tokens(base, "valid")[0], tokenizer.bos_id))
             maximum = self._config.evaluate.max_windows
-            self._base_evaluation = Evaluation(base, "valid", self._scorer, tokenizer, windows, max_windows=maximum)
+            self._base_evaluation = Evaluation(base, "valid", scorer, tokenizer, theirs.windows, max_windows=maximum)
 
     def on_base(self, state: TrainState) -> None:
         """The model before the first step."""
