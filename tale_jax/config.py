@@ -44,7 +44,7 @@ from tale_jax.utils.settings import (
     share,
 )
 
-CORPORA = ("tales", "wikitext2", "wikitext103", "tinystories", "files", "hub")
+CORPORA = ("tales", "tales_chat", "wikitext2", "wikitext103", "tinystories", "files", "hub")
 PLATFORMS = ("auto", "cpu", "metal", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "wsd")

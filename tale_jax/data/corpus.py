@@ -323,6 +323,22 @@ def _open_tales(config: CorpusConfig, seed: int, workdir: Path | None) -> Corpus
     )
 
 
+def _open_tales_chat(config: CorpusConfig, seed: int, workdir: Path | None) -> Corpus:
+    """Questions about tales, and their answers."""
+    del workdir
+    from tale_jax.data.tales.questions import conversation_about
+
+    def source(split: str) -> Source:
+        count = getattr(config, f"num_{split}_tales")
+        size = sum(len(conversation_about(index, split, seed).encode()) for index in range(8)) // 8
+        return Source(lambda: (conversation_about(index, split, seed) for index in range(count)), count * size)
+
+    first = "\n".join(conversation_about(index, "train", seed) for index in range(32))
+    digest = hashlib.blake2b(first.encode(), digest_size=16).hexdigest()
+    splits = {split: SplitSource(source(split)) for split in SPLITS}
+    return Corpus(relevant_settings(config) | {"grammar": digest}, splits, chat=True)
+
+
 def _open_wikitext(config: CorpusConfig, seed: int, workdir: Path | None) -> Corpus:
     del seed, workdir
 
@@ -392,6 +408,7 @@ class Opener(NamedTuple):
 
 OPENERS = {
     "tales": Opener(_open_tales, ("num_train_tales", "num_valid_tales", "num_test_tales")),
+    "tales_chat": Opener(_open_tales_chat, ("num_train_tales", "num_valid_tales", "num_test_tales")),
     "wikitext2": Opener(_open_wikitext, ("path", "max_train_bytes")),
     "wikitext103": Opener(_open_wikitext, ("path", "max_train_bytes")),
     "tinystories": Opener(_open_tinystories, ("path", "held_out", "max_train_bytes")),

@@ -9,11 +9,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from tale_jax.data.chat_template import ChatTemplate, read_template
+from tale_jax.data.corpus import open_corpus
 from tale_jax.data.marks import bos_or_marked, token_ids
 from tale_jax.data.token_files import load_tokens
 from tale_jax.evaluation.quality_samples import BATCH_SIZE, measure_quality, texts_to_compare, write_samples
 from tale_jax.evaluation.scoring import Evaluation, Scorer
-from tale_jax.evaluation.tales import judge_samples
+from tale_jax.evaluation.tales import judge_answers, judge_samples
 from tale_jax.evaluation.text_quality import NOT_TESTED, quality_rows
 from tale_jax.inference.sampler import Sampler, check_seed
 from tale_jax.model.transformer import count_parameters
@@ -44,7 +46,8 @@ def evaluate(
       experiment: the model and its workdir.
       split: train, valid or test.
       stride: tokens between windows; 0: the context length.
-      num_samples: tales to sample and judge, where the text is tales; 0: none.
+      num_samples: tales to sample and judge, where the text is tales; of questions about tales so many are answered;
+        0: none.
       sample_temperature: of these tales.
       seed: of all samples.
       with_quality: adds `quality`, one result for each temperature (see `measure_quality`), and writes
@@ -83,6 +86,12 @@ def evaluate(
             result |= judge_samples(
                 sampler, experiment.workdir, num_samples, sample_temperature, seed, progress.advance
             )
+    if manifest.corpus["name"] == "tales_chat" and num_samples:
+        with Progress("judge answers", total=num_samples, unit="questions", log=log) as progress:
+            sampler = Sampler(experiment.model, experiment.params, tokenizer)
+            template = ChatTemplate(tokenizer, read_template(experiment.workdir, tokenizer))
+            documents = open_corpus(config.corpus, config.seed).documents(split)
+            result |= judge_answers(sampler, template, documents, num_samples, progress.advance)
     if with_quality:
         result["quality"] = _sample_quality(experiment, split, seed)
     JsonLines(experiment.workdir / "evaluations.jsonl").append(result | {"time": time.time()})
