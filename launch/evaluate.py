@@ -3,6 +3,7 @@
 python launch/evaluate.py --workdir=experiments/tales --split=test
 python launch/evaluate.py --workdir=experiments/wikitext2 --stride=64 --json
 python launch/evaluate.py --workdir=experiments/wikitext2 --quality
+python launch/evaluate.py --workdir=experiments/wikitext2 --tasks=lambada_openai --json
 """
 
 import sys
@@ -23,6 +24,9 @@ PRECISION = flags.DEFINE_enum("precision", "float32", ["auto", "float32", "bfloa
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "tales to sample and judge; 0: none", lower_bound=0)
 TEMPERATURE = flags.DEFINE_float("sample_temperature", 0.7, "temperature of these tales", lower_bound=0.0)
 QUALITY = flags.DEFINE_bool("quality", False, "measure samples beside held-out text; quality.jsonl keeps them")
+TASKS = flags.DEFINE_string("tasks", "", "tasks of lm-eval by name, or folders of them in YAML, with commas between")
+FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "examples before each question; left out: as the task says")
+LIMIT = flags.DEFINE_integer("limit", 0, "documents of each task; 0: all", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "random seed of all samples", lower_bound=0)
 JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 
@@ -30,15 +34,19 @@ JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line"
 def main(_: list[str]) -> None:
     from tale_jax.hardware.backend import start_backend
     from tale_jax.planning.numerics import choose_precision
-    from tale_jax.runs.evaluate import describe, evaluate
+    from tale_jax.runs.evaluate import describe, describe_tasks, evaluate, evaluate_tasks
     from tale_jax.runs.experiment import open_experiment
     from tale_jax.utils.files import json_line
     from tale_jax.utils.streams import say
 
     backend = start_backend("auto")
     dtype = choose_precision(backend, PRECISION.value)[0]
+    experiment = open_experiment(WORKDIR.value, backend, STEP.value, dtype, WEIGHTS.value)
+    if TASKS.value:
+        result = evaluate_tasks(experiment, TASKS.value, FEWSHOT.value, LIMIT.value)
+        return print(json_line(result)) if JSON.value else say(describe_tasks(result))
     result = evaluate(
-        open_experiment(WORKDIR.value, backend, STEP.value, dtype, WEIGHTS.value),
+        experiment,
         split=SPLIT.value,
         stride=STRIDE.value,
         num_samples=NUM_SAMPLES.value,

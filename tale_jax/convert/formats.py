@@ -14,6 +14,7 @@ from tale_jax.config import Config
 from tale_jax.convert.gguf import export_gguf
 from tale_jax.convert.huggingface import export_huggingface, import_huggingface, our_config, read_json
 from tale_jax.convert.ollama import export_ollama
+from tale_jax.convert.peft import export_peft
 from tale_jax.data.prepare import BASE_FOLDER
 from tale_jax.hardware.backend import start_backend
 from tale_jax.runs.experiment import Experiment, open_experiment
@@ -21,6 +22,7 @@ from tale_jax.utils.paths import fault_of, printable_path
 
 EXPORTS: dict[str, Callable[[Experiment, Path, str], None]] = {
     "huggingface": export_huggingface,
+    "peft": export_peft,
     "gguf": export_gguf,
     "ollama": export_ollama,
 }

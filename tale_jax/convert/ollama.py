@@ -10,11 +10,10 @@ translated. With another one the Modelfile has none, and Ollama looks for one th
 
 from pathlib import Path
 
-from tale_jax.convert.gguf import adds_bos, export_gguf
+from tale_jax.convert.gguf import export_gguf
 from tale_jax.convert.huggingface import chat_template
 from tale_jax.convert.tokenizer_json import special_token
 from tale_jax.data.chat_template import DEFAULT_TEMPLATE
-from tale_jax.data.json_tokenizer import JsonTokenizer
 from tale_jax.runs.experiment import Experiment
 
 MODEL = "model.gguf"
@@ -45,8 +44,7 @@ def modelfile(experiment: Experiment) -> str:
     tokenizer = experiment.tokenizer
     marks = [special_token(tokenizer, index) for index in (tokenizer.bos_id, tokenizer.eos_id)]
     if chat == DEFAULT_TEMPLATE and all(marks):
-        written_there = not isinstance(tokenizer, JsonTokenizer) or adds_bos(tokenizer)
-        ours = OURS if written_there else OURS.replace("{{ if $number }}BOS{{ end }}", "BOS")
+        ours = OURS if tokenizer.puts_bos else OURS.replace("{{ if $number }}BOS{{ end }}", "BOS")
         template = ours.replace("BOS", marks[0]).replace("EOS", marks[1])
     else:
         template = CHATML if "<|im_start|>" in chat else PLAIN if not chat else ""

@@ -73,6 +73,10 @@ class JsonTokenizer(Tokenizer):
         settings = _read_object(beside.read_bytes(), str(beside)) if beside.is_file() else {}
         return JsonTokenizer(pack(path.read_bytes(), settings, str(path)), str(path))
 
+    @property
+    def puts_bos(self) -> bool:
+        return self.bos_id >= 0 and self.library.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
+
     def save(self, folder: Path) -> None:
         settings = json.dumps(self.settings, indent=2, ensure_ascii=False)
         write_atomically(folder / SETTINGS_FILE, settings + "\n")

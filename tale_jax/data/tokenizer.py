@@ -70,6 +70,11 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
+    @property
+    def puts_bos(self) -> bool:
+        """Whether the texts that its model was trained on begin with BOS."""
+        return self.bos_id >= 0
+
     @staticmethod
     def load(path: Path | str) -> "Tokenizer":
         """Reads a SentencePiece .model file, or a tokenizer.json and the tokenizer_config.json beside it.

@@ -27,17 +27,19 @@ def print_samples(
     generation: Generation,
     as_json: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
+    on_text: Callable[[str], Any] = lambda text: None,
     **facts: Any,
 ) -> None:
     """Prints samples while they are decoded, or, at the end, one JSON object on one line with `facts` in it.
 
-    `should_stop` is asked before each piece of text, and ends it there.
+    `should_stop` is asked before each piece of text, and ends it there; `on_text` is told each piece.
     """
     if as_json:
         samples = []
         for delta in generation:
             if should_stop():
                 return
+            on_text(delta.text)
             samples += [dataclasses.asdict(delta.sample)] if delta.sample else []
         result = {"prompt": generation.prompt, "samples": samples, "seed": generation.seed}
         result |= {"prompt_tokens": len(generation.ids), "tokens": generation.tokens, "seconds": generation.seconds}
@@ -49,6 +51,7 @@ def print_samples(
         if should_stop():
             print(" [stopped]", flush=True)
             break
+        on_text(text)
         title = f"[{number + 1}/{generation.num_samples}] " if generation.num_samples > 1 else ""
         text = _shown(f"{title}{generation.prompt}" * starts_sample + text)
         print(text, end="\n" * (sample is not None), flush=True)

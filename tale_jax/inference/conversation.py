@@ -6,7 +6,7 @@
 A long one is windowed: when it does not fit the context, with room for an answer, its oldest turns are no longer read.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Conversation:
         parts: list[str] = []
         if as_json:
             generation.prompt = self._asked
-        print_samples(_Heard(generation, parts), as_json, should_stop, **self._facts)  # pyright: ignore
+        print_samples(generation, as_json, should_stop, parts.append, **self._facts)
         self._turns += [{"role": "user", "content": self._asked}, {"role": "assistant", "content": "".join(parts)}]
 
     def _window(self, turns: list[dict[str, str]], max_tokens: int) -> tuple[list[int], int]:
@@ -86,18 +86,3 @@ def open_conversation(
     if num_samples != 1:
         raise ValueError(f"num_samples={num_samples} must be 1 with --chat; leave it out")
     return Conversation(sampler, ChatTemplate(sampler.tokenizer, template), system, **facts)
-
-
-class _Heard:
-    """A generation whose text is written down as it passes."""
-
-    def __init__(self, generation: Generation, parts: list[str]):
-        self._generation, self._parts = generation, parts
-
-    def __iter__(self) -> Iterator[Any]:
-        for delta in self._generation:
-            self._parts.append(delta[1])
-            yield delta
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._generation, name)

@@ -90,13 +90,17 @@ def _with_update(scale: float, rate: float, layer: Any, args: tuple, options: di
 def column_ratio(
     kernel: Float[Array, "*L C N"], a: Float[Array, "*L C r"], b: Float[Array, "*L r N"], scale: float
 ) -> Float[Array, "*L N"]:
-    """|W| / |W + scale · A B| of each column, exactly 1 where B is 0, without making the sum."""
+    """|W| / |W + scale · A B| of each column, exactly 1 where B is 0, without making the sum.
+
+    A column of zeros has no size to keep: it is 1 there, and the column learns as LoRA's do.
+    """
     a = a.swapaxes(-1, -2)
     cross = jnp.sum(b * (a @ kernel), axis=-2)
     square = jnp.sum(b * ((a @ a.swapaxes(-1, -2)) @ b), axis=-2)
-    size = jnp.maximum(jnp.sum(jnp.square(kernel), axis=-2), TINY)
-    grown = 1 + (2 * scale * cross + scale**2 * square) / size
-    return jax.lax.stop_gradient(jax.lax.rsqrt(jnp.maximum(grown, TINY)))
+    size = jnp.sum(jnp.square(kernel), axis=-2)
+    grown = 1 + (2 * scale * cross + scale**2 * square) / jnp.maximum(size, TINY)
+    ratio = jnp.where(size > TINY, jax.lax.rsqrt(jnp.maximum(grown, TINY)), 1.0)
+    return jax.lax.stop_gradient(ratio)
 
 
 def merged(weights: Any) -> Any:

@@ -13,6 +13,7 @@ from tale_jax.data.chat_template import ChatTemplate, read_template
 from tale_jax.data.corpus import open_corpus
 from tale_jax.data.marks import bos_or_marked, token_ids
 from tale_jax.data.token_files import load_tokens
+from tale_jax.evaluation.lm_eval import Likelihoods, run_tasks
 from tale_jax.evaluation.quality_samples import BATCH_SIZE, measure_quality, texts_to_compare, write_samples
 from tale_jax.evaluation.scoring import Evaluation, Scorer
 from tale_jax.evaluation.tales import judge_answers, judge_samples
@@ -96,6 +97,35 @@ def evaluate(
         result["quality"] = _sample_quality(experiment, split, seed)
     JsonLines(experiment.workdir / "evaluations.jsonl").append(result | {"time": time.time()})
     return result
+
+
+def evaluate_tasks(
+    experiment: Experiment, tasks: str, num_fewshot: int | None = None, limit: int = 0
+) -> dict[str, Any]:
+    """The measures of lm-eval's tasks, see `lm_eval.py`; `evaluations.jsonl` keeps them.
+
+    Raises:
+      ValueError: one line, for a task that cannot be run.
+    """
+    sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer)
+    likelihoods = Likelihoods(experiment.model, experiment.params, experiment.config.evaluate.batch_size)
+    with Progress("run tasks", log=experiment.workdir / "log.txt"):
+        measures = run_tasks(sampler, likelihoods, tasks, num_fewshot, limit)
+    result = {"tasks": measures, "num_fewshot": num_fewshot, "limit": limit}
+    result |= {"step": experiment.step, "weights": experiment.weights}
+    JsonLines(experiment.workdir / "evaluations.jsonl").append(result | {"time": time.time()})
+    return result
+
+
+def describe_tasks(result: Mapping[str, Any]) -> str:
+    """The result of `evaluate_tasks`, human-readable, in lines."""
+    lines = []
+    for task, measures in result["tasks"].items():
+        lines.append(f"{task} ({measures['samples']:,} documents)")
+        for name, value in measures.items():
+            if name != "samples" and not name.endswith(STANDARD_ERROR):
+                lines.append(f"{name:>{NAME_WIDTH}}  {_with_interval(name, value, measures)}")
+    return "\n".join(lines)
 
 
 def _sample_quality(experiment: Experiment, split: str, seed: int) -> list[dict[str, Any]]:

@@ -63,8 +63,7 @@ def test_the_gradient_is_that_of_the_merged_weights():
 def test_sizes_of_columns_are_those_of_the_sum():
     rng = np.random.default_rng(0)
     kernel, a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 8, 6), (2, 8, 3), (2, 3, 6)))
-    kernel[:, :, 0] = 0
-    b[:, :, 0] = 0
+    kernel[:, :, 0] = 0  # a column that has no size to keep
     wanted = np.linalg.norm(kernel, axis=1)[:, 1:] / np.linalg.norm(kernel + 0.5 * a @ b, axis=1)[:, 1:]
     found = np.asarray(column_ratio(*map(jnp.asarray, (kernel, a, b)), 0.5))
     np.testing.assert_allclose(found[:, 1:], wanted, rtol=1e-5)
