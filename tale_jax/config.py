@@ -388,10 +388,10 @@ class LoraConfig(Group):
         unknown = [name for name in self.chosen if name not in MATRICES]
         if unknown or len(set(self.chosen)) < len(self.chosen):
             near = difflib.get_close_matches(unknown[0], MATRICES, n=1) if unknown else []
-            remedy = f"did you mean {near[0]}?" if near else "try query,value"
+            remedy = f"did you mean {near[0]}?" if near else "try --config.lora.matrices=query,value"
             yield "matrices", f"name some of {', '.join(MATRICES)}, each once", remedy
         if self.dora and not self.rank:
-            yield "dora", "be False where lora.rank=0", "set lora.rank=8"
+            yield "dora", "be False where lora.rank=0", "set --config.lora.rank=8"
 
     @property
     def chosen(self) -> tuple[str, ...]:

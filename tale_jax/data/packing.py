@@ -31,7 +31,10 @@ class PackedWindows:
     def __init__(self, tokens: Integer[np.ndarray, " N"], seq_len: int, pad_id: int, all_learned: bool = False):
         self._tokens, self._size, self._pad = tokens, seq_len + 1, max(0, pad_id) | FIRST
         starts = np.flatnonzero(begins_document(tokens, MARKED))
-        lengths = np.minimum(np.diff(starts, append=len(tokens)), self._size)
+        lengths = np.diff(starts, append=len(tokens))
+        longest = int(np.quantile(lengths, 0.9)) if len(lengths) else 1
+        self.seq_len_for_most = 1 << (longest - 1).bit_length()  # a length that holds nine of ten conversations whole
+        lengths = np.minimum(lengths, self._size)
         kind = ALL_LEARNED if all_learned else MARKED
         ends = zip(starts.tolist(), lengths.tolist(), strict=True)
         taught = [bool(is_learned(tokens[s + 1 : s + n], kind).any()) for s, n in ends]

@@ -73,6 +73,23 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 
 
+def limited(request: dict[str, Any]) -> dict[str, Any]:
+    """`answer`, ended where it computes for longer than `MAX_SECONDS`. In the main thread only."""
+
+    def stop(*_: Any) -> None:
+        raise Limit(f"it takes more than {MAX_SECONDS} s")
+
+    usual = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS, MAX_SECONDS)
+    try:
+        return answer(request)
+    except Limit as error:
+        return {"error": str(error)}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, usual)
+
+
 def main() -> None:
     """Serves requests until stdin ends."""
     try:
@@ -82,19 +99,9 @@ def main() -> None:
     except (ImportError, ValueError, OSError):
         pass  # not everywhere; time is limited all the same
 
-    def stop(*_: Any) -> None:
-        raise Limit(f"it takes more than {MAX_SECONDS} s")
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    signal.signal(signal.SIGPROF, stop)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS, MAX_SECONDS)
-        try:
-            result = answer(json.loads(line))
-        except Limit as error:
-            result = {"error": str(error)}
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(result), flush=True)
+        print(json.dumps(limited(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

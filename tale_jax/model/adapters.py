@@ -52,7 +52,7 @@ def init_adapters(params: Any, config: LoraConfig, key: Array) -> Any:
         layers, rows, columns = kernel.shape
         if config.rank > min(rows, columns):
             rule = f"not exceed {min(rows, columns)}, the shorter side of {name} [{rows}, {columns}]"
-            raise mistake("lora.rank", config.rank, rule, f"try lora.rank={min(rows, columns)}")
+            raise mistake("lora.rank", config.rank, rule, f"try --config.lora.rank={min(rows, columns)}")
         bound, shape = rows**-0.5, (layers, rows, config.rank)
         leaves = {
             "a": jax.random.uniform(jax.random.fold_in(key, index), shape, jnp.float32, -bound, bound),

@@ -105,9 +105,19 @@ def train(
     if config.lora.rank and not config.base:
         raise ValueError("base= must name the model whose weights the adapters change; give --config.base=DIR")
     if config.lora.rank and config.optimizer.name != "adamw":
-        raise mistake("optimizer.name", config.optimizer.name, "be adamw with lora.rank above 0", "try adamw")
+        raise mistake(
+            "optimizer.name",
+            config.optimizer.name,
+            "be adamw with lora.rank above 0",
+            "set --config.optimizer.name=adamw",
+        )
     if config.base and config.minutes:
-        raise mistake("minutes", config.minutes, "be 0 with a base, whose size is known", "set total_steps or passes")
+        raise mistake(
+            "minutes",
+            config.minutes,
+            "be 0 with a base, whose size is known",
+            "set --config.minutes=0 and --config.total_steps=1000",
+        )
     if (workdir / "config.json").is_file():
         config, note = resumed_config(config, workdir, overrides)
     elif config.minutes:

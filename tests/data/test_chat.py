@@ -10,7 +10,7 @@ from helpers import build_config
 from tale_jax.data.chat import conversation
 from tale_jax.data.chat_template import DEFAULT_TEMPLATE, TEMPLATE_FILE
 from tale_jax.data.corpus import open_corpus
-from tale_jax.data.encode import encode, stream_dtype
+from tale_jax.data.encode import Chats, encode, stream_dtype
 from tale_jax.data.marks import DTYPE, FIRST, LEARNED, MARKED, is_learned, token_ids
 from tale_jax.data.prepare import describe, prepare
 from tale_jax.data.token_files import document_starts, iter_documents, load_tokens
@@ -157,6 +157,18 @@ def test_conversations_are_prepared_with_marks(tmp_path):
         prepare(config, tmp_path / "run")
     (tmp_path / "run" / "tokenizer" / TEMPLATE_FILE).write_text(DEFAULT_TEMPLATE)
     prepare(config, tmp_path / "run")
+
+
+def test_a_template_that_refuses_a_row_names_it(trained):
+    pytest.importorskip("jinja2")
+    tokenizer = Tokenizer.load(tokenizer_file(trained))
+    refusing = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + DEFAULT_TEMPLATE
+    text = conversation({"messages": [*talk(1), *talk(2)]}, "")
+    with pytest.raises(
+        ValueError, match='begins with "Who had coin 1.*refuses this conversation: too long; correct or'
+    ):
+        list(encode([text], tokenizer, 8, chats=Chats(refusing, 64)))
+    assert list(encode([conversation({"messages": talk(1)}, "")], tokenizer, 8, chats=Chats(refusing, 64)))
 
 
 def test_text_of_a_tokenizer_whose_bos_is_its_eos_has_marks(trained):

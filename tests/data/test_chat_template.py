@@ -133,6 +133,20 @@ def test_a_template_that_does_harm_is_one_line(tokenizer, template, reason):
     assert ChatTemplate(tokenizer, CHATML).prompt(TALK[:2])[0] == tokenizer.bos_id  # and the next one works
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", "it takes more than 2 s"),
+        ("{% for i in range(9000) %}{{ 'x' * 9000 }}{% endfor %}", "it writes more than 4,000,000 characters"),
+    ],
+)
+def test_the_limits_of_the_process_hold_in_it(template, reason):
+    pytest.importorskip("jinja2")
+    request = {"special": {}, "renders": [[TALK, None, False]]}
+    assert template_worker.limited(request | {"template": template}) == {"error": reason}
+    assert template_worker.limited(request | {"template": "{{ messages | length }}"}) == {"texts": ["5"]}
+
+
 def test_what_a_template_refuses_is_told_in_its_words(tokenizer):
     pytest.importorskip("jinja2")
     template = "{{ raise_exception('no system, please') }}"
@@ -140,3 +154,5 @@ def test_what_a_template_refuses_is_told_in_its_words(tokenizer):
         ChatTemplate(tokenizer, template).prompt(TALK)
     with pytest.raises(ChatError, match="must begin an answer as add_generation_prompt does"):
         ChatTemplate(tokenizer, "{{ add_generation_prompt }}{{ messages | length }}").learned(TALK)
+    for plain in (DEFAULT_TEMPLATE, CHATML):  # as it is told
+        assert ChatTemplate(tokenizer, plain).learned(TALK)

@@ -10,6 +10,7 @@ from helpers import build_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tale_jax.data.loader import training_windows
 from tale_jax.data.marks import ALL_LEARNED, DTYPE, FIRST, LEARNED, MARKED, is_learned, token_ids
 from tale_jax.data.packing import OPEN_WINDOWS, PackedWindows, first_fit
 from tale_jax.model.transformer import make_model, token_losses
@@ -60,6 +61,17 @@ def test_a_conversation_without_a_learned_token_in_the_window_is_left_out():
     tokens[:6] &= ~DTYPE.type(LEARNED)
     assert len(PackedWindows(tokens, 5, PAD)) == 1
     assert len(PackedWindows(tokens, 5, PAD, all_learned=True)) == 2
+
+
+def test_windows_too_short_for_any_answer_are_refused_with_a_length_that_holds_most(tmp_path):
+    tokens = stream([40] * 9 + [50])
+    tokens[np.arange(len(tokens)) % 40 < 39] &= ~DTYPE.type(LEARNED)
+    config = build_config(**{"model.seq_len": 16})
+    with pytest.raises(
+        ValueError, match=r"model.seq_len=16 must hold a conversation .*; try --config.model.seq_len=64$"
+    ):
+        training_windows(tokens, config, 1, PAD, chat=True)
+    assert len(training_windows(tokens, build_config(**{"model.seq_len": 64}), 1, PAD, chat=True))
 
 
 @pytest.mark.parametrize("mode", [MARKED, ALL_LEARNED])

@@ -115,6 +115,7 @@ def test_tasks_that_cannot_be_run(experiment, likelihoods, tmp_path):
     (tmp_path / "empty").mkdir()
     for tasks, reason in {
         "helaswag": r"--tasks=helaswag must be a task of lm-eval or a folder of tasks; did you mean hellaswag\?",
+        "zzzzqqqq": r"must be a task of lm-eval or a folder of tasks; see https://github.com/EleutherAI",
         str(tmp_path / "empty"): r"--tasks=.*empty must be a folder that holds tasks as .yaml files; give another",
         ",": r"--tasks= must name tasks; try --tasks=lambada_openai",
     }.items():

@@ -12,8 +12,9 @@ from configs import finetune
 from tale_jax.config import Config, change
 from tale_jax.convert.formats import export_model, import_base, with_base
 from tale_jax.data.tales import grammar
+from tale_jax.data.token_files import load_tokens
 from tale_jax.runs.evaluate import evaluate
-from tale_jax.runs.experiment import open_experiment
+from tale_jax.runs.experiment import open_base, open_experiment
 from tale_jax.runs.records import read_metrics
 from tale_jax.runs.train import train
 
@@ -91,6 +92,38 @@ def test_a_hugging_face_folder_is_a_base(trained, text, tmp_path, cpu):
     assert open_experiment(workdir, cpu).step == 2
 
 
+def test_a_base_that_is_gone(trained, text, tmp_path, cpu):
+    config = config_of("lora", trained, text)
+    with pytest.raises(ValueError, match=r"must hold a model .*; give a workdir or a Hugging Face folder"):
+        open_base(tmp_path / "new", dataclasses.replace(config, base=str(tmp_path / "gone")), cpu)
+    (tmp_path / "new").mkdir()
+    assert open_base(tmp_path / "new", config, cpu).step
+
+
+@pytest.mark.slow
+def test_a_base_learns_to_answer(trained, tmp_path, cpu):
+    """Conversations, from a corpus to a chat: prepared, learned, resumed to the bit, scored and asked."""
+    changes = {"corpus.name": "tales_chat", "model.seq_len": 512, "corpus.num_train_tales": 60, "lora.rank": 4}
+    changes |= {"corpus.num_valid_tales": 12, "corpus.num_test_tales": 6, "evaluate.max_windows": 0}
+    config = config_of("lora", trained, "", **changes)
+    train(config, tmp_path / "run", cpu)
+    valid = read_metrics(tmp_path / "run")["valid"]
+    assert valid[-1]["nats_per_token"] < valid[0]["nats_per_token"] and "base_nats_per_token" in valid[0]
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "6")
+    train(with_base(config, tmp_path / "again"), tmp_path / "again", cpu)
+    one, other = (open_experiment(tmp_path / name, cpu, step=6) for name in ("run", "again"))
+    assert_trees_equal(one.params, other.params)
+    result = evaluate(one, num_samples=5)
+    assert result["num_questions"] == 5 and 0 <= result["right_share"] <= 1
+    assert result["nats_per_token"] == pytest.approx(valid[-1]["nats_per_token"], rel=1e-5)
+    counted = load_tokens(tmp_path / "run", "valid")[1].chat["learned_tokens"]
+    assert result["tokens"] == counted
+    with pytest.raises(ValueError, match=r"--quality must measure text, and .* leave --quality out"):
+        evaluate(one, num_samples=0, with_quality=True)
+
+
+@pytest.mark.slow
 def test_what_cannot_be_a_base(trained, text, tmp_path, cpu):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"base=.*empty must be a workdir or a Hugging Face folder"):
@@ -99,11 +132,23 @@ def test_what_cannot_be_a_base(trained, text, tmp_path, cpu):
         config_of("lora", trained, text, **{"model.num_layers": 9})
     with pytest.raises(ValueError, match=r"base= must name the model"):
         train(dataclasses.replace(config_of("lora", trained, text), base=""), tmp_path / "x", cpu)
-    with pytest.raises(ValueError, match=r"optimizer.name=\"muon\" must be adamw with lora.rank above 0; try adamw"):
+    with pytest.raises(
+        ValueError,
+        match=r"optimizer.name=\"muon\" must be adamw with lora.rank above 0; set --config.optimizer.name=adamw",
+    ):
         train(config_of("lora", trained, text, **{"optimizer.name": "muon"}), tmp_path / "x", cpu)
-    with pytest.raises(ValueError, match=r"minutes=2.0 must be 0 with a base"):
+    with pytest.raises(ValueError, match=r"minutes=2.0 must be 0 with a base, .*; set --config.minutes=0"):
         train(config_of("lora", trained, text, minutes=2.0), tmp_path / "x", cpu)
+    with pytest.raises(ValueError, match=r"lora.rank=999 must not exceed \d+, .*; try --config.lora.rank=\d+$"):
+        train(config_of("lora", trained, text, **{"lora.rank": 999}), tmp_path / "z", cpu)
     shutil.copytree(trained, tmp_path / "bare")
     shutil.rmtree(tmp_path / "bare" / "tokenizer")
+    with pytest.raises(ValueError, match=r"finetune.py:loar is not a variant; there are :full, :lora and :dora"):
+        finetune.get_config("loar")
     with pytest.raises(ValueError, match=r"base=.*bare must hold a tokenizer"):
         train(config_of("lora", tmp_path / "bare", text), tmp_path / "y", cpu)
+    own = config_of("lora", trained, text)
+    with pytest.raises(ValueError, match=r"base=.* must not be the workdir itself; give another --workdir"):
+        open_base(trained, own, cpu)
+    assert open_base(tmp_path / "y", own, cpu).step  # each corrected as it is told
+    assert finetune.get_config("full").lora.rank == 0
