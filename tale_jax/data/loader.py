@@ -22,7 +22,6 @@ from jaxtyping import Int32, Integer
 from tale_jax.config import Config
 from tale_jax.data.packing import PackedWindows
 from tale_jax.data.token_files import document_starts
-from tale_jax.utils.settings import mistake
 
 
 def window_starts(
@@ -51,9 +50,10 @@ def training_windows(
     if chat:
         windows = PackedWindows(tokens, config.model.seq_len, pad_id, all_learned=config.loss_on == "all")
         if not len(windows):
-            rule = "hold a conversation up to its first answer, but the training split has none so short"
-            remedy = f"try --config.model.seq_len={windows.seq_len_for_most}"
-            raise mistake("model.seq_len", config.model.seq_len, rule, remedy)
+            raise ValueError(
+                f"model.seq_len={config.model.seq_len} must hold a conversation up to its first answer, but the training "
+                f"split has none so short; try --config.model.seq_len={windows.seq_len_for_most}"
+            )
         return windows
     return window_starts(tokens, config.model.seq_len, bos_id if config.windows == "document" else None)
 

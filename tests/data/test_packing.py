@@ -63,7 +63,7 @@ def test_a_conversation_without_a_learned_token_in_the_window_is_left_out():
     assert len(PackedWindows(tokens, 5, PAD, all_learned=True)) == 2
 
 
-def test_windows_too_short_for_any_answer_are_refused_with_a_length_that_holds_most(tmp_path):
+def test_windows_too_short_for_any_answer_are_refused(tmp_path):
     tokens = stream([40] * 9 + [50])
     tokens[np.arange(len(tokens)) % 40 < 39] &= ~DTYPE.type(LEARNED)
     config = build_config(**{"model.seq_len": 16})

@@ -161,7 +161,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "tale_jax/data/encode.py": {"run the same command again": f"{DATA}test_encoding_that_was_killed_is_run_again"},
     "tale_jax/data/loader.py": {
-        "try --config.model.seq_len={}": "tests/data/test_packing.py::test_windows_too_short_for_any_answer_are_refused_with_a_length_that_holds_most",
+        "up to its first answer": "tests/data/test_packing.py::test_windows_too_short_for_any_answer_are_refused",
         "must not exceed the {} windows": LOADER,
         "must be divisible by the {} processes": LOADER,
         "as when the data position was saved": f"{RUNS}test_a_data_position_of_other_text",
@@ -207,6 +207,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "name one of these": ROWS,
     },
     "tale_jax/data/tales/grammar.py": {
+        "must be a tale of the grammar": "tests/data/test_questions.py::test_what_is_no_tale_has_no_questions",
         "use one of these": INTERNAL,
         "count tales from 0": INTERNAL,
         "try 2000": INTERNAL,
@@ -469,9 +470,6 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "the chat template cannot be used": HARM,
     },
     "tale_jax/data/template_worker.py": {"it writes more than": LIMITS, "it takes more than": LIMITS},
-    "tale_jax/data/tales/grammar.py": {
-        "must be a tale of the grammar": "tests/data/test_questions.py::test_what_is_no_tale_has_no_questions"
-    },
     "tale_jax/evaluation/lm_eval.py": {
         "give another": TASKS,
         "see https": TASKS,

@@ -134,7 +134,7 @@ def test_what_cannot_be_a_base(trained, text, tmp_path, cpu):
         train(dataclasses.replace(config_of("lora", trained, text), base=""), tmp_path / "x", cpu)
     with pytest.raises(
         ValueError,
-        match=r"optimizer.name=\"muon\" must be adamw with lora.rank above 0; set --config.optimizer.name=adamw",
+        match=r"optimizer.name=\"muon\" must be adamw .*; set --config.optimizer.name=adamw",
     ):
         train(config_of("lora", trained, text, **{"optimizer.name": "muon"}), tmp_path / "x", cpu)
     with pytest.raises(ValueError, match=r"minutes=2.0 must be 0 with a base, .*; set --config.minutes=0"):
