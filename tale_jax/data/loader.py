@@ -51,8 +51,8 @@ def training_windows(
         windows = PackedWindows(tokens, config.model.seq_len, pad_id, all_learned=config.loss_on == "all")
         if not len(windows):
             raise ValueError(
-                f"model.seq_len={config.model.seq_len} must hold a conversation up to its first answer, but the training "
-                f"split has none so short; try --config.model.seq_len={windows.seq_len_for_most}"
+                f"model.seq_len={config.model.seq_len} must hold a conversation up to its first answer, but the "
+                f"training split has none so short; try --config.model.seq_len={windows.seq_len_for_most}"
             )
         return windows
     return window_starts(tokens, config.model.seq_len, bos_id if config.windows == "document" else None)

@@ -165,7 +165,7 @@ def test_a_template_that_refuses_a_row_names_it(trained):
     refusing = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + DEFAULT_TEMPLATE
     text = conversation({"messages": [*talk(1), *talk(2)]}, "")
     with pytest.raises(
-        ValueError, match='begins with "Who had coin 1.*refuses this conversation: too long; correct or'
+        ValueError, match=r'begins with "Who had coin 1.*refuses this conversation: too long; correct or'
     ):
         list(encode([text], tokenizer, 8, chats=Chats(refusing, 64)))
     assert list(encode([conversation({"messages": talk(1)}, "")], tokenizer, 8, chats=Chats(refusing, 64)))
