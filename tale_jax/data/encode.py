@@ -39,6 +39,7 @@ class EncodedBatch(NamedTuple):
     words: int
     num_bytes: int
     chat: ChatCounts = ChatCounts()
+    read_bytes: int = 0  # of conversations as they are stored
 
 
 class Chats(NamedTuple):
@@ -143,6 +144,7 @@ def _encode_chats(tokenizer: Tokenizer, texts: list[str], chats: Chats) -> Encod
         sum(count_words(text, False) for text in said),
         sum(len(text.encode()) for text in said),
         counts,
+        sum(len(text.encode()) for text in texts),
     )
 
 

@@ -393,7 +393,7 @@ def _write_split(
                 words += batch.words
                 num_bytes += batch.num_bytes
                 counts = ChatCounts(*map(sum, zip(counts, batch.chat, strict=True)))
-                advance(batch.num_bytes)
+                advance(batch.read_bytes or batch.num_bytes)
         manifest = Manifest(
             split=split,
             corpus=corpus.identity,
