@@ -51,7 +51,7 @@ test-interop: ## exported and imported models beside transformers 4 and 5 and ll
 
 test-clients: ## the server with OpenAI's client, schemathesis, and Chromium if it is on PATH, in .venv-clients
 	@EXTRAS=dev,clients VENV=.venv-clients PYTHON='$(PYTHON)' .ci/make-env
-	@.venv-clients/bin/python -m pytest -q -m 'not slow' $(PYTEST_ARGS) tests/serve
+	@.venv-clients/bin/python -m pytest -q -m 'not hub' $(PYTEST_ARGS) tests/serve
 
 lint: env ## ruff and pyright
 	@$(PY) -m ruff check .

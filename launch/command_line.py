@@ -307,6 +307,8 @@ def _explain_config(config_names: list[str], args: list[str], error: Exception) 
             config = FLAGS[name].parser.parse(file + colon + variant)
         except Exception as raised:
             cause = raised.__context__ or raised  # ml_collections wraps some, with the traceback as the message
+            if isinstance(cause, ValueError) and str(cause).startswith(f"{file}:"):  # what a recipe says of itself
+                return f"--{name}={_one_line(cause)}"
             return f"--{name}={file}{colon}{variant}: {_where(cause, file)}{type(cause).__name__}: {_one_line(cause)}"
         paths = [match[1] for arg in args[1:] if (match := re.match(rf"--?(?:no)?{name}\.([^=]+)", arg))]
         for path in paths:

@@ -8,7 +8,6 @@ python launch/train.py --workdir=experiments/mine --config.total_steps=4000
 Without --config the run in the workdir goes on with its own settings; those given beside it change or check them.
 """
 
-import shlex
 import sys
 from pathlib import Path
 
@@ -36,6 +35,7 @@ def main(_: list[str]) -> None:
     from tale_jax.convert.formats import import_base, with_base
     from tale_jax.hardware.backend import start_backend  # JAX is imported when the config is known to be right
     from tale_jax.runs.train import train
+    from tale_jax.utils.paths import quoted
     from tale_jax.utils.streams import say
 
     config = with_base(config, workdir, given)
@@ -44,8 +44,13 @@ def main(_: list[str]) -> None:
     if outcome.signal:
         sys.exit(128 + outcome.signal)
     say(f"{workdir} has finished its {outcome.total_steps} steps; the model: {workdir}/checkpoints/{outcome.step}")
+    if outcome.best_step != outcome.step:
+        best = f"{workdir}/checkpoints/{outcome.best_step}"
+        say(
+            f"the best by validation loss, which sample.py and evaluate.py take, is of step {outcome.best_step}: {best}"
+        )
     if outcome.first_step == outcome.step:
-        longer = f"--workdir={shlex.quote(str(workdir))} --config.total_steps={2 * outcome.total_steps}"
+        longer = f"--workdir={quoted(workdir)} --config.total_steps={2 * outcome.total_steps}"
         say(f"nothing was left to do; to train longer: python launch/train.py {longer}")
 
 

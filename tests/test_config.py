@@ -223,9 +223,11 @@ def test_a_misspelled_choice_gets_the_nearest(name):
             "model.num_kv_heads=4 must divide model.num_heads=6; try 3",
         ),
         ({"model.num_kv_heads": 10**15}, "model.num_heads=6; try 6"),
+        ({"model.head_dim": 3}, "model.head_dim=3 must be even for rotary positions; try 4"),
         (
             {"model.induction_match": True},
-            "model.induction_match=True must be False without model.induction_init; set --config.model.induction_init=True",
+            "model.induction_match=True must be False without model.induction_init; set "
+            "--config.model.induction_init=True",
         ),
         (
             {"model.induction_init": True, "model.num_kv_heads": 1},
@@ -245,8 +247,8 @@ def test_a_misspelled_choice_gets_the_nearest(name):
         ({"batch_size": 1 << 20, "micro_batch_size": 10**15}, "must divide batch_size=1048576; try 1048576"),
         (
             {"optimizer.normuon_beta": 0.95},
-            "optimizer.normuon_beta=0.95 must be 0 where optimizer.name=adamw; set --config.optimizer.normuon_beta=0, or "
-            "--config.optimizer.name=muon",
+            "optimizer.normuon_beta=0.95 must be 0 where optimizer.name=adamw; set "
+            "--config.optimizer.normuon_beta=0, or --config.optimizer.name=muon",
         ),
         (
             {"schedule.short_seq_fraction": 0.5, "schedule.seq_len_divisor": 3, "model.seq_len": 208},
@@ -271,7 +273,8 @@ def test_a_misspelled_choice_gets_the_nearest(name):
         ({"sample.prompt": "x\ud800"}, "must be text (half a surrogate pair is none); set --config.sample.prompt"),
         (
             {"total_steps": 5, "schedule.warmup_steps": 6},
-            "schedule.warmup_steps=6 must not exceed total_steps=5; try --config.schedule.warmup_steps=0 (2 % of the run)",
+            "schedule.warmup_steps=6 must not exceed total_steps=5; try "
+            "--config.schedule.warmup_steps=0 (2 % of the run)",
         ),
         (
             {"passes": 0.0},

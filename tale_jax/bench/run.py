@@ -1,7 +1,6 @@
 """Runs what `launch/bench.py` was asked for, and shows it: tables, a plot, or one record for JSON."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from tale_jax.bench.throughput import Bench, describe_record, measure, num_strea
 from tale_jax.config import Config
 from tale_jax.hardware.backend import start_backend
 from tale_jax.utils.progress import Progress
+from tale_jax.utils.streams import table_console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def bench(config: Config, request: BenchRequest, plot: Path | None = None, quiet
     """Measures as requested, prints tables unless `quiet`, draws `plot`, and returns the record for JSON."""
     if plot is not None and (request.peer or request.profile or request.startup):
         raise ValueError(f"--plot={plot} shows rates of a config or of a --sweep; leave it out here")
-    out = rich.console.Console(quiet=quiet, highlight=False, width=None if sys.stdout.isatty() else 160)
+    out = table_console(quiet)
     if request.startup:
         with Progress("starting to train and to sample, each with an empty and with a full cache"):
             measured = startup([flag for flag in request.flags if flag.startswith("--config")])

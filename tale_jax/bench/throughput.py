@@ -91,7 +91,8 @@ class Rate:
 
     @property
     def peak_share(self) -> float | None:
-        return self.tokens_per_second * self.flops / self.peak if self.peak else None
+        done = self.tokens_per_second * self.flops
+        return done / max(self.peak, done) if self.peak else None  # what was seen to be done can be done
 
     def record(self) -> dict[str, Any]:
         """As JSON: `low` and `high` are the quartiles of tokens per second."""

@@ -92,13 +92,19 @@ def prepare(config: Config, workdir: Path, log: Path | None = None) -> Prepared:
         return _prepare(config, workdir, log)  # nothing is written, so that a run beside it does no harm
     with ExitStack() as held:
         with _disk_errors_explained(workdir):
-            held.enter_context(writer_lock(workdir, "prepare"))
+            held.enter_context(writer_lock(workdir, "prepare", of_worth))
         return _prepare(config, workdir, log)
 
 
 def _present(workdir: Path) -> list[str]:
     """The splits that are whole."""
     return [split for split in SPLITS if (workdir / "windows" / f"{split}.json").is_file()]
+
+
+def of_worth(workdir: Path) -> list[Path]:
+    """What a command that fails leaves in a workdir for the next one: splits that are whole, and a run that began."""
+    files = [workdir / "windows" / f"{split}.json" for split in _present(workdir)]
+    return [*files, *workdir.glob("config.json"), *workdir.glob(BASE_FOLDER)]
 
 
 def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:

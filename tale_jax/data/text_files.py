@@ -19,7 +19,6 @@ import json
 import lzma
 import os
 import re
-import shlex
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -35,7 +34,7 @@ from tale_jax.data.encodings import (
     wide_encoding_of,
 )
 from tale_jax.utils.extras import has_library, missing_extra
-from tale_jax.utils.paths import expanded, printable_path
+from tale_jax.utils.paths import expanded, printable_path, quoted
 
 TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".text")
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -69,14 +68,6 @@ class Found(NamedTuple):
 
 
 printable = printable_path
-
-
-def quoted(path: Path | str) -> str:
-    """A path as a word of a shell's command line."""
-    text = str(path)
-    if text.isprintable():
-        return shlex.quote(text)
-    return "$'" + "".join(f"\\{c}" if c in "\\'" else printable(c) for c in text) + "'"
 
 
 def kind_of(path: Path) -> str:

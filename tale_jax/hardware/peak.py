@@ -25,12 +25,26 @@ UNKNOWN_PEAK_NOTE = "no share of the matmul peak: other programs computed while 
 
 def matmul_peak_of_all(backend: Backend, dtype: Any) -> float:
     """FLOP/s of large matrix products in `dtype` on all devices together; 0 where it was never measured undisturbed."""
-    name = jnp.dtype(dtype).name
-    speed = matmul_speed(name)
+    return _best(_key(backend, dtype), matmul_speed(jnp.dtype(dtype).name)) * _num_peaks(backend)
+
+
+def keep_peak(backend: Backend, dtype: Any, flops: float) -> None:
+    """Raises the peak that is kept to FLOP/s that a run was seen to do on all devices together: no share is over 100 %.
+
+    Where no peak is known (`flops` is 0) nothing is kept.
+    """
+    if flops and (one := flops / _num_peaks(backend)) > _read_peaks().get(_key(backend, dtype), 0.0):
+        _best(_key(backend, dtype), MatmulSpeed(one, undisturbed=True))
+
+
+def _key(backend: Backend, dtype: Any) -> str:
     device = f"{backend.device}, {usable_cores():g} usable" if backend.platform == "cpu" else backend.device
-    peak = _best(f"{device}; {name}; jax {jax.__version__}", speed)
-    # Devices that are simulated on one CPU share its cores.
-    return peak * (jax.process_count() if backend.platform == "cpu" else len(backend.devices))
+    return f"{device}; {jnp.dtype(dtype).name}; jax {jax.__version__}"
+
+
+def _num_peaks(backend: Backend) -> int:
+    """How often the peak of a device counts. Devices that are simulated on one CPU share its cores."""
+    return jax.process_count() if backend.platform == "cpu" else len(backend.devices)
 
 
 def _best(key: str, speed: MatmulSpeed) -> float:

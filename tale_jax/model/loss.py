@@ -67,7 +67,7 @@ def weighted_cross_entropy(
     weights: Float[Array, "B T"],
     head: Head,
 ) -> Float[Array, ""]:
-    """Sum over tokens of weight times negative log-likelihood in nats, with gradients for `x` and `table`."""
+    """Sum over tokens of weight times nats, with gradients for `x` and `table`; `weights` as under stop_gradient."""
     return jnp.sum(weights * cross_entropy(x, table, targets, head))
 
 

@@ -10,8 +10,9 @@ few real steps: of the size that looks best, until the one that looks best was m
 import dataclasses
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -172,16 +173,18 @@ def autotune(
         raise ValueError(
             f"minutes={config.minutes:g} must be 0 where several processes train; set --config.passes=1 instead"
         )
-    log = workdir / "log.txt"
+    log, spent = workdir / "log.txt", {"starting": time.monotonic() - start_time}
     with Progress("autotune", log=log) as progress:
         if "tokenizer.vocab_size" not in overrides:
             with progress.part("reading the text"):
                 config, reason = with_vocab_size(config, workdir)
             progress.print(reason)
         prepared = prepare(config, workdir, log)
+        spent["preparing the text"] = time.monotonic() - start_time - spent["starting"]
+        end_time = start_time + 60 * config.minutes
         with progress.part("compiling and timing models of several sizes"):
-            best, others = find_best(config, prepared, backend, start_time + 60 * config.minutes, overrides)
-        for line in explain(best, others, prepared):
+            best, others, note = find_best(config, prepared, backend, end_time, overrides, spent)
+        for line in [*explain(best, others, prepared), *([note] if note else [])]:
             progress.print(line)
     return best.config
 
@@ -193,9 +196,19 @@ def with_choices(config: Config, saved: Config, overrides: Collection[str] = ())
 
 
 def find_best(
-    config: Config, prepared: Prepared, backend: Backend, end_time: float, overrides: Collection[str] = ()
-) -> tuple[Candidate, list[Candidate]]:
-    """The best run that ends by `end_time` (of `time.monotonic()`), and those of the other sizes."""
+    config: Config,
+    prepared: Prepared,
+    backend: Backend,
+    end_time: float,
+    overrides: Collection[str] = (),
+    spent: Mapping[str, float] = MappingProxyType({}),
+) -> tuple[Candidate, list[Candidate], str]:
+    """The best run that ends by `end_time` (of `time.monotonic()`), those of the other sizes, and a note where there is
+    time for few steps only: then the smallest size is trained.
+
+    `spent`: seconds that went into what was before, by name. Raises ValueError, in one line, where no step fits.
+    """
+    begin_time = time.monotonic()
     dtype, _ = choose_precision(backend, config.precision)
     shapes = [{}] if any(name in overrides for name in SHAPE_SETTINGS) else [_shape(*shape) for shape in SHAPES]
     sizes = [change(config, shape) for shape in shapes]
@@ -222,13 +235,21 @@ def find_best(
         else:
             # The smallest size is kept even where it does not fit: `train` will say what would make it fit.
             measured[best] = cost or StepCost(runs[best].step_seconds, TIME_MODEL.compile_seconds)
+    note = ""
     if runs[best].config.total_steps < MIN_STEPS:
-        spent = 60 * config.minutes - seconds_left
-        raise ValueError(
-            f"minutes={config.minutes:g} must leave time to train, but {spent:.0f} s went into preparing; "
-            f"try --config.minutes={math.ceil(spent / 15)}"
-        )
-    return runs[best], [run for i, run in enumerate(runs) if i != best]
+        best = 0  # the smallest, whose steps are the shortest
+        seconds = 60 * config.minutes - seconds_left
+        parts = {**spent, "compiling and timing": time.monotonic() - begin_time}
+        told = ", ".join(f"{part:.0f} s into {name}" for name, part in parts.items() if part >= 0.5)
+        went = f"{told or f'{seconds:.0f} s'} went of it before the first step"
+        minutes = math.ceil(max(seconds, 60 * config.minutes) / 15)
+        if runs[best].config.total_steps == 0:
+            raise ValueError(
+                f"minutes={config.minutes:g} must leave time to train, but {went}; try --config.minutes={minutes}"
+            )
+        note = f"only {runs[best].config.total_steps} steps fit into minutes={config.minutes:g}: {went}; the smallest "
+        note += f"model is trained; for one that learns more use --config.minutes={minutes} in a new --workdir"
+    return runs[best], [run for i, run in enumerate(runs) if i != best], note
 
 
 def regularisation(passes: float | int) -> Regularisation:

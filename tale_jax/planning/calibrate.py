@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 import rich.box
-import rich.console
 import rich.table
 
 from tale_jax.config import Config, change
@@ -28,6 +27,7 @@ from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes
 from tale_jax.training.step import make_trainer
 from tale_jax.utils.format import format_bytes
 from tale_jax.utils.progress import Progress
+from tale_jax.utils.streams import table_console
 from tale_jax.utils.subprocesses import run_module
 
 NUM_STEPS = 12
@@ -114,7 +114,7 @@ def print_calibrations(calibrations: Mapping[str, Mapping[str, Any]]) -> None:
             f"{row['measured_step']:.3f} s",
             f"{errors[1]:+.1%}",
         )
-    rich.console.Console(highlight=False).print(table)
+    table_console().print(table)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import platform
-import shlex
 import shutil
 import sys
 import time
@@ -21,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import rich.box
-import rich.console
 import rich.table
 
 from tale_jax.hardware import environment, machine
 from tale_jax.utils.format import format_bytes
-from tale_jax.utils.paths import fault_of, printable_path
+from tale_jax.utils.paths import fault_of, printable_path, quoted
 from tale_jax.utils.progress import Progress
-from tale_jax.utils.streams import printable
+from tale_jax.utils.streams import printable, table_console
 from tale_jax.utils.subprocesses import run_module
 
 TIMEOUT = 900  # seconds
@@ -183,7 +181,7 @@ def _advice(computes: Mapping[str, Any]) -> list[str]:
 
 def print_findings(found: Mapping[str, Any]) -> None:
     """Prints what `examine` found, as tables."""
-    console = rich.console.Console(highlight=False)
+    console = table_console()
     facts, computes = found["machine"], found["computes"]
     table = rich.table.Table(box=rich.box.SIMPLE, show_header=False, title="Machine", title_justify="left")
     free, disk_speed = format_bytes(facts["disk_free_bytes"]), facts["disk_write_bytes_per_second"] / 1e6
@@ -225,9 +223,7 @@ def print_findings(found: Mapping[str, Any]) -> None:
         console.print(table)
         if kept_time := computes["dtypes_checked_time"]:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(kept_time))
-            rest = "measured now; to check again: rm -r " + shlex.quote(
-                printable_path(machine.cache_file("dtypes") or "-")
-            )
+            rest = f"measured now; to check again: rm -r {quoted(machine.cache_file('dtypes') or '-')}"
             console.print(f"The columns correct to training were measured on {when} and kept; matmul was {rest}")
     for title, lines in (("Problems", found["problems"]), ("What to do next", found["advice"])):
         if lines:

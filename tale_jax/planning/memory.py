@@ -39,6 +39,8 @@ class Memory:
       gradients, logits, activations: its temporaries; gradients as large as what is trained, logits the largest array
         along the vocabulary, activations the rest.
       results: what a step returns in new memory: as much as its arguments where they are not donated, else little.
+      scratch: what the compiled program takes besides, which the compiler does not count: on a CPU gaps between freed
+        arrays and float32 sums of products in bfloat16; and copies on other devices that share this memory.
       decode_cache: keys and values of the samples along training; not held during a step.
       process: on a CPU, what the process holds besides: Python, libraries, compiled programs.
       checkpoint: on a CPU, what is being written while steps wait.
@@ -53,6 +55,7 @@ class Memory:
     logits: int
     activations: int
     results: int
+    scratch: int
     decode_cache: int
     process: int
     checkpoint: int
@@ -63,6 +66,19 @@ class Memory:
         """Arguments, temporaries and results of a step together."""
         arguments = self.weights + self.optimizer + self.ema + self.batch
         return arguments + self.gradients + self.logits + self.activations + self.results
+
+    @property
+    def step_only(self) -> int:
+        """What a step holds and the time between steps does not."""
+        return self.gradients + self.logits + self.activations + self.results + self.scratch
+
+    def parts_at_peak(self) -> dict[str, int]:
+        """The parts that are held when most is: together they are `peak`."""
+        held = {name: getattr(self, name) for name in ("weights", "optimizer", "ema", "batch", "process")}
+        step = {name: getattr(self, name) for name in ("gradients", "logits", "activations", "results", "scratch")}
+        more = step if self.step_only >= self.checkpoint else {"checkpoint": self.checkpoint}
+        parts = held | more
+        return parts | {"before the first step": self.peak - sum(parts.values())}
 
 
 def memory_budget(config: Config, backend: Backend) -> int:
@@ -80,9 +96,11 @@ def measure_memory(config: Config, trainer: Trainer, compiled: Any, backend: Bac
     hlo, analysis = compiled.as_text(), compiled.memory_analysis()
     machine.release_memory()
     state = trainer.abstract_state
-    trained, optimizer, ema = tree_bytes(state.params), tree_bytes(state.opt_state), tree_bytes(state.ema_params)
-    weights = trained + tree_bytes(state.base)
+    held = state if backend.platform == "cpu" else _of_one_device(state, trainer.state_shardings)
+    trained, optimizer, ema = tree_bytes(held.params), tree_bytes(held.opt_state), tree_bytes(held.ema_params)
+    weights = trained + tree_bytes(held.base)
     batch = config.batch_size * (config.model.seq_len + 1) * 4
+    batch //= 1 if backend.platform == "cpu" else len(backend.devices)
     temporaries, arguments = analysis.temp_size_in_bytes, analysis.argument_size_in_bytes
     results = max(0, analysis.output_size_in_bytes - aliased_bytes(hlo))
     logits = min(temporaries, largest_logits_bytes(hlo, config.tokenizer.vocab_size, config.model.embed_dim))
@@ -90,6 +108,7 @@ def measure_memory(config: Config, trainer: Trainer, compiled: Any, backend: Bac
     cache = jax.eval_shape(lambda: vars(Cache.empty(config.model, config.sample.num_samples, jnp.float32)))
     checkpoint = 0
     peak = arguments + results + temporaries
+    scratch = arguments - weights - optimizer - ema - batch  # a few numbers of the state
     if backend.platform == "cpu":
         peak_so_far = 0 if process else machine.peak_resident_memory()
         unrolled = 0 if config.model.scan_layers else config.model.num_layers
@@ -98,6 +117,7 @@ def measure_memory(config: Config, trainer: Trainer, compiled: Any, backend: Bac
         uncounted = HEAP_GAPS * (weights + optimizer + ema) + FLOAT32_SCRATCH * bfloat16_product_bytes(hlo)
         num_devices = sum(device.process_index == jax.process_index() for device in backend.devices)  # of this process
         step = num_devices * (results + temporaries + int(uncounted))
+        scratch += (num_devices - 1) * (arguments + results + temporaries) + num_devices * int(uncounted)
         peak = max(peak_so_far, process + num_devices * arguments + max(step, checkpoint))
     return Memory(
         weights=weights,
@@ -108,11 +128,31 @@ def measure_memory(config: Config, trainer: Trainer, compiled: Any, backend: Bac
         logits=logits,
         activations=temporaries - logits - gradients,
         results=results,
+        scratch=max(0, scratch),
         decode_cache=tree_bytes(cache),
         process=process,
         checkpoint=checkpoint,
         peak=peak,
     )
+
+
+def least_memory(config: Config, trainer: Trainer, backend: Backend) -> int:
+    """Bytes that no remat and no micro-batch can save: the state, its gradients, and on a CPU the process as it is."""
+    state = trainer.abstract_state
+    process = machine.resident_memory() if backend.platform == "cpu" else 0
+    return process + (tree_bytes(state) + tree_bytes(state.params)) // config.mesh.fsdp
+
+
+def rough_activations(config: Config) -> int:
+    """Bytes that a step without remat may keep for its backward pass in float32: a quick guess, and a high one."""
+    model, tokens = config.model, config.micro_batch_size * config.model.seq_len
+    layer = 12 * model.embed_dim + 5 * model.mlp_dim + 3 * model.num_heads * model.seq_len
+    return 4 * tokens * (model.num_layers * layer + 3 * config.tokenizer.vocab_size)
+
+
+def _of_one_device(tree: Any, shardings: Any) -> Any:
+    """The shapes of what one device holds of a tree."""
+    return jax.tree_util.tree_map(lambda x, s: jax.ShapeDtypeStruct(s.shard_shape(x.shape), x.dtype), tree, shardings)
 
 
 def tree_bytes(tree: Any) -> int:

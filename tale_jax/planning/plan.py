@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import rich.box
-import rich.console
 import rich.table
 
 from tale_jax.config import Config, change, leaves
@@ -23,15 +22,25 @@ from tale_jax.data.loader import training_windows
 from tale_jax.data.token_files import load_tokens
 from tale_jax.hardware.backend import Backend, for_mac
 from tale_jax.model.transformer import count_parameters, flops_per_token
-from tale_jax.planning.memory import Memory, measure_memory, memory_budget, tree_bytes
+from tale_jax.planning.memory import (
+    Memory,
+    least_memory,
+    measure_memory,
+    memory_budget,
+    rough_activations,
+    tree_bytes,
+)
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.programs import UntrainedTokenizer, programs
 from tale_jax.planning.timing import time_steps
 from tale_jax.training.step import Trainer, make_trainer
 from tale_jax.utils.format import format_bytes, format_duration
 from tale_jax.utils.progress import Progress
+from tale_jax.utils.streams import table_console
 
 MAX_ADVICE = 3
+MIN_SHOWN_BYTES = 100_000  # of a part of the memory
+SAFE_SHARE = 0.5  # of the budget: what is guessed to take less is not compiled to see whether it fits
 # What may make a run fit, the changes that cost little first. `micro_batch_size` is a divisor here.
 CANDIDATE_CHANGES: tuple[dict[str, Any], ...] = (
     {"model.scan_layers": True},
@@ -45,6 +54,8 @@ CANDIDATE_CHANGES: tuple[dict[str, Any], ...] = (
     {"micro_batch_size": 8, "remat": "block", "model.scan_layers": True},
     {"micro_batch_size": 1 << 30, "remat": "block", "model.scan_layers": True},
 )
+ALL_TRIED = "no change of remat, micro-batch, precision or scan_layers is enough"
+PART_NAMES = {"scratch": "scratch of the compiled program", "checkpoint": "checkpoint, while it is written"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +145,33 @@ def plan_run(
     )
 
 
+def check_fits(config: Config, backend: Backend) -> None:
+    """Refuses, before its text is read, a run that cannot fit into memory.
+
+    What a run holds at least is known at once. The step is compiled only where a guess says that it may not fit: a run
+    that does not and gets through is refused when its text is prepared.
+
+    Raises:
+      ValueError: one line with what makes the run fit.
+    """
+    budget = memory_budget(config, backend)
+    if not budget or config.backend.ignore_memory:
+        return
+    config = config.with_total_steps()
+    trainer = make_trainer(config, backend, jnp.dtype("float32"), UntrainedTokenizer.bos_id)
+    least = least_memory(config, trainer, backend)
+    if least > budget:
+        raise ValueError(_refusal(f"at least {format_bytes(least)}", budget, ()))
+    if least + rough_activations(config) < SAFE_SHARE * budget:
+        return
+    with Progress("does it fit", total=1, unit="stages") as progress, progress.stage("compiling the training step"):
+        dtype, reason = choose_precision(backend, config.precision)
+        trainer = make_trainer(config, backend, dtype, UntrainedTokenizer.bos_id)
+        plan = plan_run(config, trainer, trainer.compile(), backend, budget, reason)
+    if not plan.fits:
+        raise ValueError(refusal(plan, config, backend))
+
+
 def _checkpoints_kept(config: Config) -> int:
     """The newest, and those of multiples of `keep_every` steps."""
     c = config.checkpoint
@@ -212,27 +250,36 @@ def with_time(plan: Plan, config: Config, trainer: Trainer) -> Plan:
     return dataclasses.replace(plan, tokens_per_second=config.tokens_per_step / step, seconds=seconds)
 
 
-def find_advice(config: Config, backend: Backend, plan: Plan, timed: bool = True) -> tuple[FittingChange, ...]:
-    """The changes that make a run fit into its budget, found by trying them: three at most, the fastest first.
+def find_advice(
+    config: Config, backend: Backend, plan: Plan, timed: bool = True, enough: int = MAX_ADVICE
+) -> tuple[FittingChange, ...]:
+    """The changes that make a run fit into its budget, found by trying them: `enough` at most, in the order of
+    CANDIDATE_CHANGES, which is that of their cost, whatever else the machine does meanwhile.
 
-    `speed` is the share of the planned speed, or of the fastest change where the run itself could not be timed; 0
-    without `timed`.
+    Nothing is tried where the state alone is too large. `speed` is the share of the planned speed, or of the fastest
+    change where the run itself could not be timed; 0 without `timed`.
     """
-    found, candidates = [], list(_candidate_changes(config))
+    memory = plan.memory
+    state = memory.weights + memory.optimizer + memory.ema + memory.gradients + memory.process
+    candidates = list(_candidate_changes(config)) if state <= plan.budget_bytes else []
+    is_here = timed or backend.platform == "cpu" or backend.devices[0].platform != "cpu"  # so its dtypes can be checked
+    found: list[tuple[float, int, dict[str, Any]]] = []
     with Progress("what would fit", total=len(candidates), unit="changes") as progress:
         for settings in candidates:
             with progress.stage("trying " + ", ".join(f"{name}={value}" for name, value in settings.items())):
                 changed = change(config, settings)
-                dtype = choose_precision(backend, changed.precision)[0] if timed else changed.precision
+                try:
+                    dtype = choose_precision(backend, changed.precision)[0] if is_here else changed.precision
+                except ValueError:  # not correct here
+                    continue
                 dtype = plan.precision if dtype == "auto" else dtype
                 trainer = make_trainer(changed, backend, jnp.dtype(dtype), UntrainedTokenizer.bos_id)
                 peak = measure_memory(changed, trainer, trainer.compile(), backend, plan.memory.process).peak
                 if peak <= plan.budget_bytes:
                     speed = changed.tokens_per_step / time_steps(changed, trainer, num_steps=2) if timed else 0.0
                     found.append((speed, peak, settings))
-            if len(found) == MAX_ADVICE:
+            if len(found) == enough:
                 break
-    found.sort(key=lambda item: -item[0])
     fastest = plan.tokens_per_second or max((speed for speed, *_ in found), default=0.0)
     return tuple(
         FittingChange(settings, peak, speed, speed / fastest if fastest else 0.0) for speed, peak, settings in found
@@ -277,16 +324,27 @@ def headline(plan: Plan) -> str:
     )
 
 
-def refusal(plan: Plan, config: Config) -> str:
-    """Why a run is not started, and what to do, in one line."""
+def refusal(plan: Plan, config: Config, backend: Backend) -> str:
+    """Why a run is not started, and a change that was tried and makes it fit, in one line."""
+    advice = find_advice(config, backend, plan, timed=False, enough=1)
+    return _refusal(format_bytes(plan.peak_bytes), plan.budget_bytes, advice)
+
+
+def _refusal(needed: str, budget: int, advice: tuple[FittingChange, ...]) -> str:
+    changes = " or ".join(f"{_flags(each)} (then {format_bytes(each.peak_bytes)})" for each in advice)
+    remedy = f"try {changes}" if advice else f"{ALL_TRIED}: {_smaller_model()}"
     return (
-        f"this run needs {format_bytes(plan.peak_bytes)} of memory and may use {format_bytes(plan.budget_bytes)}; "
-        f"{remedies(config)}, or start all the same: --config.backend.ignore_memory=True"
+        f"this run needs {needed} of memory and may use {format_bytes(budget)}; {remedy}, or start all the same: "
+        "--config.backend.ignore_memory=True"
     )
 
 
+def _flags(advice: FittingChange) -> str:
+    return " ".join(f"--config.{name}={value}" for name, value in advice.settings.items())
+
+
 def remedies(config: Config) -> str:
-    """Flags that make a run smaller, in words; unlike `find_advice`, nothing is tried."""
+    """Flags that make a run smaller, for one that its plan said would fit; unlike `find_advice`, nothing is tried."""
     flags = []
     if config.remat == "none" or not config.model.scan_layers:
         flags.append("--config.remat=block --config.model.scan_layers=True")
@@ -303,7 +361,7 @@ def _smaller_model() -> str:
 
 def print_plan(plan: Plan) -> None:
     """Prints the plan as tables."""
-    console = rich.console.Console(highlight=False)
+    console = table_console()
     table = rich.table.Table(box=rich.box.SIMPLE, show_header=False, title="The run", title_justify="left")
     body = plan.parameters - plan.embedding_parameters
     unknown = "known when the text is prepared (or set total_steps)"
@@ -338,20 +396,24 @@ def print_plan(plan: Plan) -> None:
     parts = rich.table.Table(box=rich.box.SIMPLE, title="Memory", title_justify="left")
     parts.add_column("part")
     parts.add_column("size", justify="right")
-    for name, size in dataclasses.asdict(memory).items():
-        if size and name not in ("peak", "decode_cache"):
-            parts.add_row(name, format_bytes(size))
+    held = memory.parts_at_peak()
+    for name, size in held.items():
+        if size >= MIN_SHOWN_BYTES:
+            parts.add_row(PART_NAMES.get(name, name), format_bytes(size))
     parts.add_section()
     parts.add_row("peak", format_bytes(memory.peak))
+    if "checkpoint" in held:
+        parts.add_row("in place of the checkpoint, in a step", format_bytes(memory.step_only))
+    elif memory.checkpoint:
+        parts.add_row("checkpoint, between steps", format_bytes(memory.checkpoint))
     parts.add_row("cache of decoding, between steps", format_bytes(memory.decode_cache))
     console.print(parts)
     if plan.budget_bytes:
         verdict = "It fits" if plan.fits else "It does not fit"
         console.print(f"{verdict}: {format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)}.")
     for advice in plan.advice:
-        flags = " ".join(f"--config.{name}={value}" for name, value in advice.settings.items())
+        flags = _flags(advice)
         price = f", {advice.tokens_per_second:,.0f} tokens/s ({advice.speed:.0%} of the speed)" if advice.speed else ""
         console.print(f"  {flags}: {format_bytes(advice.peak_bytes)}{price}", soft_wrap=True)
     if not plan.fits and not plan.advice:
-        all_tried = "no change of remat, micro-batch, precision or scan_layers is enough"
-        console.print(f"  {all_tried}: {_smaller_model()}", soft_wrap=True)
+        console.print(f"  {ALL_TRIED}: {_smaller_model()}", soft_wrap=True)

@@ -26,6 +26,8 @@ from tale_jax.utils.progress import Progress, stdout_width
 
 STANDARD_ERROR = "_stderr"  # at the end of the name of a measure's standard error
 NAME_WIDTH = 29
+LONG_WORD, FEW_WORDS = 15, 1000  # bytes a word, words of a split
+LARGE, HARDLY_LEARNED = 1000, 10_000  # word perplexities: of few words, and of any text
 FEW_TEXTS = 5  # too few to tell about other ones
 
 
@@ -147,7 +149,10 @@ def describe(result: Mapping[str, Any], width: int | None = None) -> str:
     """
     width = stdout_width() if width is None else width
     shown = {name: value for name, value in result.items() if name != "quality" and not name.endswith(STANDARD_ERROR)}
-    lines = [f"{name:>{NAME_WIDTH}}  {_with_interval(name, value, result)}" for name, value in shown.items()]
+    lines = [
+        f"{name:>{NAME_WIDTH}}  {_with_interval(name, value, result)}{_caution(name, value, result)}"
+        for name, value in shown.items()
+    ]
     if 0 < result.get("texts", 0) < min(result.get("documents", 0), FEW_TEXTS):
         lines.append(
             f"the documents are passages of {result['texts']} text{'s' * (result['texts'] != 1)}: "
@@ -172,6 +177,18 @@ def describe(result: Mapping[str, Any], width: int | None = None) -> str:
     if result.get("quality"):
         lines.append(NOT_TESTED)
     return "\n".join(lines)
+
+
+def _caution(name: str, value: Any, result: Mapping[str, Any]) -> str:
+    """Why a word perplexity says nothing about the model: it is of text without words, or of few of them."""
+    words, num_bytes = result.get("words") or 0, result.get("bytes") or 0
+    if name != "word_perplexity" or value is None or not words:
+        return ""
+    if num_bytes > LONG_WORD * words:
+        return f" (says nothing: a word of this text has {num_bytes / words:,.0f} bytes)"
+    if value > (LARGE if words < FEW_WORDS else HARDLY_LEARNED):
+        return f" (large, for it is exp of {math.log(value):.1f} nats a word, of {words:,} words)"
+    return ""
 
 
 def _with_interval(name: str, value: Any, result: Mapping[str, Any]) -> str:

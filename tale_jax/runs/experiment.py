@@ -23,7 +23,7 @@ from tale_jax.model.adapters import Adapted, init_adapters, merged
 from tale_jax.model.transformer import Kernels, Transformer, make_model
 from tale_jax.training.checkpoint import SavedParams
 from tale_jax.utils.files import write_atomically
-from tale_jax.utils.progress import Progress
+from tale_jax.utils.progress import Progress, notice
 
 BASE_FILE = "base.json"  # of a fine-tuned workdir: which base it was, by path, step and digest
 
@@ -75,7 +75,7 @@ def open_experiment(
         raise ValueError(f"step={step} must be a checkpoint of {saved.folder}; there is {steps}")
     model = make_model(dataclasses.replace(config, remat="none"), backend, dtype)
     with Progress("restoring the weights", every_seconds=math.inf), saved:
-        step = step or (saved.steps[-1] if count else saved.best())
+        wanted_step, step = step, step or (saved.steps[-1] if count else saved.best())
         has_ema = saved.has_ema(step)
         steps = [s for s in saved.steps if s <= step][-max(1, count) :]
         if len(steps) < count or (weights == "ema" and not has_ema):
@@ -91,6 +91,11 @@ def open_experiment(
                 jax.eval_shape(lambda tree: init_adapters(tree, config.lora, jax.random.PRNGKey(0)), shapes)
             )
         params = saved.load(steps, shapes, ema=weights == "ema")
+        note = ""
+        if not wanted_step and not count and step != saved.steps[-1]:
+            note = f"checkpoint of step {step}, the best by validation loss; the last is of step {saved.steps[-1]}"
+    if note:
+        notice(note)
     tokenizer = Tokenizer.load(tokenizer_file(workdir))
     adapted = Adapted(base, params, config.lora.scale) if config.lora.rank else None
     return Experiment(workdir, config, step, weights, tokenizer, model, merged(adapted or params), adapted)

@@ -130,6 +130,7 @@ def _summary(run: RunRecords) -> dict[str, str]:
     interval = f" ± {1.96 * loss_error:.3f}" if loss_error and math.isfinite(loss_error) else ""
     values: dict[str, tuple[str, Any]] = {
         "Validation loss": ("{:.3f}" + f"{interval} nats/token{part}", run.last("valid", "nats_per_token")),
+        "Lowest validation loss": ("{}", _lowest_loss(run)),
         "Bits per byte": ("{:.3f}", run.last("valid", "bits_per_byte")),
         "Excess": ("{:.4f}" + f" nats/token{part}", run.last("valid", "excess_nats_per_token")),
         "Entropy floor": ("{:.3f}" + (f" ± {error:.3f}" if error else ""), floor),
@@ -150,6 +151,16 @@ def _summary(run: RunRecords) -> dict[str, str]:
         for name, (form, value) in values.items()
         if value is not None
     }
+
+
+def _lowest_loss(run: RunRecords) -> str | None:
+    """Where validation was best before the end: that checkpoint is what samples and evaluations are of."""
+    steps, losses = run.column("valid", "nats_per_token")
+    known = [(loss, step) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
+    if not known or min(known)[1] == known[-1][1]:
+        return None
+    loss, step = min(known)
+    return f"{loss:.3f} nats/token at step {step:,}: its checkpoint is used"
 
 
 def _warnings(run: RunRecords) -> Iterator[str]:

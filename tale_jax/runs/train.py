@@ -7,7 +7,6 @@ the first one alone writes everything else.
 
 import dataclasses
 import json
-import shlex
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -21,24 +20,24 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tale_jax.config import Config
-from tale_jax.data.corpus import SPLITS
+from tale_jax.data.corpus import SPLITS, open_corpus
 from tale_jax.data.loader import Batches, training_windows
 from tale_jax.data.marks import ALL_LEARNED, MARKED, bos_or_marked
 from tale_jax.data.packing import PackedWindows
-from tale_jax.data.prepare import Prepared, base_folder, prepare
+from tale_jax.data.prepare import Prepared, base_folder, of_worth, prepare
 from tale_jax.data.token_files import load_tokens
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans, per
 from tale_jax.hardware.backend import Backend
 from tale_jax.hardware.distributed import any_process, from_main_process, is_main_process, wait_for_processes
 from tale_jax.hardware.machine import release_memory
-from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, matmul_peak_of_all
+from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, keep_peak, matmul_peak_of_all
 from tale_jax.inference.sampler import Sampler, SampleSettings
 from tale_jax.model.transformer import Transformer
-from tale_jax.planning.autotune import autotune
+from tale_jax.planning.autotune import SHAPE_SETTINGS, autotune
 from tale_jax.planning.memory import memory_budget
 from tale_jax.planning.numerics import choose_precision
-from tale_jax.planning.plan import Plan, headline, plan_run, refusal, remedies
+from tale_jax.planning.plan import Plan, check_fits, headline, plan_run, refusal, remedies
 from tale_jax.runs.experiment import open_base
 from tale_jax.runs.resume import resumed_config
 from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes
@@ -50,6 +49,7 @@ from tale_jax.training.step import Trainer, make_trainer
 from tale_jax.utils.files import JsonLines
 from tale_jax.utils.format import format_bytes
 from tale_jax.utils.locks import writer_lock
+from tale_jax.utils.paths import quoted
 from tale_jax.utils.progress import Progress
 from tale_jax.utils.settings import mistake
 
@@ -60,13 +60,14 @@ OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "bad_al
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How `train` ended: at which step, how many the run has, the signal that stopped it (0: none), and at which step
-    it had started."""
+    """How `train` ended: at which step, how many the run has, the signal that stopped it (0: none), at which step it
+    had started, and the step of the best checkpoint by validation loss."""
 
     step: int
     total_steps: int
     signal: int
     first_step: int
+    best_step: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,28 +103,16 @@ def train(
     check_extras(config.metrics)
     start_time, note = start_time or time.monotonic(), ""
     was_prepared = (workdir / "windows" / f"{SPLITS[-1]}.json").is_file()
-    if config.lora.rank and not config.base:
-        raise ValueError("base= must name the model whose weights the adapters change; give --config.base=DIR")
-    if config.lora.rank and config.optimizer.name != "adamw":
-        raise mistake(
-            "optimizer.name",
-            config.optimizer.name,
-            "be adamw with lora.rank above 0",
-            "set --config.optimizer.name=adamw",
-        )
-    if config.base and config.minutes:
-        raise mistake(
-            "minutes",
-            config.minutes,
-            "be 0 with a base, whose size is known",
-            "set --config.minutes=0 and --config.total_steps=1000",
-        )
-    if (workdir / "config.json").is_file():
-        config, note = resumed_config(config, workdir, overrides)
-    elif config.minutes:
-        config = autotune(config, workdir, backend, start_time, overrides)
+    _check_base(config)
     with ExitStack() as held:
-        from_main_process(lambda: held.enter_context(writer_lock(workdir, "train")))
+        from_main_process(lambda: held.enter_context(writer_lock(workdir, "train", of_worth)))
+        if (workdir / "config.json").is_file():
+            config, note = resumed_config(config, workdir, overrides)
+        elif not was_prepared and (not config.minutes or any(name in overrides for name in SHAPE_SETTINGS)):
+            open_corpus(config.corpus, config.seed, workdir)  # a text that is not there is told before anything else
+            check_fits(config, backend)
+        if config.minutes and not (workdir / "config.json").is_file():
+            config = autotune(config, workdir, backend, start_time, overrides)
         return _train(config, workdir, backend, Start(start_time, was_prepared, note))
 
 
@@ -143,7 +132,7 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle, config.checkpoint.keep_every)
         if (step := checkpoints.latest or 0) >= config.total_steps:
             checkpoints.close()
-            return Outcome(step, config.total_steps, 0, step)
+            return Outcome(step, config.total_steps, 0, step, checkpoints.best or step)
         if start.note:
             progress.print(start.note)
         first_step = step
@@ -153,7 +142,7 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
         progress.print(headline(plan))
         if any_process(not (config.backend.ignore_memory or plan.fits)):
             checkpoints.close()
-            raise ValueError(refusal(plan, config))
+            raise ValueError(refusal(plan, config, backend))
         with (
             _batches(config, prepared, tokens, starts, backend) as batches,
             _errors_after_saving(plan, config, checkpoints),
@@ -196,7 +185,20 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
             progress.print(
                 f"stopped at step {step} of {config.total_steps}, saved; the same command goes on from there"
             )
-        return Outcome(step, config.total_steps, stop.number, first_step)
+        keep_peak(backend, plan.precision, hooks.peak_flops)
+        return Outcome(step, config.total_steps, stop.number, first_step, checkpoints.best or step)
+
+
+def _check_base(config: Config) -> None:
+    """Raises ValueError, in one line, for settings that do not go with a base, or with none."""
+    if config.lora.rank and not config.base:
+        raise ValueError("base= must name the model whose weights the adapters change; give --config.base=DIR")
+    if config.lora.rank and config.optimizer.name != "adamw":
+        remedy = "set --config.optimizer.name=adamw"
+        raise mistake("optimizer.name", config.optimizer.name, "be adamw with lora.rank above 0", remedy)
+    if config.base and config.minutes:
+        remedy = "set --config.minutes=0 and --config.total_steps=1000"
+        raise mistake("minutes", config.minutes, "be 0 with a base, whose size is known", remedy)
 
 
 def _base_params(config: Config, workdir: Path, backend: Backend) -> tuple[Any, ...]:
@@ -243,7 +245,7 @@ def _check_workdir(workdir: Path, config: Config) -> None:
         name, mine, theirs = other
         raise ValueError(
             f"{name}={json.dumps(mine)} must be {json.dumps(theirs)} to go on with the experiment in {workdir}; "
-            f"set --config.{name}={shlex.quote(str(theirs))} to resume it, or give another --workdir"
+            f"set --config.{name}={quoted(str(theirs))} to resume it, or give another --workdir"
         )
 
 
@@ -399,6 +401,11 @@ class RunHooks(Hooks):
     def _scorer_of(self, model: Transformer, bos_id: int) -> Scorer:
         batch_size, tokenizer = self._config.evaluate.batch_size, self._tokenizer
         return Scorer(model, tokenizer, batch_size, self._place, self._num_devices, self._replicated, bos_id)
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s that the devices were seen to do, at least; 0: unknown."""
+        return self._meter.peak_flops
 
     def score_training_text(self, tokens: np.ndarray, starts: np.ndarray) -> None:
         """From now on every evaluation also scores the first document of some training windows.

@@ -49,6 +49,11 @@ class Checkpoints:
         """The newest step saved, None before the first."""
         return self._manager.latest_step()
 
+    @property
+    def best(self) -> int | None:
+        """The step of the lowest validation loss; the newest where none is known, None before the first save."""
+        return _best_step(self._losses) or self.latest
+
     def save(self, step: int, state: TrainState, data: Mapping[str, Any], loss: float | None) -> None:
         """Begins to save `state` and the data position; `loss` is the validation loss in nats per token, if known now.
 

@@ -214,7 +214,7 @@ class Meter:
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._tokens_per_step = tokens_per_step
-        self._peak_tokens_per_second = peak_flops / flops_per_token if flops_per_token else 0.0
+        self._flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self._tokens = tokens
         self._clock = clock
         self._since: float | None = None  # start of the timed interval; None until the first step is done
@@ -267,8 +267,10 @@ class Meter:
             seconds = max(self._until - self._since - self._paused, 1e-9)
             record["tokens_per_second"] = self._timed_steps * self._tokens_per_step / seconds
             record["data_wait"] = min(self._waited / seconds, 1.0)
-            if self._peak_tokens_per_second:
-                record["peak_share"] = record["tokens_per_second"] / self._peak_tokens_per_second
+            if self._flops_per_token and self.peak_flops:
+                flops = record["tokens_per_second"] * self._flops_per_token
+                self.peak_flops = max(self.peak_flops, flops)  # what was seen to be done can be done
+                record["peak_share"] = flops / self.peak_flops
             self._since = self._until
         self._reset()
         return record

@@ -1,11 +1,10 @@
 """Libraries that only some settings need, and the one command that installs them into the Python that runs this."""
 
 import importlib
-import shlex
 import sys
 from pathlib import Path
 
-from tale_jax.utils.paths import printable_path
+from tale_jax.utils.paths import quoted
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +35,7 @@ def install_command(extra: str) -> str:
         stamp = ""
     had = next((line.partition("=")[2] for line in stamp.splitlines() if line.startswith("extras=")), "")
     if not had:
-        return f"{shlex.quote(sys.executable)} -m pip install -e {shlex.quote(f'{printable_path(ROOT)}[{extra}]')}"
+        return f"{quoted(sys.executable)} -m pip install -e {quoted(f'{ROOT}[{extra}]')}"
     extras = ",".join(dict.fromkeys([*had.split(","), extra]))
-    venv = "" if prefix == ROOT / ".venv" else f" VENV={shlex.quote(printable_path(prefix))}"
-    return f"make -C {shlex.quote(printable_path(ROOT))} env{venv} EXTRAS={extras}"
+    venv = "" if prefix == ROOT / ".venv" else f" VENV={quoted(prefix)}"
+    return f"make -C {quoted(ROOT)} env{venv} EXTRAS={extras}"

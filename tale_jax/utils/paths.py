@@ -7,6 +7,7 @@ fault = fault_of(path, "folder to write")     # "" or why not, in a few words wi
 import errno
 import os
 import re
+import shlex
 from pathlib import Path
 
 from tale_jax.utils.streams import escaped
@@ -17,6 +18,23 @@ KINDS = ("folder", "folder to write", "file", "file to write", "path to make", "
 def printable_path(path: Path | str) -> str:
     r"""A path for a message: one line, without control characters, and bytes that are no UTF-8 as \xNN."""
     return "".join(c if c.isprintable() else escaped(c) for c in str(path))
+
+
+def quoted(path: Path | str) -> str:
+    r"""A path as a word of a shell's command line that a terminal can show: what cannot be printed as bytes, \xc2."""
+    text = str(path)
+    if text.isprintable():
+        return shlex.quote(text)
+    return "$'" + "".join(_as_word(character) for character in text) + "'"
+
+
+def _as_word(character: str) -> str:
+    """One character between $' and '."""
+    if character in "\\'":
+        return f"\\{character}"
+    if character.isprintable():
+        return character
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
 
 
 def expanded(path: str, field: str) -> Path:

@@ -102,10 +102,6 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self._start_time = self._clock()
-        if self._log_path is not None:
-            with contextlib.suppress(OSError):
-                self._log_path.parent.mkdir(parents=True, exist_ok=True)
-                self._log = self._log_path.open("a", encoding="utf-8", errors="backslashreplace")
         self._live = self._show and is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
         if self._parent is not None:  # a part that is soon over writes no line
             self._last_line_time = self._start_time
@@ -118,7 +114,7 @@ class Progress:
         moved = self._live and self._parent is None and (self._done != self._start or bool(self._fields))
         if error is None and (self._unlogged or moved):
             self._refresh(self._clock(), last=self._parent is None)
-        if self._log is not None and self._parent is None:
+        if self._log is not None:
             with contextlib.suppress(OSError):
                 self._log.close()
 
@@ -130,7 +126,7 @@ class Progress:
         part = Progress(
             title, total=total, unit=unit, show=self._show, every_seconds=self._every_seconds, clock=self._clock
         )
-        part._parent, part._log = self, self._log
+        part._parent = self
         return part
 
     def advance(self, count: int = 1) -> None:
@@ -166,14 +162,20 @@ class Progress:
         self._write_log(text)
 
     def _write_log(self, text: str) -> None:
-        if self._log is not None:
+        if self._parent is not None:
+            self._parent._write_log(text)
+        elif self._log_path is not None:
             try:
+                if self._log is None:  # not before there is something to say: a command may be refused
+                    self._log_path.parent.mkdir(parents=True, exist_ok=True)
+                    self._log = self._log_path.open("a", encoding="utf-8", errors="backslashreplace")
                 self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
                 self._log.flush()
             except (OSError, ValueError):  # a full disk: what matters is written elsewhere
                 with contextlib.suppress(OSError, ValueError):
-                    self._log.close()
-                self._log = None
+                    if self._log is not None:
+                        self._log.close()
+                self._log = self._log_path = None
 
     def _refresh(self, now: float, last: bool = False) -> None:
         self._last_draw_time = now

@@ -18,7 +18,10 @@ import re
 import select
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    import rich.console
 
 # Control characters but line end and tab, lone surrogates, and marks that turn the direction of text around.
 STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -33,6 +36,7 @@ LOOKALIKES = {
     "\xa0": " ",
 }
 ERRORS = "tale_jax_lookalikes"  # name of the error handler below
+MAX_WIDTH = 1000  # columns of a table in a file or pipe
 MAX_WAIT = 2.0  # seconds for a reader that is slow, of a stream that does not block
 
 # Called before anything is written to a terminal by way of sys.stdout and sys.stderr: whoever draws there clears it.
@@ -59,6 +63,13 @@ def say(text: object, end: str = "\n") -> None:
 def notice(text: object) -> None:
     """One line on stderr about something that was decided without asking; never the reason that a run ends."""
     write_line(f"note: {' '.join(printable(text).split())}")
+
+
+def table_console(quiet: bool = False) -> "rich.console.Console":
+    """Where tables are printed: as wide as the terminal at stdout, as wide as they like in files and pipes."""
+    import rich.console
+
+    return rich.console.Console(quiet=quiet, highlight=False, width=None if is_terminal(sys.stdout) else MAX_WIDTH)
 
 
 def write_line(line: str) -> None:

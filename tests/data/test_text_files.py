@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tale_jax.data import text_files
@@ -144,6 +144,7 @@ def test_a_path_that_exists_is_taken_literally(tmp_path, name):
 
 
 @settings(max_examples=60)
+@example(b"\xc2\x80'\\").via("a control character of two bytes")
 @given(st.binary(min_size=1, max_size=40).filter(lambda name: b"/" not in name and b"\0" not in name))
 def test_a_name_of_any_bytes(tmp_path_factory, name):
     folder = tmp_path_factory.mktemp("odd")

@@ -38,6 +38,20 @@ def test_the_best_undisturbed_measurement_is_kept(cpu, measured, tmp_path):
     assert kept == 6e9 and cpu.device in key and "float32" in key and "jax " in key
 
 
+def test_what_a_run_was_seen_to_do_raises_the_peak_that_is_kept(cpu, measured):
+    peak.keep_peak(cpu, "float32", 0.0)  # nothing was known
+    measured(5e9, True)
+    assert peak.matmul_peak_of_all(cpu, "float32") == 5e9
+    peak.keep_peak(cpu, "float32", 4e9)
+    assert peak.matmul_peak_of_all(cpu, "float32") == 5e9
+    peak.keep_peak(cpu, "float32", 7e9)
+    assert peak.matmul_peak_of_all(cpu, "float32") == 7e9
+    gpus = dataclasses.replace(cpu, platform="cuda", devices=(*cpu.devices, *cpu.devices))
+    peak.matmul_peak_of_all(gpus, "float32")
+    peak.keep_peak(gpus, "float32", 24e9)
+    assert peak.matmul_peak_of_all(gpus, "float32") == 24e9
+
+
 def test_each_device_and_dtype_has_a_peak_of_its_own(cpu, measured):
     measured(5e9, True)
     assert peak.matmul_peak_of_all(cpu, "float32") == 5e9

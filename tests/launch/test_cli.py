@@ -92,6 +92,7 @@ MISTAKES = {
     ("--workdir=w", "--config", "nowhere/x.py"): ["nowhere/x.py", "no such file", "configs/base.py"],
     ("--workdir=w", "--config=HERE/raises.py"): ["raises.py", "line 2", "division by zero"],
     ("--workdir=w", "--config=HERE/refuses.py:big"): ["refuses.py:big", "no size big"],
+    ("--workdir=w", "--config=configs/tales.py:big"): ["error: --config=configs/tales.py:big is not a variant"],
     ("--workdir=w", "--config=HERE/broken.py"): ["broken.py", "SyntaxError"],
     ("--workdir=w", "--config=HERE/empty.py"): ["empty.py", "get_config"],
     (*BASE, "--fault=mistake"): ["model.embed_dim=100 must be divisible by 12; try 96"],

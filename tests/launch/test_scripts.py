@@ -144,3 +144,62 @@ def test_a_folder_that_may_not_be_written(tmp_path):
     tmp_path.chmod(0o500)
     done = run_script("train", *flags(tmp_path / "run"))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+# Commands that are refused.
+
+
+def everything_in(folder: Path) -> dict[str, bytes | None]:
+    """Every path in a folder, with what is in it."""
+    return {str(path): None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
+
+
+FILES = "--config=configs/files.py"
+REFUSED = {  # by script: what each is refused for, after it has begun its work
+    "train": [
+        (FILES, "--config.corpus.path={texts}/no.txt"),
+        (FILES, "--config.corpus.path={texts}/short.txt"),
+        (FILES, "--config.corpus.path={texts}/binary.txt"),
+        (FILES, "--config.corpus.path={texts}/short.txt", "--config.minutes=1"),
+        (FILES, "--config.corpus.path={texts}/long.txt", "--config.model.embed_dim=65536"),
+        ("--config=configs/tales.py:tiny", "--config.precision=float32", "--config.backend.memory_gb=0.001"),
+        ("--config=configs/tales.py:tiny", "--config.tokenizer.path={texts}/binary.txt"),
+        ("--config=configs/tales.py:tiny", "--config.mesh.fsdp=7"),
+    ],
+    "prepare": [
+        (FILES, "--config.corpus.path={texts}/binary.txt"),
+        (FILES, "--config.corpus.path={texts}/short.txt"),
+        (FILES, "--config.corpus.path={texts}/long.txt", "--config.tokenizer.vocab_size=100000"),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flags"), [(script, flags) for script, rows in REFUSED.items() for flags in rows], ids=str
+)
+@pytest.mark.parametrize("workdir", ["new/deep/run", "there"])
+def test_a_command_that_is_refused_leaves_the_files_as_they_were(script, flags, workdir, tmp_path):
+    texts, there = tmp_path / "texts", tmp_path / "there"
+    for folder in (texts, there):
+        folder.mkdir()
+    (there / "notes.txt").write_text("of the user")
+    (texts / "short.txt").write_text("Once.")
+    (texts / "binary.txt").write_bytes(bytes(range(256)) * 50)
+    (texts / "long.txt").write_text("\n\n".join(f"The cat number {i} saw {i * i} birds." for i in range(900)))
+    before = everything_in(tmp_path)
+    done = run_script(script, *(flag.format(texts=texts) for flag in flags), f"--workdir={tmp_path / workdir}")
+    assert done.returncode == 2 and len(done.stderr.splitlines()[-1]) > 20, done.stderr
+    assert everything_in(tmp_path) == before, done.stderr
+
+
+@pytest.mark.slow
+def test_what_cannot_fit_is_refused_before_its_text_is_read(tmp_path):
+    """With what helps: nothing but a smaller model where the weights alone are too many."""
+    (tmp_path / "a.txt").write_text("\n\n".join(f"The cat number {i} saw {i * i} birds." for i in range(900)))
+    flags = [FILES, f"--config.corpus.path={tmp_path}/a.txt", f"--workdir={tmp_path}/run"]
+    done = run_script("train", *flags, "--config.model.embed_dim=32768", "--config.model.num_layers=40")
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "prepare" not in done.stderr and "tokenizer" not in done.stderr.replace(line, "")
+    assert "needs at least" in line and "make the model smaller: lower model.embed_dim" in line
+    assert "remat=" not in line and "micro_batch_size" not in line

@@ -42,6 +42,12 @@ def test_losses_and_gradients_are_those_of_optax(tied, materialize_transposes, k
     np.testing.assert_allclose(weighted_cross_entropy(x, table, targets, weights, head), known[0] / scale, rtol=1e-5)
 
 
+def test_weights_of_tokens_get_no_gradient():
+    x, table, targets, weights = inputs(tied=True)
+    grads = jax.grad(weighted_cross_entropy, (0, 3))(x, table, targets, weights, Head(True))
+    assert jnp.any(grads[0] != 0) and jnp.all(grads[1] == 0)
+
+
 def test_logits_of_both_kinds_of_head():
     for tied in (True, False):
         x, table, *_ = inputs(tied)

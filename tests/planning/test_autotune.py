@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import time
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def test_more_minutes_never_choose_a_smaller_model(cpu, machine):
 
 
 def test_the_chosen_size_was_measured_and_is_the_best(cpu, machine):
-    best, others = find_best(cpu, 10, 5 * 10**6)
+    best, others, _ = find_best(cpu, 10, 5 * 10**6)
     assert best.config.model.embed_dim in machine and len(machine) <= autotune.MAX_MEASURED_SIZES
     assert len(others) == len(autotune.SHAPES) - 1 and all(best.bits_per_byte <= run.bits_per_byte for run in others)
     config = best.config
@@ -122,7 +123,7 @@ def test_the_chosen_size_was_measured_and_is_the_best(cpu, machine):
 
 def test_what_the_user_set_is_left_alone(cpu, machine):
     changes = {"model.embed_dim": 96, "model.num_heads": 2, "model.dropout": 0.35}
-    best, others = find_best(cpu, 10, 10**6, {"model.embed_dim", "model.dropout"}, **changes)
+    best, others, _ = find_best(cpu, 10, 10**6, {"model.embed_dim", "model.dropout"}, **changes)
     assert machine == [96] and not others
     assert (best.config.model.embed_dim, best.config.model.num_heads, best.config.model.dropout) == (96, 2, 0.35)
     assert best.config.optimizer.weight_decay == autotune.regularisation(best.passes).weight_decay
@@ -131,16 +132,39 @@ def test_what_the_user_set_is_left_alone(cpu, machine):
 def test_a_size_that_does_not_fit_into_memory_is_not_chosen(cpu, machine, monkeypatch):
     fitting = autotune._measure
     monkeypatch.setattr(autotune, "_measure", lambda c, *rest: fitting(c, *rest) if c.model.embed_dim < 256 else None)
-    best, others = find_best(cpu, 1000, 10**8)
+    best, others, _ = find_best(cpu, 1000, 10**8)
     assert best.config.model.embed_dim == 192 and len(others) == 1
 
 
 def test_too_little_time_is_one_line_with_a_remedy(cpu, machine):
-    with pytest.raises(
-        ValueError, match=r"minutes=0.1 must leave time to train, but .* try --config.minutes=\d"
-    ) as error:
-        find_best(cpu, 0.1, 10**6)
-    assert "\n" not in str(error.value)
+    """What took the time is named; following the remedy trains."""
+    config = build_config(minutes=0.1, precision="float32", **{"model.seq_len": 256, "batch_size": 8})
+    spent = {"starting": 2.0, "preparing the text": 40.0, "nothing": 0.1}
+    line = (
+        r"minutes=0.1 must leave time to train, but 2 s into starting, 40 s into preparing the text.* went of it "
+        r"before the first step; try --config.minutes=(\d+)$"
+    )
+    with pytest.raises(ValueError, match=line) as error:
+        autotune.find_best(config, text(10**6), cpu, time.monotonic() + 6, (), spent)
+    assert "\n" not in str(error.value) and "nothing" not in str(error.value)
+    advised = re.search(line, str(error.value))
+    assert advised and not find_best(cpu, int(advised[1]), 10**6)[2]
+
+
+def test_with_time_for_few_steps_the_smallest_size_is_trained_and_that_is_said(cpu, machine, monkeypatch):
+    """Where a busy machine took the time; whatever the sizes cost."""
+    steps = []
+    for seconds in range(4, 60, 4):
+        try:
+            best, _, note = find_best(cpu, seconds / 60, 10**6)
+        except ValueError:
+            assert not steps, "less time was enough"
+            continue
+        steps.append(best.config.total_steps)
+        assert (steps[-1] < autotune.MIN_STEPS) == note.startswith(f"only {steps[-1]} steps fit into minutes=")
+        if note:
+            assert best.config.model.embed_dim == autotune.SHAPES[0][1] and "use --config.minutes=" in note
+    assert steps == sorted(steps) and 0 < steps[0] < autotune.MIN_STEPS < steps[-1]
 
 
 @pytest.mark.parametrize("name", ["total_steps", "passes"])

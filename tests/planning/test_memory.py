@@ -11,6 +11,7 @@ import pytest
 from helpers import build_config
 
 from tale_jax.hardware import machine
+from tale_jax.hardware.backend import for_mac
 from tale_jax.planning import memory
 from tale_jax.planning.memory import (
     aliased_bytes,
@@ -36,6 +37,28 @@ def measured(backend, dtype=jnp.float32, process=1 << 20, **changes):
 
 def compiled_text(function, *shapes, dtype=jnp.bfloat16):
     return jax.jit(function).lower(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)).compile().as_text()
+
+
+@pytest.mark.parametrize("process", [1 << 20, 1 << 40, 0])
+@pytest.mark.parametrize("changes", [{}, {"ema.decay": 0.9, "batch_size": 8}, {"model.embed_dim": 256}])
+def test_the_parts_at_the_peak_sum_to_it(cpu, process, changes):
+    """In a step, and where a checkpoint takes more; `process=0` counts what this process has held before."""
+    made = measured(cpu, process=process, **changes)[3]
+    parts = made.parts_at_peak()
+    assert sum(parts.values()) == made.peak and min(parts.values()) >= 0
+    assert ("checkpoint" in parts) == (made.checkpoint > made.step_only)
+    assert made.scratch > 0 and (process == 0 or parts["before the first step"] < 100)
+
+
+def test_the_parts_sum_to_the_peak_on_a_gpu_and_on_devices_that_share_weights(cpu):
+    for backend, changes in (
+        (for_mac(cpu, 10**10), {}),
+        (dataclasses.replace(cpu, platform="cuda", devices=tuple(jax.devices()[:4])), {"mesh.fsdp": 4}),
+        (dataclasses.replace(cpu, devices=tuple(jax.devices()[:4])), {"mesh.fsdp": 2}),
+    ):
+        process = 1 << 20 if backend.platform == "cpu" else 0
+        parts = (made := measured(backend, process=process, **changes)[3]).parts_at_peak()
+        assert sum(parts.values()) == made.peak and min(parts.values()) >= 0, (parts, made.peak)
 
 
 # The logits.

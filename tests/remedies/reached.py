@@ -6,7 +6,6 @@ wrote is compared with the templates. A session in which all tests of a table's 
 message, fails. `conftest.py` imports the hooks.
 """
 
-import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -30,19 +29,36 @@ for message in _all:
         _lines[str(ROOT / message.file)][line].append(message.key)
 
 
-def _pattern(message: Message) -> re.Pattern[str] | None:
-    literals = message.template.split("{}")
-    if max(map(len, literals)) < MIN_LITERAL_CHARS:
-        return None
-    return re.compile(".*?".join(re.escape(" ".join(part.split(" "))) for part in literals))
+def _literals(message: Message) -> list[str]:
+    """What stands between the values of a template; nothing where that is too little to be known again."""
+    literals = [part for part in message.template.split("{}") if part]
+    return literals if max(map(len, literals), default=0) >= MIN_LITERAL_CHARS else []
 
 
-_patterns = [(message.key, pattern) for message in _all if (pattern := _pattern(message))]
+_templates = [(message.key, literals) for message in _all if (literals := _literals(message))]
+
+
+def _holds(line: str, literals: list[str]) -> bool:
+    """Whether the literals stand in the line, one after another."""
+    place = 0
+    for literal in literals:
+        found = line.find(literal, place)
+        if found < 0:
+            return False
+        place = found + len(literal)
+    return True
 
 
 def see(text: str) -> None:
     """Takes what a process wrote for provoked by the test that runs."""
-    _provoked.update(key for key, pattern in _patterns if pattern.search(text))
+    lines = text.splitlines()
+    for key, literals in _templates:
+        if any("\n" in literal for literal in literals):
+            found = _holds(text, literals)
+        else:
+            found = max(literals, key=len) in text and any(_holds(line, literals) for line in lines)
+        if found:
+            _provoked.add(key)
 
 
 def _watch_other_processes() -> None:

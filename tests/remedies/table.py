@@ -306,6 +306,9 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "tale_jax/planning/autotune.py": {
         "must not be given where minutes": f"{RUNS}test_minutes_are_given_as_it_is_told",
         "must be 0 where several processes train": f"{RUNS}test_minutes_are_given_as_it_is_told",
+        "for one that learns more use --config.minutes": (
+            "tests/planning/test_autotune.py::test_with_time_for_few_steps_the_smallest_size_is_trained_and_that_is_said"
+        ),
         "must leave time to train": "tests/planning/test_autotune.py::test_too_little_time_is_one_line_with_a_remedy",
     },
     "tale_jax/planning/doctor.py": {
@@ -327,7 +330,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "tale_jax/planning/plan.py": {
         "this run needs {} of memory": f"{RUNS}test_a_run_is_made_smaller_as_advised_until_it_fits",
         "--config.remat=block": f"{RUNS}test_a_run_is_made_smaller_as_advised_until_it_fits",
-        "try {} ({})": f"{RUNS}test_a_run_is_made_smaller_as_advised_until_it_fits",
+        "try {}": f"{RUNS}test_a_run_is_made_smaller_as_advised_until_it_fits",
         "make the model smaller": f"{RUNS}test_a_run_is_made_smaller_as_advised_until_it_fits",
         "or set total_steps": f"{RUNS}test_a_plan_knows_its_length_when_it_is_set",
     },
@@ -510,7 +513,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "only `model` can be asked for": NAMED,
         "more than {}": SHORTER,
         "must hold ids below": BODY,
-        "step": BODY,
+        "step": (BODY, f"{SERVE}test_a_checkpoint_that_is_damaged_and_another"),
         "ablate.": BODY,
         "the server ends": f"{SERVE}test_a_server_that_ends_and_another",
         "must fit the context": SHORTER,

@@ -28,11 +28,11 @@ from tale_jax.config import Config, change, settings
 from tale_jax.data.prepare import prepare
 from tale_jax.data.tales import grammar
 from tale_jax.evaluation.ngram import NgramModel
+from tale_jax.hardware.backend import for_mac
 from tale_jax.inference.sampler import Sampler, SampleSettings
 from tale_jax.planning import autotune
 from tale_jax.planning import plan as plan_module
-from tale_jax.planning.plan import make_plan, print_plan
-from tale_jax.planning.plan import refusal as plan_refusal
+from tale_jax.planning.plan import check_fits, make_plan, print_plan, remedies
 from tale_jax.runs.evaluate import evaluate
 from tale_jax.runs.experiment import open_experiment
 from tale_jax.runs.report import write_report
@@ -309,8 +309,8 @@ def test_minutes_are_given_as_it_is_told(tmp_path, cpu, monkeypatch):
     assert decided
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     line = refusal(autotune.autotune, build_config(minutes=3), tmp_path / "more", cpu, 0.0)
-    told = re.search(r"minutes=3 must be (0) where several processes train; set (passes) instead$", line)
-    assert told and not build_config(minutes=float(told[1]), **{told[2]: 2.0}).minutes  # no autotune then
+    told = re.search(r"minutes=3 must be (0) where several processes train; set (--config\.passes=1) instead$", line)
+    assert told and not build_config(minutes=float(told[1]), **flags_in(told[2])).minutes  # no autotune then
 
 
 def test_records_go_where_it_is_told(tmp_path, monkeypatch):
@@ -333,7 +333,7 @@ def test_records_go_where_it_is_told(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setattr(wandb, "login", lambda **_: False)
     line = refusal(opened, "a", wandb="online")
-    told = re.search(r"set (\w+), or use metrics\.wandb=(\w+)$", line)
+    told = re.search(r"set (\w+), or set --config\.metrics\.wandb=(\w+)$", line)
     assert told and told[1] == "WANDB_API_KEY" and told[2] in SETTINGS["metrics.wandb"].choices
 
     def fail(**_: Any) -> None:
@@ -343,7 +343,7 @@ def test_records_go_where_it_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", fail)
     mode = "online"
     for folder in ("b", "c"):
-        mode = re.search(r"try metrics\.wandb=(\w+)$", refusal(opened, folder, wandb=mode))[1]
+        mode = re.search(r"try --config\.metrics\.wandb=(\w+)$", refusal(opened, folder, wandb=mode))[1]
     assert mode == "off"
     opened("d", wandb=mode)
 
@@ -352,24 +352,35 @@ def test_records_go_where_it_is_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_is_made_smaller_as_advised_until_it_fits(cpu):
-    config = build_config(**SMALL | {"batch_size": 4, "model.num_layers": 2}).with_total_steps()
-    sizes = []
-    for _ in range(6):
-        plan = make_plan(config, cpu, timed=False, budget=10**7)
-        line = plan_refusal(plan, config)
-        sizes.append(plan.memory.step)
+def test_a_run_is_made_smaller_as_advised_until_it_fits(cpu, monkeypatch):
+    """On a Mac, where the peak is that of the step; memory that ran out is answered by flags that were not tried."""
+    config = build_config(**SMALL | {"batch_size": 16, "model.num_layers": 2, "model.seq_len": 256}).with_total_steps()
+    mac = for_mac(cpu, 10**12)
+    monkeypatch.setattr(plan_module, "choose_precision", lambda backend, precision: (precision, "asked for"))
+    whole = make_plan(config, mac, timed=False, precision=("float32", ""))
+    for share in (0.9, 0.0):
+        tight = dataclasses.replace(mac, memory=whole.peak_bytes - int((1 - share) * whole.memory.activations))
+        with pytest.raises(ValueError, match="this run needs") as caught:
+            check_fits(config, tight)
+        line = str(caught.value)
         if "make the model smaller" in line:
             break
         advised = [flags_in(part) for part in re.findall(r"--config\S+(?: --config\S+)*", line)]
         assert advised[-1] == {"backend.ignore_memory": True}
-        config = change(config, advised[0])
-    assert len(sizes) == 4 and sizes[-1] < sizes[0]  # remat and scan; then micro-batches of 2, and of 1
+        check_fits(change(config, advised[0]), tight)
+        check_fits(change(config, advised[-1]), tight)
+    assert share < 0.9
+    smaller, sizes = config, []
+    while flags := re.findall(r"--config\S+(?: --config\S+)*", remedies(smaller)):
+        smaller = change(smaller, flags_in(flags[0]))
+        sizes.append(make_plan(smaller, mac, timed=False, precision=("float32", "")).peak_bytes)
+    assert len(sizes) == 5 and sizes[-1] < sizes[0] < whole.peak_bytes
+    line = remedies(smaller)
     for name in re.search(r"lower (.*) or ([\w.]+) \(", line).groups():
         for setting in name.split(", "):
             assert setting in SETTINGS
-    half = change(config, {"model.embed_dim": 16, "model.mlp_dim": 0, "tokenizer.vocab_size": 300})
-    assert make_plan(half, cpu, timed=False).memory.step < sizes[-1]
+    half = change(smaller, {"model.embed_dim": 16, "model.mlp_dim": 0, "tokenizer.vocab_size": 300})
+    assert make_plan(half, mac, timed=False, precision=("float32", "")).peak_bytes < sizes[-1]
 
 
 @pytest.mark.slow

@@ -85,6 +85,17 @@ def test_a_table_too_wide_for_the_terminal_is_told_in_two_lines_a_row():
     assert describe({"quality": [QUALITY]}, 300) == describe({"quality": [QUALITY]})
 
 
+def test_a_word_perplexity_that_says_nothing_is_told_as_such():
+    known = {"word_perplexity": 123.4, "words": 75_000, "bytes": 390_000}
+    assert describe(known).splitlines()[0].endswith("123.4000")
+    assert "says nothing: a word of this text has 6,000 bytes" in describe(known | {"words": 65})
+    assert "exp of 13.8 nats a word, of 200 words" in describe(
+        known | {"word_perplexity": 1e6, "words": 200, "bytes": 1000}
+    )
+    assert "exp of 13.8 nats a word" in describe(known | {"word_perplexity": 1e6})
+    assert describe(known | {"word_perplexity": None, "words": 0}).splitlines()[0].endswith("  –")
+
+
 def test_a_loss_is_described_with_its_interval_and_what_it_tells_little_about():
     result = {"nats_per_token": 3.5, "nats_per_token_stderr": 0.1, "documents": 4, "texts": 1, "tokens": 99}
     lines = describe(result).splitlines()

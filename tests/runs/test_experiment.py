@@ -63,6 +63,17 @@ def test_a_mean_is_over_the_checkpoints_up_to_a_step(averaged, cpu):
         assert_trees_close(opened.params, middle, rtol=1e-6, atol=1e-8)
 
 
+def test_it_is_said_which_checkpoint_is_taken_where_it_is_not_the_last(averaged, trained, cpu, capsys):
+    workdir, _ = averaged
+    assert open_experiment(workdir, cpu).step == 2
+    said = capsys.readouterr().err
+    assert "note: checkpoint of step 2, the best by validation loss; the last is of step 3" in said
+    open_experiment(workdir, cpu, step=2)
+    open_experiment(workdir, cpu, weights="mean:2")
+    open_experiment(trained, cpu)
+    assert "best by validation" not in capsys.readouterr().err
+
+
 def test_the_best_or_the_step_asked_for(trained, cpu):
     assert open_experiment(trained, cpu).step == 20
     assert open_experiment(trained, cpu, step=10).step == 10

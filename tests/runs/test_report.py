@@ -90,6 +90,14 @@ def test_one_run(tmp_path):
     assert not list(path.parent.glob("*.partial"))
 
 
+def test_the_summary_says_where_validation_was_best_before_the_end(tmp_path):
+    text = " ".join(check(write_report([make_run(tmp_path / "fine")])).texts)
+    assert "Lowest validation loss" not in text
+    overfitted = make_run(tmp_path / "overfitted", loss=lambda step: 1 + abs(step - 20) / 10)
+    text = " ".join(check(write_report([overfitted])).texts)
+    assert "1.000 nats/token at step 20: its checkpoint is used" in text and "3.000" in text
+
+
 def test_the_summary_says_how_much_was_scored_how_sure_it_is_and_what_the_time_went_into(tmp_path):
     workdir = make_run(tmp_path / "tales")
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

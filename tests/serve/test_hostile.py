@@ -66,6 +66,7 @@ def answered(client, path, content):
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SCHEMAS)
 def test_values_of_all_kinds(client, path):
     @QUICK
@@ -127,6 +128,7 @@ def test_markup_comes_back_as_text(client):
     assert done.json()["choices"][0]["text"] == markup
 
 
+@pytest.mark.slow
 def test_the_document_holds_under_schemathesis(model):
     """Requests made from the document: none is answered with a 5xx, and every answer is one that it names."""
     schemathesis = pytest.importorskip("schemathesis", reason="needs the extra clients")

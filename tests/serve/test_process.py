@@ -194,7 +194,7 @@ def test_two_models_and_a_key(chat_workdir, tmp_path):
         (["--workdir={tmp}"], "must hold an experiment"),
         (["--workdir={workdir}", "--port=70000"], "port=70000 must be at least 0"),
         (["--workdir={workdir}", "--port={taken}"], "must be free to listen on"),
-        (["--workdir={workdir}", "--api_key_file={tmp}/none"], "none: No such file"),
+        (["--workdir={workdir}", "--api_key_file={tmp}/none"], "none must be a file, and does not exist"),
     ],
 )
 def test_a_mistake_is_one_line(chat_workdir, tmp_path, flags, line):

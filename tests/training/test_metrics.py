@@ -101,7 +101,7 @@ def test_meter_averages_since_the_last_record():
     assert (record["tokens"], record["learning_rate"], record["step"]) == (1300, 0.2, 3)
     assert record["tokens_per_second"] == pytest.approx(200)
     assert record["data_wait"] == pytest.approx(0.2)
-    assert record["peak_share"] == pytest.approx(0.5)
+    assert record["peak_share"] == pytest.approx(0.5) and meter.peak_flops == 4000.0
     with meter.paused():  # evaluation
         clock.now += 30
     clock.now += 0.25
@@ -269,3 +269,16 @@ def test_wandb_trouble_is_one_line(tmp_path, monkeypatch, wandb):
         ValueError, match=r"^metrics.wandb=online .* \(no network\); try --config.metrics.wandb=offline$"
     ):
         WandbSink(tmp_path, mode="online", project="p", config={})
+
+
+def test_a_share_of_the_peak_is_never_above_one():
+    """A step that is faster than the peak that was measured raises it."""
+    now = [0.0]
+    meter = Meter(tokens_per_step=100, flops_per_token=10.0, peak_flops=4000.0, clock=lambda: now[0])
+    shares = []
+    for step, seconds in enumerate((1.0, 0.5, 0.1, 0.5), start=1):
+        now[0] += seconds
+        meter.add(loss=1.0, grad_norm=1.0)
+        shares.append(meter.record(step).get("peak_share"))
+    assert shares == [None, pytest.approx(0.5), 1.0, pytest.approx(0.2)]
+    assert meter.peak_flops == pytest.approx(10_000)

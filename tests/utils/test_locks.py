@@ -55,6 +55,51 @@ def test_a_lock_that_was_given_back_is_free_and_a_failure_gives_it_back(tmp_path
     take(tmp_path)
 
 
+def tree(folder):
+    return sorted(
+        (path.relative_to(folder).as_posix(), path.is_dir() or path.read_bytes()) for path in folder.rglob("*")
+    )
+
+
+@pytest.mark.parametrize("there", [(), ("run/",), ("run/mine.txt", "run/windows/train.bin")])
+def test_what_fails_leaves_no_trace_unless_it_made_something_of_worth(tmp_path, there):
+    for name in there:
+        path = tmp_path / name
+        path.mkdir(parents=True) if name.endswith("/") else path.parent.mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            path.write_text("of the user")
+    before, folder = tree(tmp_path), tmp_path / "run"
+
+    def fail(*made, wrong=ValueError):
+        with pytest.raises(wrong), writer_lock(folder, "train", lambda folder: sorted(folder.glob("*.json"))):
+            with writer_lock(folder, "prepare", lambda folder: []):  # inside the other
+                (folder / "checkpoints").mkdir()
+                (folder / "log.txt").write_text("refused")
+            for name in made:
+                (folder / name).touch()
+            raise wrong
+
+    fail()
+    fail(wrong=KeyboardInterrupt)
+    assert tree(tmp_path) == before
+    fail("config.json")
+    assert {"log.txt", "config.json", "checkpoints", LOCK_FILE} <= set(os.listdir(folder))
+
+
+def test_a_folder_with_parents_goes_as_far_as_it_was_made(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(KeyError), writer_lock(tmp_path / "a" / "b" / "c", "train", lambda folder: []):
+        raise KeyError
+    assert os.listdir(tmp_path) == ["a"] and not os.listdir(tmp_path / "a")
+
+
+def test_who_is_refused_by_the_lock_removes_nothing(tmp_path, holder):
+    (tmp_path / "log.txt").write_text("of the holder")
+    with pytest.raises(ValueError, match="in use"), writer_lock(tmp_path, "train", lambda folder: []):
+        pass
+    assert {"log.txt", LOCK_FILE} == set(os.listdir(tmp_path))
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[" * 5000, b'{"process": null}', b'{"start_time": 1e400}'])
 def test_whatever_stands_in_the_file_the_refusal_is_one_line(tmp_path, holder, content):
     (tmp_path / LOCK_FILE).write_bytes(content)

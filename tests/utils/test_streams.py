@@ -118,3 +118,18 @@ def test_nothing_that_is_printable_steers_a_terminal(text):
 def test_text_of_any_language_stays(text):
     assert printable(text) == text
     assert printable("👩‍👩‍👧 نمی‌خواهم \xa0 soft\xadhyphen") == "👩‍👩‍👧 نمی‌خواهم \xa0 soft\xadhyphen"
+
+
+def test_a_table_is_cut_neither_in_a_pipe_nor_on_a_terminal(tmp_path):
+    """In a pipe a row is one line, however long; on a terminal it folds."""
+    words = [f"word{i:03}" for i in range(40)]
+    code = (
+        "from tale_jax.utils.streams import table_console; import rich.table; "
+        "table = rich.table.Table(box=None, show_header=False); "
+        f"table.add_row(*{[' '.join(words[i::2]) for i in range(2)]!r}); table_console().print(table)"
+    )
+    piped = subprocess.run(python(code), capture_output=True, text=True, check=True)
+    assert len(piped.stdout.splitlines()) == 1 and set(piped.stdout.split()) == set(words)
+    shown = run_in_terminal(python(code), columns=60)
+    assert set(" ".join(shown.screen.lines).split()) == set(words)
+    assert max(map(len, shown.screen.lines)) <= 60

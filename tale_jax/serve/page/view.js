@@ -12,7 +12,11 @@ export function el(tag, attributes = {}, ...children) {
   return element;
 }
 
-export const percent = (logprob) => (logprob === null ? "never" : `${(100 * Math.exp(logprob)).toPrecision(3)} %`);
+export function percent(logprob) {
+  const value = logprob === null ? 0 : 100 * Math.exp(logprob);
+  if (value < 0.01) return logprob === null ? "never" : "< 0.01 %";
+  return `${value.toFixed(value < 1 ? 2 : 1)} %`;
+}
 export const nats = (value) => (value === null || value === undefined ? "unknown" : value.toFixed(3));
 
 let special = {}; // ids of the tokens that stand for no text
@@ -25,6 +29,7 @@ export function setSpecial(tokens) {
 export function shown(token) {
   if (!token.bytes.length) return token.id === special.bos ? "⟨start⟩" : token.id === special.eos ? "⟨end⟩" : "⟨special⟩";
   const text = token.text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+  if (/^ +$/.test(text)) return "␣".repeat(text.length);
   return text.includes("\ufffd") ? token.bytes.map((byte) => `⟨${byte.toString(16).padStart(2, "0")}⟩`).join("") : text;
 }
 
