@@ -366,6 +366,8 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "base= must name the model": NO_BASE,
         "be adamw with lora.rank above 0": NO_BASE,
         "be 0 with a base": NO_BASE,
+        "set --config.optimizer.name=adamw": NO_BASE,
+        "set --config.minutes=0": NO_BASE,
         "the same command goes on from there": (
             "tests/runs/test_train.py::test_interrupted_and_resumed_equals_straight_through"
         ),
