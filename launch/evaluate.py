@@ -17,9 +17,7 @@ WORKDIR = define_path("workdir", "folder", "folder of the experiment", required=
 SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "split to score")
 STEP = flags.DEFINE_integer("step", 0, "step of the checkpoint; 0: the best by validation loss", lower_bound=0)
 WEIGHTS = flags.DEFINE_string("weights", "auto", "last, ema, auto (ema where there is one), or mean:K of K checkpoints")
-STRIDE = flags.DEFINE_integer(
-    "stride", 0, "tokens between windows; 0: the context; less: the windows slide", lower_bound=0
-)
+STRIDE = flags.DEFINE_integer("stride", 0, "tokens between windows; 0: the context; less: they slide", lower_bound=0)
 PRECISION = flags.DEFINE_enum("precision", "float32", ["auto", "float32", "bfloat16", "float16"], "dtype to compute in")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "tales to sample and judge; 0: none", lower_bound=0)
 TEMPERATURE = flags.DEFINE_float("sample_temperature", 0.7, "temperature of these tales", lower_bound=0.0)
@@ -45,15 +43,8 @@ def main(_: list[str]) -> None:
     if TASKS.value:
         result = evaluate_tasks(experiment, TASKS.value, FEWSHOT.value, LIMIT.value)
         return print(json_line(result)) if JSON.value else say(describe_tasks(result))
-    result = evaluate(
-        experiment,
-        split=SPLIT.value,
-        stride=STRIDE.value,
-        num_samples=NUM_SAMPLES.value,
-        sample_temperature=TEMPERATURE.value,
-        seed=SEED.value,
-        with_quality=QUALITY.value,
-    )
+    options = {flag.name: flag.value for flag in (SPLIT, STRIDE, NUM_SAMPLES, TEMPERATURE, SEED)}
+    result = evaluate(experiment, with_quality=QUALITY.value, **options)
     if JSON.value:
         print(json_line(result))
     else:

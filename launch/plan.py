@@ -33,8 +33,7 @@ def main(_: list[str]) -> None:
     from tale_jax.utils.files import json_line
     from tale_jax.utils.format import parse_bytes
 
-    given = overrides("config")
-    config = with_base(Config.build(CONFIG.value, given), WORKDIR.value, given)
+    config = with_base(Config.build(CONFIG.value, overrides("config")), WORKDIR.value, overrides("config"))
     backend = start_backend(config.backend.platform)
     if TABLE.value:
         runs = calibrate.calibration_configs(config).items()

@@ -12,7 +12,6 @@ written; a second one, or Ctrl-D, ends the session. Each turn has a new seed.
 """
 
 import dataclasses
-import functools
 import sys
 from pathlib import Path
 
@@ -43,28 +42,12 @@ flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 
 
 def main(_: list[str]) -> None:
-    from tale_jax.hardware.backend import start_backend
-    from tale_jax.inference.chat import print_samples, prompt_loop
-    from tale_jax.inference.conversation import open_conversation
-    from tale_jax.inference.sampler import Sampler, SampleSettings
-    from tale_jax.planning.numerics import choose_precision
-    from tale_jax.runs.experiment import open_experiment
+    from tale_jax.inference.sampler import SampleSettings
+    from tale_jax.runs.sample import sample
 
     settings = SampleSettings(**{field.name: FLAGS[field.name].value for field in dataclasses.fields(SampleSettings)})
-    backend = start_backend("auto")
-    dtype = choose_precision(backend, FLAGS.precision)[0]
-    experiment = open_experiment(FLAGS.workdir, backend, FLAGS.step, dtype, FLAGS.weights)
-    sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, donate=backend.donate)
-    stream = functools.partial(sampler.stream, num_samples=FLAGS.num_samples)
-    show = functools.partial(print_samples, as_json=FLAGS.json, step=experiment.step, weights=experiment.weights)
-    if FLAGS.chat:
-        facts = {"step": experiment.step, "weights": experiment.weights}
-        talk = open_conversation(sampler, experiment.workdir, FLAGS.system, FLAGS.num_samples, **facts)
-        show = functools.partial(talk.show, as_json=FLAGS.json)
-        return prompt_loop(talk.stream, show, settings, FLAGS.seed, FLAGS.prompt, on_new=talk.clear)
-    if not FLAGS.interactive:
-        return show(stream(FLAGS.prompt, settings, seed=FLAGS.seed))
-    prompt_loop(stream, show, settings, FLAGS.seed, FLAGS.prompt)
+    options = ("prompt", "num_samples", "seed", "step", "weights", "precision", "interactive", "chat", "system")
+    sample(FLAGS.workdir, settings, as_json=FLAGS.json, **{name: FLAGS[name].value for name in options})
 
 
 if __name__ == "__main__":

@@ -13,17 +13,10 @@ afterwards, when the special tokens that are left have been found.
     template.learned(messages)                                                   # [(ids, which are learned), …]
 """
 
-import atexit
-import contextlib
 import itertools
 import json
-import os
 import re
 import secrets
-import select
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +24,7 @@ from typing import Any
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.utils.extras import has_library, missing_extra
 from tale_jax.utils.files import write_atomically
-from tale_jax.utils.subprocesses import PACKAGE_ROOT
+from tale_jax.utils.subprocesses import LineProcess
 
 TEMPLATE_FILE = "chat_template.jinja"
 DEFAULT_TEMPLATE = """\
@@ -180,7 +173,9 @@ class ChatTemplate:
             ]
         if not has_library("jinja2"):
             raise ChatError(missing_extra("a chat template that came with a model", "jinja2", "convert"))
-        result = _worker.ask({"template": self.template, "special": self._names, "renders": renders})
+        request = {"template": self.template, "special": self._names, "renders": renders}
+        answer = _worker.ask(json.dumps(request), MAX_WAIT)
+        result = json.loads(answer) if answer else {"error": "it takes too much time or memory"}
         if "refused" in result:
             raise ChatError(f"the chat template refuses this conversation: {result['refused']}; correct or remove it")
         if "error" in result:
@@ -214,48 +209,4 @@ def _secret() -> str:
     return f"x{secrets.token_hex(16)}x"
 
 
-class _Worker:
-    """The process that renders, started when it is first needed, and again where it had to be ended."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
-
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        with self._lock:
-            process = self._process
-            if process is None or process.poll() is not None:
-                process = self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "tale_jax.data.template_worker"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    cwd=PACKAGE_ROOT,
-                    env=os.environ | {"PYTHONPATH": str(PACKAGE_ROOT), "PYTHONIOENCODING": "utf-8"},
-                    encoding="utf-8",
-                )
-            assert process.stdin and process.stdout
-            line = ""
-            with contextlib.suppress(OSError):
-                process.stdin.write(json.dumps(request) + "\n")
-                process.stdin.flush()
-                if select.select([process.stdout], [], [], MAX_WAIT)[0]:
-                    line = process.stdout.readline()
-            if not line.endswith("\n"):  # too slow for its own limit, or ended by the system
-                self.close()
-                return {"error": "it takes too much time or memory"}
-            return json.loads(line)
-
-    def close(self) -> None:
-        """Ends the process."""
-        if self._process and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                with contextlib.suppress(OSError, AttributeError):
-                    stream.close()  # pyright: ignore[reportOptionalMemberAccess]
-        self._process = None
-
-
-_worker = _Worker()
-atexit.register(_worker.close)
+_worker = LineProcess("tale_jax.data.template_worker")

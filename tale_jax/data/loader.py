@@ -19,8 +19,6 @@ import numpy as np
 from grain.experimental import ElasticIterator
 from jaxtyping import Int32, Integer
 
-from tale_jax.config import Config
-from tale_jax.data.packing import PackedWindows
 from tale_jax.data.token_files import document_starts
 
 
@@ -41,21 +39,6 @@ def window_starts(
     index_in_document = np.arange(num_windows.sum()) - np.repeat(np.cumsum(num_windows) - num_windows, num_windows)
     starts = np.repeat(documents, num_windows) + seq_len * index_in_document
     return starts[starts <= last]
-
-
-def training_windows(
-    tokens: Integer[np.ndarray, " N"], config: Config, bos_id: int, pad_id: int, chat: bool
-) -> Integer[np.ndarray, " windows"] | PackedWindows:
-    """The windows that a run learns from: by where they start, or, of conversations, packed ones."""
-    if chat:
-        windows = PackedWindows(tokens, config.model.seq_len, pad_id, all_learned=config.loss_on == "all")
-        if not len(windows):
-            raise ValueError(
-                f"model.seq_len={config.model.seq_len} must hold a conversation up to its first answer, but the "
-                f"training split has none so short; try --config.model.seq_len={windows.seq_len_for_most}"
-            )
-        return windows
-    return window_starts(tokens, config.model.seq_len, bos_id if config.windows == "document" else None)
 
 
 def split_windows(windows: Int32[np.ndarray, "B T1"], divisor: int) -> Int32[np.ndarray, "more shorter"]:
@@ -100,7 +83,7 @@ class Batches:
     def __init__(
         self,
         tokens: Integer[np.ndarray, " N"],
-        starts: Integer[np.ndarray, " windows"] | PackedWindows,
+        starts: Any,
         *,
         seq_len: int,
         batch_size: int,
@@ -111,7 +94,7 @@ class Batches:
         num_threads: int = 0,
         prefetch: int = 4,
     ):
-        windows = starts if isinstance(starts, PackedWindows) else Windows(tokens, starts, seq_len)
+        windows = Windows(tokens, starts, seq_len) if isinstance(starts, np.ndarray) else starts
         if len(windows) < batch_size:
             raise ValueError(
                 f"batch_size={batch_size} must not exceed the {len(windows)} windows of model.seq_len={seq_len} in the "

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
+from tale_jax.config import Config
+from tale_jax.data.loader import window_starts
 from tale_jax.data.marks import ALL_LEARNED, FIRST, MARKED, begins_document, is_learned
 
 OPEN_WINDOWS = 64  # that the next conversation may still go into
@@ -73,3 +75,18 @@ def first_fit(lengths: Iterable[int], size: int) -> Int64[np.ndarray, " N"]:
         if room[found] < 2:  # a conversation has two tokens at least
             del room[found]
     return np.array(windows, np.int64)
+
+
+def training_windows(
+    tokens: Integer[np.ndarray, " N"], config: Config, bos_id: int, pad_id: int, chat: bool
+) -> Integer[np.ndarray, " windows"] | PackedWindows:
+    """The windows that a run learns from: by where they start, or, of conversations, packed ones."""
+    if chat:
+        windows = PackedWindows(tokens, config.model.seq_len, pad_id, all_learned=config.loss_on == "all")
+        if not len(windows):
+            raise ValueError(
+                f"model.seq_len={config.model.seq_len} must hold a conversation up to its first answer, but the "
+                f"training split has none so short; try --config.model.seq_len={windows.seq_len_for_most}"
+            )
+        return windows
+    return window_starts(tokens, config.model.seq_len, bos_id if config.windows == "document" else None)

@@ -80,8 +80,8 @@ def texts(path: Path, field: str, encoding: str) -> Iterator[Iterable[str]]:
     kind = kind_of(path)
     if field == CHAT_FIELD and kind not in CHAT_SUFFIXES:
         raise ValueError(
-            f"{printable(path)} must hold conversations, as the files before it or corpus.field=messages say, in rows "
-            f"of {', '.join(CHAT_SUFFIXES)}; move it elsewhere, or convert it"
+            f"{printable(path)} must hold conversations, as the files before it do, or --config.corpus.field=messages "
+            f"says, in rows of {', '.join(CHAT_SUFFIXES)}; move it elsewhere, or convert it"
         )
     if kind in TEXT_SUFFIXES:
         yield read_text(path, encoding)

@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tale_jax.data.marks import begins_document
 from tale_jax.model.layers import after, product, transpose
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
@@ -58,22 +57,6 @@ def rotate(x: Float[Array, "B N T H"], angles: Float[Array, "B T half"]) -> Floa
     cos, sin = (f(angles)[:, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def document_segments(tokens: Int[Array, "B T"], bos_id: int) -> Int[Array, "B T"]:
-    """Numbers the documents in each row: 0 before the first BOS, 1 from there to the next, and so on.
-
-    With `bos_id` of `marks.py` they begin where a mark says so.
-    """
-    # Not jnp.cumsum: it lowers to a window reduction, which Apple's jax-metal has for pooling only.
-    return jax.lax.associative_scan(jnp.add, begins_document(tokens, bos_id).astype(jnp.int32), axis=-1)
-
-
-def document_positions(tokens: Int[Array, "B T"], bos_id: int) -> Int[Array, "B T"]:
-    """The position of each token in its document, from 0."""
-    index = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
-    starts = jnp.where(begins_document(tokens, bos_id), index, 0)
-    return index - jax.lax.associative_scan(jnp.maximum, starts, axis=-1)
 
 
 def causal_mask(

@@ -16,15 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tale_jax.config import Config, ModelConfig
-from tale_jax.data.marks import MARKED, token_ids
+from tale_jax.data.marks import token_ids
 from tale_jax.model.adapters import ADAPTERS, apply
 from tale_jax.model.attention import (
     attention,
     attention_weights,
     causal_mask,
     cudnn_causal_attention,
-    document_positions,
-    document_segments,
     rotary_angles,
     rotary_frequencies,
     rotate,
@@ -33,6 +31,7 @@ from tale_jax.model.decoding import Cache, attend_one, write_slots
 from tale_jax.model.initialization import EMBEDDING_STD
 from tale_jax.model.layers import dropout, matmul, rms_norm, split_heads, swiglu
 from tale_jax.model.loss import Head, cross_entropy, logits, weighted_cross_entropy
+from tale_jax.model.packed import documents_apart
 
 # `apply(..., mutable=[TAPS])` also gives what happens inside: `embedded` [B, T, D], and of the blocks `residual`
 # [L, B, T, D] and `attention/weights` [L, B, N, T, S], each in a tuple of one. Otherwise nothing of it is computed.
@@ -314,19 +313,17 @@ def token_losses(
     """Nats of each token of a batch of windows but the first, or with `weights` their weighted sum.
 
     Training and scoring both call this; which tokens count is said by `loss_mask`. `params` may be `Adapted`.
-    Of windows with marks (`bos_id` of `marks.py`) documents that are masked count their positions from their start.
     """
     inputs, targets = windows[:, :-1], token_ids(windows[:, 1:], bos_id)
-    apart = model.config.mask_documents
+    apart = documents_apart(inputs, bos_id) if model.config.mask_documents else {}
     losses, _ = apply(
         model,
         params,
         token_ids(inputs, bos_id),
-        positions=document_positions(inputs, bos_id) if apart and bos_id <= MARKED else None,
-        segments=document_segments(inputs, bos_id) if apart else None,
         targets=targets,
         weights=weights,
         deterministic=dropout_key is None,
+        **apart,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
     return losses

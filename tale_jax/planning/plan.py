@@ -18,7 +18,7 @@ import rich.box
 import rich.table
 
 from tale_jax.config import Config, change, leaves
-from tale_jax.data.loader import training_windows
+from tale_jax.data.packing import training_windows
 from tale_jax.data.token_files import load_tokens
 from tale_jax.hardware.backend import Backend, for_mac
 from tale_jax.model.transformer import count_parameters, flops_per_token

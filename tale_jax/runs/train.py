@@ -21,9 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tale_jax.config import Config
 from tale_jax.data.corpus import SPLITS, open_corpus
-from tale_jax.data.loader import Batches, training_windows
+from tale_jax.data.loader import Batches
 from tale_jax.data.marks import ALL_LEARNED, MARKED, bos_or_marked
-from tale_jax.data.packing import PackedWindows
+from tale_jax.data.packing import PackedWindows, training_windows
 from tale_jax.data.prepare import Prepared, base_folder, of_worth, prepare
 from tale_jax.data.token_files import load_tokens
 from tale_jax.data.tokenizer import Tokenizer

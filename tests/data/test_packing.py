@@ -10,9 +10,8 @@ from helpers import build_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tale_jax.data.loader import training_windows
 from tale_jax.data.marks import ALL_LEARNED, DTYPE, FIRST, LEARNED, MARKED, is_learned, token_ids
-from tale_jax.data.packing import OPEN_WINDOWS, PackedWindows, first_fit
+from tale_jax.data.packing import OPEN_WINDOWS, PackedWindows, first_fit, training_windows
 from tale_jax.model.transformer import make_model, token_losses
 
 PAD = 3

@@ -10,7 +10,12 @@ from helpers import Terminal
 from tale_jax.data.chat_template import DEFAULT_TEMPLATE, TEMPLATE_FILE, ChatTemplate
 from tale_jax.inference.chat import prompt_loop
 from tale_jax.inference.conversation import Conversation, open_conversation
-from tale_jax.inference.sampler import SampleSettings
+from tale_jax.inference.sampler import Sampler, SampleSettings
+
+
+@pytest.fixture(scope="module")
+def sampler(make_model, tokenizer):
+    return Sampler(*make_model(seq_len=128), tokenizer)
 
 
 @pytest.fixture
@@ -45,8 +50,8 @@ def test_the_oldest_turns_leave_when_the_context_is_full(sampler, tokenizer, cap
     assert max(map(len, read)) <= sampler.context - 4
     assert all(tokenizer.decode(ids).startswith("system\nc\nuser\n") for ids in read)
     assert "earlier messages no longer fit the context, and are not read" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"the message must fit the context of 32 tokens, but is \d+ .*; shorten it"):
-        talk.stream("the cat sat " * 40, SampleSettings())
+    with pytest.raises(ValueError, match=r"the message must fit the context of 128 tokens, but is \d+ .*; shorten it"):
+        talk.stream("the cat sat " * 90, SampleSettings())
     say(talk, "a")
 
 
@@ -81,7 +86,7 @@ def test_a_conversation_in_a_terminal(trained, tmp_path):
 
     shutil.copytree(trained, tmp_path / "chat")
     (tmp_path / "chat" / "tokenizer" / TEMPLATE_FILE).write_text(DEFAULT_TEMPLATE)
-    with Terminal("sample.py", f"--workdir={tmp_path / 'chat'}", "--chat", "--max_tokens=5", "--seed=3") as terminal:
+    with Terminal("sample", f"--workdir={tmp_path / 'chat'}", "--chat", "--max_tokens=5", "--seed=3") as terminal:
         terminal.wait_for("a line is what you say")
         terminal.type("Who had the coin?\n")
         terminal.wait_for("seed 3; .* tokens")

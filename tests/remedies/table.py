@@ -161,7 +161,6 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "tale_jax/data/encode.py": {"run the same command again": f"{DATA}test_encoding_that_was_killed_is_run_again"},
     "tale_jax/data/loader.py": {
-        "up to its first answer": "tests/data/test_packing.py::test_windows_too_short_for_any_answer_are_refused",
         "must not exceed the {} windows": LOADER,
         "must be divisible by the {} processes": LOADER,
         "as when the data position was saved": f"{RUNS}test_a_data_position_of_other_text",
@@ -461,6 +460,9 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "tale_jax/serve/chat.py": {
         "messages: {}": f"{SERVE}test_messages_and_a_template_that_suit_each_other",
+    },
+    "tale_jax/data/packing.py": {
+        "up to its first answer": "tests/data/test_packing.py::test_windows_too_short_for_any_answer_are_refused"
     },
     "tale_jax/data/chat.py": {
         "correct or remove it": CONVERSATION,
