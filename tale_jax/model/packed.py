@@ -1,4 +1,4 @@
-"""What windows of several documents need where none attends to another: which document a token is of, and where in it."""
+"""What windows of several documents need where none attends to another: of which document a token is, and where."""
 
 from typing import Any
 

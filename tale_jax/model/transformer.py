@@ -316,7 +316,7 @@ def token_losses(
     """
     inputs, targets = windows[:, :-1], token_ids(windows[:, 1:], bos_id)
     apart = documents_apart(inputs, bos_id) if model.config.mask_documents else {}
-    losses, _ = apply(
+    return apply(
         model,
         params,
         token_ids(inputs, bos_id),
@@ -325,8 +325,7 @@ def token_losses(
         deterministic=dropout_key is None,
         **apart,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
-    )
-    return losses
+    )[0]
 
 
 def count_parameters(params: Any) -> int:

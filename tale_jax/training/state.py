@@ -42,9 +42,8 @@ def init_state(
     params = model.init(init_key, jnp.zeros((1, 8), jnp.int32))["params"] if base is None else base
     if model.config.induction_init and base is None:
         params = with_induction_heads(params, model.config)
-    adapted = None
-    if lora and lora.rank:
-        adapted, params = without_adapters(params, lora), init_adapters(params, lora, init_key)
+    adapted = without_adapters(params, lora) if lora and lora.rank else None
+    params = init_adapters(params, lora, init_key) if lora and lora.rank else params
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
