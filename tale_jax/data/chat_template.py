@@ -80,7 +80,7 @@ class ChatTemplate:
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if self._special else None
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
-        """Token ids of a conversation, with BOS, up to where the assistant's answer begins."""
+        """Token ids of a conversation, up to where the assistant's answer begins."""
         secret = _secret()
         [text] = self._render([(self._hidden(messages, secret), self._hidden(tools, secret), True)])
         return self._with_bos([index for index, _ in self._tokens(text, secret)])
@@ -126,8 +126,9 @@ class ChatTemplate:
         return with_bos, [False] * (len(with_bos) - len(ids)) + learned
 
     def _with_bos(self, ids: list[int]) -> list[int]:
+        """With BOS, where the model's texts begin with it and the template does not write it."""
         bos = self._tokenizer.bos_id
-        return ids if bos < 0 or ids[:1] == [bos] else [bos, *ids]
+        return [bos, *ids] if self._tokenizer.puts_bos and ids[:1] != [bos] else ids
 
     def _tokens(self, text: str, secret: str) -> list[tuple[int, bool]]:
         """The tokens of a rendered text, and which are special: those that the template wrote."""
