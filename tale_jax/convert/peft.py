@@ -75,7 +75,7 @@ def peft_tensors(adapted: Adapted) -> Iterator[tuple[str, Float[np.ndarray, "...
         sizes = None
         if "gain" in update:
             kernel = np.asarray(blocks[path[1]][path[2]]["kernel"], np.float32)
-            ratio = np.asarray(column_ratio(*map(jnp.asarray, (kernel, a, b)), adapted.scale))
+            ratio = np.asarray(column_ratio(jnp.asarray(kernel), jnp.asarray(a), jnp.asarray(b), adapted.scale))
             sizes = np.asarray(update["gain"]) * ratio * np.linalg.norm(kernel + adapted.scale * a @ b, axis=-2)
         for layer in range(a.shape[0]):
             name = f"base_model.model.{_module(path).format(layer)}"

@@ -176,7 +176,7 @@ class ChatTemplate:
             raise ChatError(missing_extra("a chat template that came with a model", "jinja2", "convert"))
         request = {"template": self.template, "special": self._names, "renders": renders}
         answer = _worker.ask(json.dumps(request), MAX_WAIT)
-        result = json.loads(answer) if answer else {"error": "it takes too much time or memory"}
+        result: dict[str, Any] = json.loads(answer) if answer else {"error": "it takes too much time or memory"}
         if "refused" in result:
             raise ChatError(f"the chat template refuses this conversation: {result['refused']}; correct or remove it")
         if "error" in result:

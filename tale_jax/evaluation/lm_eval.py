@@ -13,6 +13,7 @@ counts as wrong.
 
 import contextlib
 import difflib
+import importlib
 import logging
 import os
 import warnings
@@ -149,7 +150,7 @@ def run_tasks(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import lm_eval
+            library: Any = importlib.import_module("lm_eval")
             from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError(missing_extra("--tasks", f"lm-eval ({error.name})", "eval")) from None
@@ -173,7 +174,7 @@ def run_tasks(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = lm_eval.simple_evaluate(
+            found = library.simple_evaluate(
                 model=make_lm(sampler, likelihoods),
                 tasks=names,
                 num_fewshot=num_fewshot,

@@ -171,7 +171,7 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
             progress.advance(step)
             stop = StopSignal(signals, trainer)
             hooks = RunHooks(config, workdir, tokenizer, trainer, checkpoints, batches, sinks, progress, record, stop)
-            if config.windows == "document" and not prepared.chat:
+            if config.windows == "document" and isinstance(starts, np.ndarray):
                 hooks.score_training_text(tokens, starts)
             if config.base:
                 hooks.score_base_text(base_folder(workdir, config.base))
