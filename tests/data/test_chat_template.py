@@ -107,7 +107,10 @@ def test_the_default_template_in_jinja_is_what_is_written_without_it():
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", "more than 2 s"),
+        (
+            "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+            "(more than 2 s|too much time)",
+        ),
         ("{{ 'x' * 10**9 * 10 }}", "memory"),
         (
             "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
