@@ -14,7 +14,7 @@ PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 DEMO := experiments/tales
 
-.PHONY: help env demo test test-slow test-core test-interop test-clients lint readme-blocks clean
+.PHONY: help env demo test test-slow test-faults test-core test-interop test-clients lint readme-blocks clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -36,7 +36,10 @@ test: lint ## ruff, pyright and the quick tests
 	@$(PYTEST)
 
 test-slow: env ## the tests that take longer
-	@$(PYTEST) -m 'slow and not hub'
+	@$(PYTEST) -m 'slow and not hub and not faults'
+
+test-faults: env ## kills, signals and damage, with real processes (FAULTS=5: 50 kills, 200 corruptions)
+	@$(PY) -m pytest -q -s -m faults tests/faults
 
 test-core: env ## the quick tests without the launch scripts, for another set of versions (VENV, PYTHON, CONSTRAINTS)
 	@$(PYTEST) --ignore=tests/launch --ignore=tests/test_house.py

@@ -24,7 +24,9 @@ from typing import Any
 
 import ml_collections
 
-from tale_jax.utils.files import write_atomically
+from tale_jax.utils.files import check_entries, check_inside, write_atomically
+from tale_jax.utils.manifests import digest_of
+from tale_jax.utils.paths import quoted
 from tale_jax.utils.settings import (
     Broken,
     Group,
@@ -56,18 +58,22 @@ OPTIMIZERS = ("adamw", "muon")
 LOSS_ON = ("assistant", "all")
 MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # the linear layers of a block
 TUNABLE = ("seq_len", "dropout", "embedding_dropout", "mask_documents", "scan_layers")  # of a base's `model` settings
+ON_SPIKE = ("skip", "stop", "off")
 
 MIN_VOCAB_SIZE = 256 + 4 + 1  # a token for each byte, four special tokens, a character of the text
 UNKNOWN_TOTAL_STEPS = 1 << 30  # of a run whose length is not known before its text is there; also the longest run
 WARMUP_SHARE = 0.02  # of the run, where schedule.warmup_steps is 0
 
 FORMAT = 3  # of config.json
-# Settings that an older format had not, by the format that brought them ("": in no group), with values that change
-# nothing.
-NEW_SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
+FIRST_WITH_DIGEST = 3
+MAX_BYTES = 1 << 20  # of config.json, which has some kilobytes
+# Settings that an older format had not, by the format that brought them, with values that change nothing.
+NEW_SETTINGS: dict[int, dict[str, Any]] = {
     2: {"corpus": {"encoding": "", "changed": ""}},
     3: {
-        "": {"base": "", "loss_on": "assistant"},
+        "base": "",
+        "loss_on": "assistant",
+        "on_spike": "skip",
         "model": {"head_dim": 0, "rope_scaling": 0.0, "rope_original_len": 8192},
         "checkpoint": {"keep_every": 0},
         "lora": {"rank": 0, "alpha": 16.0, "dropout": 0.0, "rank_stabilized": False, "dora": False, "matrices": ""},
@@ -75,9 +81,11 @@ NEW_SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
-def _with_settings(new: dict[str, dict[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
-    groups = {name: part | values.get(name, {}) for name, part in new.items() if isinstance(values.get(name, {}), dict)}
-    return values | groups.pop("", {}) | groups
+def _with_settings(new: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with what they lack of `new`: settings, groups, and settings of groups; a group that is none stays."""
+    groups = {name: part for name, part in new.items() if isinstance(part, dict)}
+    old = {name: groups.get(name, {}) | part if isinstance(part, dict) else part for name, part in values.items()}
+    return new | old
 
 
 # From format 1 on every format loads: an entry n makes values of format n into those of format n + 1.
@@ -409,7 +417,7 @@ class OptimizerConfig(Group):
     """The update of the weights: by `name` for the matrices in the blocks, by Adam for embedding, head and norms."""
 
     name: str = setting("adamw", "update of the matrices in the blocks", choices=OPTIMIZERS)
-    learning_rate: float = setting(2e-3, "peak learning rate of the matrices in the blocks", positive)
+    learning_rate: float = setting(2e-3, "peak learning rate of the matrices in the blocks", positive, free=True)
     embedding_lr_multiplier: float = setting(3.0, "times learning_rate: that of embedding, head and norms", positive)
     beta1: float = setting(0.9, "decay of Adam's mean of gradients", below_one)
     beta2: float = setting(0.95, "decay of Adam's mean of squared gradients", below_one)
@@ -530,6 +538,12 @@ class Config(Group):
     windows: str = setting("stream", "end wherever they are full, or begin with a document", choices=WINDOWS)
     loss_on: str = setting("assistant", "of conversations: which turns are learned", choices=LOSS_ON)
     base: str = setting("", "model to fine-tune: a workdir or a Hugging Face folder", off="train from random weights")
+    on_spike: str = setting(
+        "skip",
+        "what a loss far above those before does: left out, ends the run, or counts",
+        choices=ON_SPIKE,
+        free=True,
+    )
     remat: str = setting("none", "what the backward pass recomputes, by jax.checkpoint", choices=REMAT, free=True)
     corpus: CorpusConfig = group(CorpusConfig)
     tokenizer: TokenizerConfig = group(TokenizerConfig)
@@ -642,29 +656,46 @@ class Config(Group):
 
     def difference(self, other: "Config") -> tuple[str, Any, Any] | None:
         """What makes this another experiment than `other`, a run of known length: the first field and both values."""
-        derived = not self.schedule.warmup_steps and other.has_default_warmup
+        derived = {"minutes"} if self.minutes and other.minutes else set()  # others change the length alone
+        if other.has_default_warmup and (not self.schedule.warmup_steps or self.has_default_warmup):
+            derived.add("schedule.warmup_steps")
         for (name, mine, known), (_, theirs, _) in zip(iter_settings(self), iter_settings(other), strict=True):
-            if mine != theirs and not known.free and not (derived and name == "schedule.warmup_steps"):
+            if mine != theirs and not known.free and name not in derived:
                 return name, mine, theirs
         return None
+
+    def changes(self, other: "Config") -> dict[str, list[Any]]:
+        """What differs from `other`, of the settings that a run may go on with: dotted name → its value and mine."""
+        pairs = zip(iter_settings(other), iter_settings(self), strict=True)
+        return {name: [theirs, mine] for (name, theirs, _), (_, mine, known) in pairs if known.free and mine != theirs}
+
+    def to_json(self) -> dict[str, Any]:
+        """Every value and the format, in JSON's types; `Config.from_json` reads it, in this version and later."""
+        return {"format": FORMAT} | dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Any, name: str = "config") -> "Config":
+        """The config of `to_json`, of any format since 1. Raises ValueError, in one line that begins with `name`."""
+        values = _upgrade(values, name)
+        try:
+            return cls.build(values)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
     def to_config_dict(self) -> ml_collections.ConfigDict:
         """The settings as recipes and flags change them."""
         return ml_collections.ConfigDict(dataclasses.asdict(self))
 
     def save(self, workdir: Path) -> None:
-        """Writes every value to `workdir/config.json`, whole or not at all."""
-        values = {"format": FORMAT} | dataclasses.asdict(self)
-        write_atomically(Path(workdir) / "config.json", json.dumps(values, indent=2, allow_nan=False) + "\n")
+        """Writes every value and a digest of them to `workdir/config.json`, whole or not at all."""
+        values = self.to_json()
+        text = json.dumps(values | {"digest": digest_of(values)}, indent=2, allow_nan=False)
+        write_atomically(Path(workdir) / "config.json", text + "\n")
 
     @classmethod
     def load(cls, workdir: Path) -> "Config":
         """Reads `workdir/config.json`. Raises ValueError, in one line, where there is none or it is not sound."""
-        values = read_config_json(workdir)
-        try:
-            return cls.build(values)
-        except ValueError as error:
-            raise ValueError(f"{Path(workdir) / 'config.json'}: {error}") from None
+        return cls.from_json({"format": FORMAT} | read_config_json(workdir), str(Path(workdir) / "config.json"))
 
 
 # Reading, changing and explaining.
@@ -673,25 +704,48 @@ class Config(Group):
 def read_config_json(workdir: Path) -> dict[str, Any]:
     """The values in `workdir/config.json`, as a file of today's format has them; nothing about them is checked.
 
-    Raises ValueError, in one line, where there is none, it is not JSON, or its format cannot be read.
+    Raises ValueError, in one line, where there is none, it is not JSON, it was changed since it was written, or its
+    format cannot be read.
     """
     path = Path(workdir) / "config.json"
+    repair = f"restore it (`python launch/verify.py --workdir={quoted(workdir)} --repair`)"
     if not path.is_file():
-        remedy = "give the folder that launch/train.py wrote"
+        trained = (path.parent / "checkpoints").is_dir()  # whose manifests have the settings
+        remedy = repair if trained else "give the folder that launch/train.py wrote"
         raise ValueError(f"workdir={workdir} must hold an experiment (no config.json there); {remedy}")
+    check_entries(Path(workdir))
+    check_inside(Path(workdir), path, MAX_BYTES)
+    remedy = f"{repair}, or train in a new workdir"
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON ({error}); restore it, or train in a new workdir") from None
+        raise ValueError(f"{path} must be JSON ({error}); {remedy}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must be a JSON object; restore it, or train in a new workdir")
-    if "format" not in values:
+        raise ValueError(f"{path} must be a JSON object; {remedy}")
+    digest = values.pop("digest", None)
+    upgraded = _upgrade(values, str(path))
+    if (digest is not None or values["format"] >= FIRST_WITH_DIGEST) and not _is_digest_of(values, digest):
+        raise ValueError(f"{path} is damaged, or was changed by hand; {remedy}")
+    return upgraded
+
+
+def _is_digest_of(values: Any, digest: Any) -> bool:
+    try:
+        return digest_of(values) == digest
+    except (ValueError, RecursionError):
+        return False
+
+
+def _upgrade(values: Any, name: str) -> dict[str, Any]:
+    """The values of a saved config as today's format has them, without the format."""
+    if not isinstance(values, dict) or "format" not in values:
         remedy = "train again in a new workdir, or use the version that wrote it"
-        raise ValueError(f"{path} was written by an older tale_jax (before format 1); {remedy}")
-    number = values.pop("format")
+        raise ValueError(f"{name} was written by an older tale_jax (before format 1); {remedy}")
+    number = values["format"]
     if type(number) is not int or not 1 <= number <= FORMAT:
         remedy = "update tale_jax if a newer one wrote the file, otherwise restore it"
-        raise ValueError(f"{path}: format={format_value(number)} must be a number from 1 to {FORMAT}; {remedy}")
+        raise ValueError(f"{name}: format={format_value(number)} must be a number from 1 to {FORMAT}; {remedy}")
+    values = {key: value for key, value in values.items() if key != "format"}
     for older in range(number, FORMAT):
         values = UPGRADES[older](values)
     return values

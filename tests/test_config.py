@@ -31,6 +31,7 @@ from tale_jax.config import (
     read_config_json,
     settings,
 )
+from tale_jax.utils.manifests import digest_of
 
 SETTINGS = settings()
 
@@ -420,7 +421,16 @@ def test_a_run_of_unknown_length_is_endless():
     assert build_config(total_steps=0, passes=1e308).with_total_steps(1 << 40).total_steps == UNKNOWN_TOTAL_STEPS
 
 
-FREE = {"corpus.changed", "total_steps", "passes", "micro_batch_size", "remat", "model.scan_layers"}
+FREE = {
+    "corpus.changed",
+    "total_steps",
+    "passes",
+    "micro_batch_size",
+    "on_spike",
+    "remat",
+    "model.scan_layers",
+    "optimizer.learning_rate",
+}
 FREE_GROUPS = {"evaluate", "sample", "checkpoint", "metrics", "mesh", "backend"}
 
 
@@ -490,12 +500,40 @@ def test_a_format_that_is_not_known_is_refused_with_what_to_do(tmp_path, number)
     assert len(str(error.value).splitlines()) == 1
 
 
+def write_with_digest(workdir, values):
+    (workdir / "config.json").write_text(json.dumps(values | {"digest": digest_of(values)}))
+
+
+@pytest.mark.parametrize("change", ["value", "digest", "no digest"])
+def test_a_config_json_that_was_changed_since_is_refused(tmp_path, change):
+    build_config().save(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    if change == "no digest":
+        del saved["digest"]
+    else:
+        saved |= {"seed": 1} if change == "value" else {"digest": "0" * 64}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"config\.json is damaged, or was changed by hand; restore it .*--repair"):
+        Config.load(tmp_path)
+
+
+def test_a_config_json_that_is_too_long_or_leads_elsewhere_is_not_read(tmp_path):
+    (tmp_path / "config.json").write_text("[" + " " * (1 << 20) + "]")
+    with pytest.raises(ValueError, match=r"config\.json must have at most 1,048,576 bytes"):
+        Config.load(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"is a link to another place"):
+        Config.load(tmp_path / "run")
+
+
 def test_an_older_format_is_brought_to_the_present_one(tmp_path, monkeypatch):
     config = build_config()
     config.save(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["digest"]
     saved["sid"] = saved.pop("seed")
-    (tmp_path / "config.json").write_text(json.dumps(saved))
+    write_with_digest(tmp_path, saved)
     monkeypatch.setattr(config_module, "FORMAT", FORMAT + 1)
     upgrade = lambda values: {("seed" if k == "sid" else k): v for k, v in values.items()}  # noqa: E731
     monkeypatch.setitem(config_module.UPGRADES, FORMAT, upgrade)
@@ -506,13 +544,31 @@ def test_an_older_format_is_brought_to_the_present_one(tmp_path, monkeypatch):
 def test_an_older_format_had_fewer_settings(tmp_path, number):
     values = {"format": number} | dataclasses.asdict(build_config())
     for later in range(number + 1, FORMAT + 1):
-        for group, names in config_module.NEW_SETTINGS[later].items():
-            for name in names:
-                del (values[group] if group else values)[name]
-            if group and not values[group]:
-                del values[group]
+        for name, new in config_module.NEW_SETTINGS[later].items():
+            for setting in new if isinstance(new, dict) else ():
+                del values[name][setting]
+            if not isinstance(new, dict) or not values[name]:
+                del values[name]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert Config.load(tmp_path) == build_config()
+
+
+def test_format_2_had_no_on_spike(tmp_path):
+    values = {"format": 2} | dataclasses.asdict(build_config())
+    del values["on_spike"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert Config.load(tmp_path) == build_config()
+
+
+def test_what_a_run_may_go_on_with_is_told_with_both_values():
+    before = build_config()
+    after = change(before, {"optimizer.learning_rate": 1e-4, "remat": "block"})
+    assert before.difference(after) is None
+    assert after.changes(before) == {
+        "remat": ["none", "block"],
+        "optimizer.learning_rate": [before.optimizer.learning_rate, 1e-4],
+    }
+    assert Config.from_json(json.loads(json.dumps(after.to_json()))) == after
 
 
 def test_every_format_from_1_on_has_an_upgrade():

@@ -32,7 +32,7 @@ from tale_jax.data.json_tokenizer import SETTINGS_FILE, JsonTokenizer, pack
 from tale_jax.data.tokenizer import JSON_FILE, MODEL_FILE, SentencePieceTokenizer, Tokenizer
 from tale_jax.model.attention import FAST_TURNS, SLOW_TURNS
 from tale_jax.model.transformer import Transformer
-from tale_jax.runs.experiment import Experiment
+from tale_jax.runs.experiment import Experiment, run_facts
 from tale_jax.training.checkpoint import save_params
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -143,7 +143,7 @@ def import_huggingface(path: Path, workdir: Path) -> None:
     files.save(workdir / "tokenizer")
     if (path / TEMPLATE_FILE).is_file():
         shutil.copy(path / TEMPLATE_FILE, workdir / "tokenizer" / TEMPLATE_FILE)
-    save_params(workdir, 0, params)
+    save_params(workdir, 0, params, run_facts(config, files, {}, "float32"))
     config.save(workdir)
 
 

@@ -107,6 +107,7 @@ class Batches:
             )
         # grain shuffles pass n by seed + n: neighbouring seeds would share their orders, one pass apart.
         shuffle_seed = int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "big"), digest_size=4).digest(), "big")
+        self._numbers: Any = grain.MapDataset.source(range(len(windows))).shuffle(seed=shuffle_seed).repeat()
         elastic = ElasticIterator(
             grain.MapDataset.source(windows).shuffle(seed=shuffle_seed).repeat(),
             batch_size,
@@ -132,6 +133,10 @@ class Batches:
     def passes(self) -> float:
         """Passes over all windows so far."""
         return self._examples / self._num_windows
+
+    def window_numbers(self, first: int) -> list[int]:
+        """Which windows make up the batch, over all processes, that begins with example number `first`."""
+        return [int(self._numbers[first + i]) for i in range(self._batch_size)]
 
     def get_state(self) -> dict[str, int | str]:
         """The position after the last batch, as JSON; the same on every process."""

@@ -12,7 +12,6 @@ import collections
 import dataclasses
 import errno
 import hashlib
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +31,15 @@ from tale_jax.data.encode import Chats, encode, stream_dtype
 from tale_jax.data.marks import DTYPE
 from tale_jax.data.tales.grammar import ratio
 from tale_jax.data.text_files import expand, printable
-from tale_jax.data.token_files import Manifest, document_starts, iter_documents, load_manifest, load_tokens
+from tale_jax.data.token_files import (
+    Manifest,
+    document_starts,
+    iter_documents,
+    load_manifest,
+    load_tokens,
+    save_manifest,
+    tokens_digest,
+)
 from tale_jax.data.tokenizer import (
     JSON_FILE,
     Tokenizer,
@@ -41,7 +48,7 @@ from tale_jax.data.tokenizer import (
     tokenizer_file,
     train_tokenizer,
 )
-from tale_jax.utils.files import atomic_writer, write_atomically
+from tale_jax.utils.files import atomic_writer, check_inside
 from tale_jax.utils.locks import writer_lock
 from tale_jax.utils.progress import Progress
 
@@ -50,6 +57,7 @@ CHARACTER_SAMPLE_BYTES = 1 << 21  # text whose characters are counted
 # Standard deviations of losses, in nats: between tokens of a document, and between means of documents (passages of
 # about 3 kB). A trigram model of 2,048 tokens on children's books has 2.84 and 0.21.
 TOKEN_DEVIATION, DOCUMENT_DEVIATION = 2.8, 0.2
+MAX_TOKENIZER_BYTES = 1 << 26  # of a file; a vocabulary of 262,144 takes 5 MB
 MIN_TOLD_INTERVAL = 0.03  # nats per token; a smaller half width is not worth a word
 CHANGED_NOTE = "the text has changed: prepared again, with the same tokenizer; the data position starts anew"
 BASE_FOLDER = "base"  # where the base of a fine-tuned workdir is looked for first: a folder in it, or a link there
@@ -102,9 +110,10 @@ def _present(workdir: Path) -> list[str]:
 
 
 def of_worth(workdir: Path) -> list[Path]:
-    """What a command that fails leaves in a workdir for the next one: splits that are whole, and a run that began."""
+    """What a command that fails leaves in a workdir for the next one: splits that are whole, a run that began, and
+    what it found damaged."""
     files = [workdir / "windows" / f"{split}.json" for split in _present(workdir)]
-    return [*files, *workdir.glob("config.json"), *workdir.glob(BASE_FOLDER)]
+    return [*files, *workdir.glob("config.json"), *workdir.glob(BASE_FOLDER), *workdir.glob("damaged/*")]
 
 
 def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
@@ -130,7 +139,7 @@ def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
     if corpus and not manifests and not brought:
         tokenizer = _write_tokenizer(corpus, config, workdir, log)
     else:
-        tokenizer = Tokenizer.load(tokenizer_file(workdir))
+        tokenizer = load_tokenizer(workdir)
     if brought and tokenizer.vocab_size > config.tokenizer.vocab_size:
         raise ValueError(
             f"tokenizer.vocab_size={config.tokenizer.vocab_size} must be that of {tokenizer_file(workdir)}; "
@@ -169,6 +178,13 @@ def _copy_tokenizer(base: Path, workdir: Path) -> None:
     shutil.copytree(base / "tokenizer", partial)
     shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
     partial.rename(workdir / "tokenizer")
+
+
+def load_tokenizer(workdir: Path) -> Tokenizer:
+    """The tokenizer of a workdir. Raises ValueError, in one line, when it is missing, or cannot be one."""
+    if (file := tokenizer_file(workdir)).is_file():
+        check_inside(workdir, file, MAX_TOKENIZER_BYTES)
+    return Tokenizer.load(file)
 
 
 def describe(manifest: Manifest) -> str:
@@ -232,7 +248,7 @@ def _advance_below(progress: Progress, total: int) -> Callable[[int], None]:
 def _summary(manifest: Manifest) -> dict[str, Any]:
     """What is kept of a split that another text takes the place of."""
     files = {name: manifest.corpus.get(name) for name in ("files", "bytes", "contents")}
-    return files | {"documents": manifest.documents, "tokens": manifest.tokens}
+    return files | {"documents": manifest.documents, "tokens": manifest.tokens, "sha256": manifest.sha256}
 
 
 def with_vocab_size(config: Config, workdir: Path | None = None) -> tuple[Config, str]:
@@ -320,7 +336,7 @@ def _check_settings(
     pairs.pop("corpus.path", None)
     pairs |= {"seed": (config.seed, manifest.seed)}
     for name, value in dataclasses.asdict(config.tokenizer).items():
-        pairs[f"tokenizer.{name}"] = (value, manifest.tokenizer_settings[name])
+        pairs[f"tokenizer.{name}"] = (value, manifest.tokenizer_settings.get(name, value))
     remedy = "choose a new --workdir"
     if not (workdir / "checkpoints").is_dir():  # what they have learned belongs to these windows
         remedy += f", or remove {workdir}/windows to prepare again"
@@ -418,8 +434,9 @@ def _write_split(
             replaced=replaced,
             chat=_chat_facts(counts, chats),
             has_marks=dtype == DTYPE,
+            sha256=tokens_digest(path),
         )
-        write_atomically(path.with_suffix(".json"), json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
+        save_manifest(workdir, manifest)
     return manifest
 
 

@@ -112,9 +112,13 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
         try:
-            self._library = library = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
+            self._library = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._read_model(model)
+        except (RuntimeError, ValueError, IndexError):  # the latter for tokens that no trainer makes
             raise ValueError(f"{name} must be a SentencePiece model; give a .model file") from None
+
+    def _read_model(self, model: bytes) -> None:
+        library = self._library
         super().__init__(model, library.vocab_size())
         self.bos_id, self.eos_id = library.bos_id(), library.eos_id()
         self.pad_id, self.unk_id = library.pad_id(), library.unk_id()

@@ -6,14 +6,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Int32
 
-from tale_jax.config import Config
+from tale_jax.config import Config, ScheduleConfig
 from tale_jax.data.loader import split_windows
-from tale_jax.training.schedule import phases
 from tale_jax.training.state import TrainState
 from tale_jax.training.step import Trainer
 
 NUM_STEPS = 4  # that are counted, after one that is not
 NUM_SPECIAL_TOKENS = 4  # the first ids of a vocabulary: UNK, BOS, EOS and PAD
+
+
+def phases(schedule: ScheduleConfig) -> list[tuple[float, int]]:
+    """The kinds of steps of a run, in order: their share of it, and their `seq_len_divisor`."""
+    short = schedule.short_seq_fraction
+    found = [(short, schedule.seq_len_divisor), (1 - short, 1)]
+    return [(share, divisor) for share, divisor in found if share]
 
 
 def random_windows(config: Config) -> Int32[np.ndarray, "B T1"]:

@@ -77,6 +77,7 @@ def evaluate(
         evaluation = Evaluation(
             experiment.workdir, split, scorer, tokenizer, config.windows, stride, advance=progress.advance
         )
+    experiment.check_windows(evaluation.manifest)
     if with_quality:
         texts_to_compare(token_ids(tokens, bos_id), tokenizer, config.model.seq_len)
     with Progress(f"evaluate {split}", total=len(evaluation.spans), unit="windows", log=log) as progress:

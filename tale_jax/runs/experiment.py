@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from tale_jax.config import Config
-from tale_jax.data.prepare import BASE_FOLDER, base_folder
-from tale_jax.data.tokenizer import Tokenizer, tokenizer_file
+from tale_jax.data.prepare import BASE_FOLDER, base_folder, load_tokenizer
+from tale_jax.data.token_files import Manifest
+from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.model.adapters import Adapted, init_adapters, merged
 from tale_jax.model.transformer import Kernels, Transformer, make_model
-from tale_jax.training.checkpoint import SavedParams
+from tale_jax.planning.autotune import num_weights
+from tale_jax.training.checkpoint import SavedParams, check_size
 from tale_jax.utils.files import write_atomically
-from tale_jax.utils.progress import Progress, notice
+from tale_jax.utils.progress import Progress
+from tale_jax.utils.streams import notice
 
 BASE_FILE = "base.json"  # of a fine-tuned workdir: which base it was, by path, step and digest
 
@@ -34,7 +38,8 @@ class Experiment:
 
     `weights` says what `params` are: last (as `step` left them), ema (their moving average), or mean:K (the mean of the
     K checkpoints up to `step`). Where adapters of a base were trained, they are merged into `params`, and `adapted` has
-    both apart.
+    both apart. `windows` are digests of the token windows that it was trained beside, by split; none where an earlier
+    version saved it.
     """
 
     workdir: Path
@@ -45,6 +50,11 @@ class Experiment:
     model: Transformer
     params: Any
     adapted: Adapted | None = None
+    windows: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def check_windows(self, manifest: Manifest) -> None:
+        """Raises ValueError, in one line, when a split is not the one that this model was trained beside."""
+        check_windows(f"checkpoint {self.step} of {self.workdir}", self.windows, manifest)
 
 
 def open_experiment(
@@ -67,42 +77,42 @@ def open_experiment(
     config = Config.load(workdir)
     saved = SavedParams(workdir)
     if not saved.steps:
+        why = ", ".join(f"{step}: {fault}" for step, fault in saved.faults.items()) or "none"
         raise ValueError(
-            f"workdir={workdir} must hold a checkpoint (none in {saved.folder}); train first with launch/train.py"
+            f"workdir={workdir} must hold a checkpoint that is whole (in {saved.folder}: {why}); train first with "
+            "launch/train.py"
         )
     if step and step not in saved.steps:
-        steps = ", ".join(map(str, saved.steps))
-        raise ValueError(f"step={step} must be a checkpoint of {saved.folder}; there is {steps}")
-    model = make_model(dataclasses.replace(config, remat="none"), backend, dtype)
+        there, fault = ", ".join(map(str, saved.steps)), saved.faults.get(step)
+        reason = f" ({fault})" if fault else ""
+        raise ValueError(f"step={step} must be a whole checkpoint of {saved.folder}{reason}; there is {there}")
+    tokenizer = load_tokenizer(workdir)
     with Progress("restoring the weights", every_seconds=math.inf), saved:
-        wanted_step, step = step, step or (saved.steps[-1] if count else saved.best())
-        has_ema = saved.has_ema(step)
-        steps = [s for s in saved.steps if s <= step][-max(1, count) :]
-        if len(steps) < count or (weights == "ema" and not has_ema):
-            means = f"mean:K of the {len(steps)} checkpoints up to step {step}" if count else "mean:K"
-            raise ValueError(
-                f"weights={weights} must be what the run kept; there is {'ema, ' if has_ema else ''}last, and {means}"
-            )
-        weights = weights if weights != "auto" else "ema" if has_ema else "last"
-        shapes, base = _abstract_params(model), None
+        chosen = _choose(saved, step, count, weights)
+        kind = weights if weights != "auto" else "ema" if saved.has_ema(chosen[-1]) else "last"
+        manifest = saved.manifests[chosen[-1]]
+        check_belongs(f"checkpoint {chosen[-1]} of {workdir}", manifest, config, tokenizer)
+        # Before a model of absurd size is described.
+        check_saved_size(saved.folder / str(chosen[-1]), manifest, config)
+        base = open_base(workdir, config, backend, manifest.get("base", "")).params if config.lora.rank else None
+        model = make_model(dataclasses.replace(config, remat="none"), backend, dtype)
+        shapes = _abstract_params(model)
         if config.lora.rank:
-            base = open_base(workdir, config, backend).params
             shapes = _on_default_device(
                 jax.eval_shape(lambda tree: init_adapters(tree, config.lora, jax.random.PRNGKey(0)), shapes)
             )
-        params = saved.load(steps, shapes, ema=weights == "ema")
-        note = ""
-        if not wanted_step and not count and step != saved.steps[-1]:
-            note = f"checkpoint of step {step}, the best by validation loss; the last is of step {saved.steps[-1]}"
-    if note:
-        notice(note)
-    tokenizer = Tokenizer.load(tokenizer_file(workdir))
+        params = saved.load(chosen, shapes, ema=kind == "ema")
+    if not step and not count and saved.steps[-1] != chosen[-1] == saved.by_loss()[0]:
+        notice(f"checkpoint of step {chosen[-1]}, the best by validation loss; the last is of step {saved.steps[-1]}")
     adapted = Adapted(base, params, config.lora.scale) if config.lora.rank else None
-    return Experiment(workdir, config, step, weights, tokenizer, model, merged(adapted or params), adapted)
+    windows = manifest.get("windows", {})
+    return Experiment(workdir, config, chosen[-1], kind, tokenizer, model, merged(adapted or params), adapted, windows)
 
 
-def open_base(workdir: Path, config: Config, backend: Kernels) -> Experiment:
+def open_base(workdir: Path, config: Config, backend: Kernels, digest: str = "") -> Experiment:
     """The base of a workdir, in float32: the one whose digest `base.json` has, which is written where it is missing.
+
+    `digest`: of the base that a checkpoint says it was trained on; "" where there is none, or it says nothing.
 
     Raises ValueError, in one line, when it is not there or is another one.
     """
@@ -115,25 +125,108 @@ def open_base(workdir: Path, config: Config, backend: Kernels) -> Experiment:
         remedy = move if known else "give a workdir or a Hugging Face folder"
         raise ValueError(f"base={config.base} must hold a model (no config.json there); {remedy}")
     base = open_experiment(folder, backend, known.get("step", 0), weights=known.get("weights", "auto"))
-    digest = digest_of(base.params)
-    if known and known["digest"] != digest:
+    found = weights_digest(base.params)
+    if (wanted := digest or known.get("digest", found)) != found:
         raise ValueError(
-            f"base={folder} must be the model of digest {known['digest'][:12]} that {workdir} was trained on, and has "
-            f"{digest[:12]}; if you have that one, {move}"
+            f"base={folder} must be the model of digest {wanted[:12]} that {workdir} was trained on, and has "
+            f"{found[:12]}; if you have that one, {move}"
         )
     if not known:
-        known = {"path": str(folder), "step": base.step, "weights": base.weights, "digest": digest}
+        known = {"path": str(folder), "step": base.step, "weights": base.weights, "digest": found}
         write_atomically(file, json.dumps(known, indent=2) + "\n")
     return base
 
 
-def digest_of(params: Any) -> str:
+def base_digest(workdir: Path) -> str:
+    """The digest of the base of a workdir, as `open_base` has written it; "" where there is no base."""
+    file = Path(workdir) / BASE_FILE
+    return json.loads(file.read_bytes())["digest"] if file.is_file() else ""
+
+
+def weights_digest(params: Any) -> str:
     """A digest of weights: of their names, shapes and values."""
     digest = hashlib.blake2b(digest_size=32)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
         digest.update(np.ascontiguousarray(leaf).data)
     return digest.hexdigest()
+
+
+def check_saved_size(folder: Path, manifest: Mapping[str, Any], config: Config) -> None:
+    """Raises ValueError, in one line, when a checkpoint is too small for the weights (not for adapters)."""
+    if not config.lora.rank:
+        check_size(folder, manifest, "params", 4 * num_weights(config))
+
+
+def run_facts(config: Config, tokenizer: Tokenizer, windows: Mapping[str, Manifest], precision: str) -> dict[str, Any]:
+    """What ties a checkpoint to its run, for its manifest: the settings, and digests of tokenizer and windows."""
+    digests = {split: manifest.sha256 for split, manifest in windows.items()}
+    return {
+        "settings": config.to_json(),
+        "tokenizer": tokenizer.fingerprint,
+        "windows": digests,
+        "precision": precision,
+    }
+
+
+def check_belongs(what: str, manifest: Mapping[str, Any], config: Config, tokenizer: Tokenizer) -> None:
+    """Raises ValueError, in one line, when a checkpoint is of other settings or another tokenizer than the workdir.
+
+    A checkpoint of an earlier version may not say what it is of.
+    """
+    if "settings" in manifest and (other := config.difference(Config.from_json(manifest["settings"], what))):
+        name, mine, theirs = other
+        raise ValueError(
+            f"{name}={json.dumps(mine)} must be {json.dumps(theirs)}, as in {what}; restore config.json from a copy, "
+            "or give another --workdir"
+        )
+    is_same = manifest.get("tokenizer", tokenizer.fingerprint) == tokenizer.fingerprint
+    if not is_same or tokenizer.vocab_size > config.tokenizer.vocab_size:
+        raise ValueError(f"{what} belongs to another tokenizer than the one in the workdir; restore that from a copy")
+
+
+def check_windows(what: str, trained_beside: Mapping[str, str], manifest: Manifest) -> None:
+    """Raises ValueError, in one line, when a split is not the one that a checkpoint was trained beside, nor has taken
+    its place (`corpus.changed`)."""
+    wanted = trained_beside.get(manifest.split, "")
+    if wanted and manifest.sha256 and wanted not in manifest.known_as:
+        raise ValueError(
+            f"{what} belongs to other {manifest.split} windows than those in the workdir; restore windows from a copy, "
+            "or train in a new workdir"
+        )
+
+
+def _choose(saved: SavedParams, step: int, count: int, weights: str) -> list[int]:
+    """The steps to read, in order: the one asked for, or the best whose files are whole; for mean:K the newest K."""
+    candidates = [step] if step else list(reversed(saved.steps)) if count else saved.by_loss()
+    whole: list[int] = []
+    for candidate in candidates if not (step and count) else [s for s in reversed(saved.steps) if s <= step]:
+        has_ema = saved.has_ema(candidate)
+        if weights == "ema" and not has_ema:
+            raise _not_kept(weights, count, candidate, saved)
+        try:
+            saved.check(candidate, ema=has_ema and weights in ("auto", "ema"))
+        except ValueError as error:
+            if candidate == step:
+                others = [s for s in saved.steps if s != step]
+                remedy = f"try --step={others[-1]}" if others else "restore it from a copy"
+                raise ValueError(f"checkpoint {step} of {saved.folder} is damaged: {error}; {remedy}") from None
+            notice(f"checkpoint {candidate} is not used: {error}")
+            continue
+        whole.append(candidate)
+        if len(whole) == max(1, count):
+            return sorted(whole)
+    if count and whole:
+        raise _not_kept(weights, count, whole[0], saved)
+    raise ValueError(
+        f"{saved.folder} must hold a checkpoint that is whole, and each is damaged; restore one from a copy"
+    )
+
+
+def _not_kept(weights: str, count: int, step: int, saved: SavedParams) -> ValueError:
+    up_to = f" of the {len([s for s in saved.steps if s <= step])} checkpoints up to step {step}" if count else ""
+    kept = f"{'ema, ' if saved.has_ema(step) else ''}last, and mean:K{up_to}"
+    return ValueError(f"weights={weights} must be what the run kept; there is {kept}")
 
 
 def _abstract_params(model: Transformer) -> Any:

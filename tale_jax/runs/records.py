@@ -14,7 +14,7 @@ from typing import Any
 
 from tale_jax.config import read_config_json
 from tale_jax.training.metrics import Record
-from tale_jax.utils.files import read_json_lines
+from tale_jax.utils.files import check_entries, read_json_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ def read_run(workdir: Path, name: str = "") -> RunRecords:
     """Reads a run; "" names it after its folder. Raises ValueError, in one line, when there is nothing to read."""
     if not workdir.is_dir():
         raise ValueError(f"workdir={workdir} does not exist; give the folder of an experiment")
+    check_entries(workdir)
     records = read_metrics(workdir)
     if not records:
         raise ValueError(f"workdir={workdir} holds no records in metrics.jsonl; train first, then report")

@@ -7,9 +7,8 @@ the first one alone writes everything else.
 
 import dataclasses
 import json
-import signal
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tale_jax.config import Config
+from tale_jax.config import PRECISIONS, Config
 from tale_jax.data.corpus import SPLITS, open_corpus
 from tale_jax.data.loader import Batches
 from tale_jax.data.marks import ALL_LEARNED, MARKED, bos_or_marked
 from tale_jax.data.packing import PackedWindows, training_windows
 from tale_jax.data.prepare import Prepared, base_folder, of_worth, prepare
-from tale_jax.data.token_files import load_tokens
+from tale_jax.data.token_files import seal_tokens
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans, per
 from tale_jax.hardware.backend import Backend
@@ -38,10 +37,11 @@ from tale_jax.planning.autotune import SHAPE_SETTINGS, autotune
 from tale_jax.planning.memory import memory_budget
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.plan import Plan, check_fits, headline, plan_run, refusal, remedies
-from tale_jax.runs.experiment import open_base
+from tale_jax.runs.experiment import base_digest, check_belongs, check_saved_size, check_windows, open_base, run_facts
 from tale_jax.runs.resume import resumed_config
-from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes
+from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes, read_manifests
 from tale_jax.training.loop import Hooks, fit
+from tale_jax.training.loss_scale import MIN_SCALE
 from tale_jax.training.metrics import Meter, Sinks, check_extras, open_sinks
 from tale_jax.training.schedule import scheduled_batches
 from tale_jax.training.state import TrainState
@@ -52,8 +52,10 @@ from tale_jax.utils.locks import writer_lock
 from tale_jax.utils.paths import quoted
 from tale_jax.utils.progress import Progress
 from tale_jax.utils.settings import mistake
+from tale_jax.utils.signals import StopSignals
 
 MAX_SAMPLE_ROWS = 32  # samples decoded together while training
+MAX_SKIPPED = 10  # updates in a row that are left out before the run ends
 MIN_TRAIN_WINDOWS = 16  # scored at each evaluation of a run with windows=document; else a quarter of those of valid
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "bad_alloc", "Insufficient Memory")
 
@@ -85,7 +87,8 @@ def train(
 ) -> Outcome:
     """Prepares what is missing, trains to `total_steps`, and leaves the model, its metrics and samples in `workdir`.
 
-    SIGINT and SIGTERM end it after the current step with a checkpoint; the same call resumes from there.
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 end it after the current step with a checkpoint; the same call resumes from
+    there. A second SIGINT ends the process at once.
 
     Args:
       config: as `Config.build` makes it.
@@ -117,25 +120,39 @@ def train(
 
 
 def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Outcome:
+    wanted = config  # before its length is filled in
     prepared = open_workdir(workdir, config)
     tokenizer, tokens = prepared.tokenizer, prepared.tokens("train")
     _check_prompt(config, tokenizer)
     starts = training_windows(tokens, config, tokenizer.bos_id, tokenizer.pad_id, prepared.chat)
     config = config.with_total_steps(len(starts))
     log = workdir / "log.txt" if is_main_process() else None
-    with Progress("train", total=config.total_steps, unit="steps", log=log, show=is_main_process()) as progress:
+    with (
+        StopSignals() as signals,
+        Progress(
+            "train", total=config.total_steps, unit="steps", log=log, show=is_main_process(), clock=signals.clock
+        ) as progress,
+    ):
         with progress.part("timing matrix products"):
-            precision, reason = from_main_process(lambda: _choose_precision(config, backend))
+            precision, reason = from_main_process(lambda: _choose_precision(config, workdir, backend))
+        for step, saved in read_manifests(folder := workdir / "checkpoints").items():
+            check_saved_size(folder / str(step), saved, config)
         as_trained, bos_id = _reading(config, prepared, tokens)
         trainer = make_trainer(as_trained, backend, jnp.dtype(precision), bos_id)
         throttle = max_concurrent_bytes(trainer.abstract_state.replace(base=None), backend.overlap_io)
-        checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle, config.checkpoint.keep_every)
+        facts = run_facts(config, tokenizer, prepared.manifests, precision)
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle, config.checkpoint.keep_every, facts=facts)
+        what = f"checkpoint {checkpoints.latest} of {workdir}"
+        check_belongs(what, checkpoints.manifest, wanted, tokenizer)
+        for manifest in prepared.manifests.values():
+            check_windows(what, checkpoints.manifest.get("windows", {}), manifest)
         if (step := checkpoints.latest or 0) >= config.total_steps:
             checkpoints.close()
             return Outcome(step, config.total_steps, 0, step, checkpoints.best or step)
         if start.note:
             progress.print(start.note)
         first_step = step
+        from_main_process(lambda: checkpoints.check_space(trainer.abstract_state))
         with progress.part("compiling the training step"):
             compiled = trainer.compile()
             plan = plan_run(config, trainer, compiled, backend, memory_budget(config, backend), reason, len(starts))
@@ -147,8 +164,8 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
             _batches(config, prepared, tokens, starts, backend) as batches,
             _errors_after_saving(plan, config, checkpoints),
             _open_sinks(config, workdir) as sinks,
-            _received_signals() as signals,
         ):
+            changed = from_main_process(lambda: _changed_settings(config, workdir, checkpoints))
             if is_main_process():
                 config.save(workdir)
             if checkpoints.latest is None:
@@ -158,19 +175,27 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
                 with progress.part(f"restoring checkpoint {checkpoints.latest}"):
                     state, position = checkpoints.restore(trainer.abstract_state, trainer.state_shardings)
                     if config.lora.rank:
-                        state = state.replace(base=trainer.init(*_base_params(config, workdir, backend)).base)
+                        saved = checkpoints.manifest.get("base", "")
+                        state = state.replace(base=trainer.init(*_base_params(config, workdir, backend, saved)).base)
                 if config.corpus.changed == "continue" and not batches.is_in_this_text(position):
                     progress.print("the text has changed: training goes on with the weights, at the start of it")
                 else:
                     batches.set_state(position)
+            if config.base:
+                checkpoints.facts["base"] = base_digest(workdir)
             release_memory()
             record = _run_record(config, prepared, backend, plan, step)
             record |= {"startup_seconds": time.monotonic() - start.time, "was_prepared": start.was_prepared}
+            record |= {"changed": changed} if changed else {}
             sinks.write(record)
             progress.print(_description(config, record, backend, step))
+            for name, (before, now) in changed.items():
+                progress.print(f"{name} is {json.dumps(now)} from here on, and was {json.dumps(before)}")
             progress.advance(step)
-            stop = StopSignal(signals, trainer)
-            hooks = RunHooks(config, workdir, tokenizer, trainer, checkpoints, batches, sinks, progress, record, stop)
+            stop = AgreedStop(signals, trainer)
+            hooks = RunHooks(
+                config, workdir, tokenizer, trainer, checkpoints, batches, sinks, progress, record, stop, signals.clock
+            )
             if config.windows == "document" and isinstance(starts, np.ndarray):
                 hooks.score_training_text(tokens, starts)
             if config.base:
@@ -179,12 +204,12 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
                     hooks.on_base(state)
             scheduled = scheduled_batches(hooks.timed(batches), config.schedule, config.total_steps, step)
             state, step = fit(trainer, state, scheduled, hooks, step)
-            checkpoints.save(step, state, batches.get_state(), None)  # does nothing where this step was saved
+            if step:
+                checkpoints.save(step, state, batches.get_state(), None)  # does nothing where this step was saved
             checkpoints.close()
         if stop.number:
-            progress.print(
-                f"stopped at step {step} of {config.total_steps}, saved; the same command goes on from there"
-            )
+            where = f"at step {step} of {config.total_steps}, saved" if step else "before the first step"
+            progress.print(f"stopped {where}; the same command goes on from there")
         keep_peak(backend, plan.precision, hooks.peak_flops)
         return Outcome(step, config.total_steps, stop.number, first_step, checkpoints.best or step)
 
@@ -201,9 +226,9 @@ def _check_base(config: Config) -> None:
         raise mistake("minutes", config.minutes, "be 0 with a base, whose size is known", remedy)
 
 
-def _base_params(config: Config, workdir: Path, backend: Backend) -> tuple[Any, ...]:
-    """The weights to start from; empty where they are random."""
-    return (open_base(workdir, config, backend).params,) if config.base else ()
+def _base_params(config: Config, workdir: Path, backend: Backend, digest: str = "") -> tuple[Any, ...]:
+    """The weights to start from; empty where they are random. `digest`: that of a base that was trained on before."""
+    return (open_base(workdir, config, backend, digest).params,) if config.base else ()
 
 
 def _reading(config: Config, prepared: Prepared, tokens: np.ndarray) -> tuple[Config, int]:
@@ -215,9 +240,34 @@ def _reading(config: Config, prepared: Prepared, tokens: np.ndarray) -> tuple[Co
     return dataclasses.replace(config, model=model), ALL_LEARNED if config.loss_on == "all" else MARKED
 
 
-def _choose_precision(config: Config, backend: Backend) -> list[str]:
+def describe_skipped(metrics: Mapping[str, float]) -> str:
+    """Why an update was left out, in a few words."""
+    for name in ("loss", "grad_norm"):
+        if not np.isfinite(metrics[name]):
+            return f"the {name.replace('grad_norm', 'gradient norm')} is {metrics[name]}"
+    return f"the loss of {metrics['loss']:.3f} is far above those before"
+
+
+def _choose_precision(config: Config, workdir: Path, backend: Backend) -> list[str]:
+    """The dtype to compute in, and the reason; `auto` is decided once a run, and kept where that can be computed."""
+    manifests = read_manifests(workdir / "checkpoints")
+    kept = manifests[max(manifests)].get("precision") if manifests and config.precision == "auto" else None
+    lost = ""
+    if kept in PRECISIONS:
+        try:
+            return [jnp.dtype(choose_precision(backend, kept)[0]).name, "as this run began"]
+        except ValueError as error:
+            lost = f"; not {kept}, as this run began ({error})"
     dtype, reason = choose_precision(backend, config.precision)
-    return [jnp.dtype(dtype).name, reason]
+    return [jnp.dtype(dtype).name, reason + lost]
+
+
+def _changed_settings(config: Config, workdir: Path, checkpoints: Checkpoints) -> dict[str, list[Any]]:
+    """The settings that are others now than when the run was here before, each with its old and new value."""
+    if (workdir / "config.json").is_file():
+        return config.changes(Config.load(workdir))
+    settings = checkpoints.manifest.get("settings")  # the file was lost
+    return config.changes(Config.from_json(settings, "the newest checkpoint")) if settings else {}
 
 
 def open_workdir(workdir: Path, config: Config) -> Prepared:
@@ -230,7 +280,10 @@ def open_workdir(workdir: Path, config: Config) -> Prepared:
 
     def make() -> None:
         _check_workdir(workdir, config)
-        prepare(config, workdir, workdir / "log.txt")
+        prepared = prepare(config, workdir, workdir / "log.txt")
+        for manifest in prepared.manifests.values():
+            if not manifest.sha256:
+                seal_tokens(workdir, manifest)
 
     from_main_process(make)
     return prepare(config, workdir)
@@ -241,7 +294,7 @@ def _check_workdir(workdir: Path, config: Config) -> None:
     writable = workdir / ".writable"
     writable.touch()
     writable.unlink()
-    if (workdir / "config.json").exists() and (other := _difference(config, Config.load(workdir))):
+    if (workdir / "config.json").exists() and (other := config.difference(Config.load(workdir))):
         name, mine, theirs = other
         raise ValueError(
             f"{name}={json.dumps(mine)} must be {json.dumps(theirs)} to go on with the experiment in {workdir}; "
@@ -256,12 +309,6 @@ def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
         rule = f"be at most {context - 1} tokens, but is {count - 1} (model.seq_len={context}, with BOS before it)"
         remedy = "shorten it, or leave it out to start documents"
         raise mistake("sample.prompt", config.sample.prompt, rule, remedy)
-
-
-def _difference(config: Config, saved: Config) -> tuple[str, Any, Any] | None:
-    """What makes `config` another experiment than the saved one; other minutes only change its length."""
-    minutes = saved.minutes if config.minutes and saved.minutes else config.minutes
-    return dataclasses.replace(config, minutes=minutes).difference(saved)
 
 
 @contextmanager
@@ -328,15 +375,15 @@ def _description(config: Config, record: dict[str, Any], backend: Backend, step:
     return "\n".join(lines)
 
 
-class StopSignal:
+class AgreedStop:
     """The signal that stops a run; all processes learn of it before the same step, whichever received it.
 
     A signal travels as metrics do, one step late, so that no process waits for the step that the devices compute.
     """
 
-    def __init__(self, received: list[int], trainer: Trainer):
+    def __init__(self, signals: StopSignals, trainer: Trainer):
         mesh = trainer.batch_sharding.mesh
-        self._received, self._agreed, self._on_its_way = received, 0, None
+        self._signals, self._agreed, self._on_its_way = signals, 0, None
         self._sharding, self._count = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), mesh.size
         self._max = jax.jit(jnp.max, out_shardings=trainer.replicated)
 
@@ -345,14 +392,14 @@ class StopSignal:
         """Of the signal; 0: none."""
         if jax.process_count() > 1:
             return self._agreed
-        return self._received[0] if self._received else 0
+        return self._signals.number
 
     def agree(self) -> bool:
         """Whether to stop before the next step; every process asks before each step."""
         if jax.process_count() > 1 and not self._agreed:
             if self._on_its_way is not None:
                 self._agreed = int(self._on_its_way)
-            mine = np.array([self._received[0] if self._received else 0], np.int32)
+            mine = np.array([self._signals.number], np.int32)
             numbers = jax.make_array_from_callback((self._count,), self._sharding, lambda _: mine)
             self._on_its_way = self._max(numbers)
         return self.number > 0
@@ -372,7 +419,8 @@ class RunHooks(Hooks):
         sinks: Sinks,
         progress: Progress,
         record: dict[str, Any],
-        stop: StopSignal,
+        stop: AgreedStop,
+        clock: Callable[[], float] = time.perf_counter,
     ):
         self._config, self._workdir, self._sinks, self._progress = config, workdir, sinks, progress
         self._checkpoints, self._batches, self._stop = checkpoints, batches, stop
@@ -381,7 +429,12 @@ class RunHooks(Hooks):
             flops_per_token=record["flops_per_token"],
             peak_flops=record["matmul_peak"] or 0,
             tokens=record["step"] * config.tokens_per_step,
+            clock=clock,
         )
+        examples = int(batches.get_state()["examples"])
+        self._first_example = examples - record["step"] * config.batch_size  # of step 1; not 0 after a change of text
+        self._last_counted = record["step"]  # step whose update was not left out
+        self._owes_save = False  # one was due after a step whose update was left out
         # Decoding is limited by memory bandwidth and by small products: on a CPU float32 is the faster dtype for it.
         decoder = trainer.model.clone(dtype=jnp.float32)
         self._sampler = Sampler(decoder, None, tokenizer, batch_size=min(config.sample.num_samples, MAX_SAMPLE_ROWS))
@@ -443,10 +496,11 @@ class RunHooks(Hooks):
             yield batch
 
     def should_stop(self) -> bool:
+        self._checkpoints.poll()
         return self._stop.agree()
 
     def is_due(self, step: int) -> bool:
-        return self._stop.number > 0 or any(self._due(step).values())
+        return self._stop.number > 0 or self._owes_save or any(self._due(step).values())
 
     def _due(self, step: int) -> dict[str, bool]:
         c, last = self._config, step == self._config.total_steps
@@ -454,15 +508,10 @@ class RunHooks(Hooks):
         return {name: last or (steps > 0 and step % steps == 0) for name, steps in every.items()}
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        if not np.isfinite(metrics["loss"]):
-            self._checkpoints.wait()
-            latest, rate = self._checkpoints.latest, self._config.optimizer.learning_rate
-            kept = f"the last checkpoint is intact (step {latest})" if latest else "no checkpoint was written before"
-            raise ValueError(
-                f"the loss is {metrics['loss']} at step {step}: training diverged; {kept}; try "
-                f"--config.optimizer.learning_rate={rate / 3:.2g} (a third) or --config.precision=float32 in a new "
-                "workdir"
-            )
+        if metrics["skipped"]:
+            self._on_skipped(step, metrics)
+        else:
+            self._last_counted = step
         self._meter.add(**metrics)
         self._progress.advance()
         if step % self._config.metrics.every_steps == 0 or step == self._config.total_steps:
@@ -470,14 +519,40 @@ class RunHooks(Hooks):
             self._sinks.write(record)
             self._progress.set_fields(record)
 
+    def _on_skipped(self, step: int, metrics: dict[str, float]) -> None:
+        """Tells of an update that was left out, and ends the run where that does not help."""
+        windows = self._batches.window_numbers(self._first_example + (step - 1) * self._config.batch_size)
+        numbers = {name: metrics[name] for name in ("loss", "grad_norm")}
+        self._sinks.write({"kind": "skipped", "step": step, "time": time.time(), **numbers, "windows": windows})
+        reason = describe_skipped(metrics)
+        self._progress.print(f"step {step}: {reason}; it does not count (windows {', '.join(map(str, windows))})")
+        if metrics.get("loss_scale", MIN_SCALE) > MIN_SCALE and np.isfinite(metrics["loss"]):
+            return  # float16 looks for the scale that fits, and halves it each time
+        in_a_row = step - self._last_counted
+        if in_a_row < MAX_SKIPPED and self._config.on_spike != "stop":
+            return
+        first_bad = self._last_counted if in_a_row > 1 else step
+        kept = self._checkpoints.give_up(max(1, first_bad)) if in_a_row > 1 else self._checkpoints.latest or 0
+        where = f"the last good checkpoint is that of step {kept}" if kept else "no checkpoint from before is good"
+        raise ValueError(
+            f"{reason} at step {step}"
+            + (f", the {in_a_row}th update in a row that was left out" * (in_a_row > 1))
+            + f": training diverged; {where}. The same command goes on from there with a smaller rate, as "
+            f"--config.optimizer.learning_rate={self._config.optimizer.learning_rate / 3:.2g}; or look at the windows "
+            f"{', '.join(map(str, windows))}, or try --config.precision=float32 in a new workdir"
+        )
+
     def on_state(self, step: int, state: TrainState) -> None:
         due = self._due(step)
         with self._meter.paused():
             loss = self._evaluate(state.eval_params, step) if due["evaluate"] else None
-            if due["save"] or self._stop.number:
+            last = self._stop.number or step == self._config.total_steps
+            self._owes_save |= due["save"]
+            if last or (self._owes_save and step == self._last_counted):  # else the weights may have diverged
                 with self._progress.part("saving"):
                     self._checkpoints.save(step, state, self._batches.get_state(), loss)
-            if due["sample"]:
+                self._owes_save = False
+            if due["sample"] and not self._stop.number:
                 with self._progress.part("sampling"):
                     params = self._on_this_process(state.eval_params)
                     if is_main_process():
@@ -547,23 +622,3 @@ def _errors_after_saving(plan: Plan, config: Config, checkpoints: Checkpoints) -
             f"{format_bytes(plan.budget_bytes)}; {kept}, and the same command goes on from there with less: "
             f"{remedies(config)}"
         ) from error
-
-
-@contextmanager
-def _received_signals() -> Iterator[list[int]]:
-    """A list that gets the number of a SIGINT or SIGTERM; a second one acts as usual."""
-    received: list[int] = []
-    usual: dict[int, Callable | int | None] = {}
-
-    def remember(number: int, _: Any) -> None:
-        received.append(number)
-        for each, handler in usual.items():
-            signal.signal(each, handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        usual[number] = signal.signal(number, remember)
-    try:
-        yield received
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)

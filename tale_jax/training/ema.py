@@ -1,10 +1,5 @@
-"""Averages of weights: a point in the middle of where the last steps have been, often better than the last of them.
+"""A moving average of the weights, often better than the last (Polyak and Juditsky 1992; Izmailov et al. 2018)."""
 
-A moving average is kept along the run (Polyak and Juditsky 1992; Izmailov et al. 2018), and `mean` joins weights that
-were saved at different steps.
-"""
-
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -20,11 +15,3 @@ def update_ema(ema_params: Any, params: Any, decay: float, step: Int[Array, ""])
     """
     weight = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree_util.tree_map(lambda a, p: a + weight * (p - a), ema_params, params)
-
-
-def mean_of_trees(trees: Iterable[Any]) -> Any:
-    """The mean of trees of weights, of which two at a time are in memory."""
-    total, count = None, 0
-    for tree in trees:
-        total, count = tree if total is None else jax.tree_util.tree_map(jnp.add, total, tree), count + 1
-    return total if count == 1 else jax.tree_util.tree_map(lambda x: x / count, total)

@@ -34,11 +34,7 @@ class Hooks:
 
 
 def fit(
-    trainer: Trainer,
-    state: TrainState,
-    batches: Iterable[Int32[np.ndarray, "_ _"]],
-    hooks: Hooks,
-    step: int = 0,
+    trainer: Trainer, state: TrainState, batches: Iterable[Int32[np.ndarray, "_ _"]], hooks: Hooks, step: int = 0
 ) -> tuple[TrainState, int]:
     """Takes a step for each batch, until there are no more or a hook says stop.
 

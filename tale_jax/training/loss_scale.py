@@ -8,7 +8,6 @@ steps it is doubled (Micikevicius et al. 2018).
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
@@ -37,8 +36,3 @@ def next_scale(scale: LossScale, finite: Bool[Array, ""]) -> LossScale:
     raised = jnp.where(grows, jnp.minimum(scale.value * 2, MAX_SCALE), scale.value)
     lowered = jnp.maximum(scale.value / 2, MIN_SCALE)
     return LossScale(jnp.where(finite, raised, lowered), jnp.where(grows, 0, good))
-
-
-def where_finite(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """The tree `new` after a good step, `old` after one that overflowed."""
-    return jax.tree_util.tree_map(lambda a, b: jnp.where(finite, a, b), new, old)

@@ -223,7 +223,7 @@ class Meter:
     def _reset(self) -> None:
         self._values: dict[str, list[float]] = {}
         self._latest: dict[str, float] = {}
-        self._timed_steps = 0
+        self._timed_steps = self._skipped = 0
         self._waited = self._paused = 0.0
 
     @contextlib.contextmanager
@@ -240,14 +240,17 @@ class Meter:
         yield
         self._paused += self._clock() - start
 
-    def add(self, *, loss: float | int, grad_norm: float | int, **latest: float | int) -> None:
+    def add(
+        self, *, loss: float | int, grad_norm: float | int, skipped: float | int = 0, **latest: float | int
+    ) -> None:
         """One step is done; takes host floats (loss in nats per token). Of `latest` the last values are recorded.
 
-        A gradient norm that overflowed (float16 leaves such a step out) is no part of the mean.
+        A step whose update was `skipped` (1: yes) is counted, and no part of the means.
         """
-        self._values.setdefault("loss", []).append(float(loss))
-        if math.isfinite(grad_norm):
-            self._values.setdefault("grad_norm", []).append(float(grad_norm))
+        self._skipped += int(skipped)
+        for field, value in {} if skipped else {"loss": loss, "grad_norm": grad_norm}.items():
+            if math.isfinite(value):
+                self._values.setdefault(field, []).append(float(value))
         self._latest = {field: float(value) for field, value in latest.items()}
         self._tokens += self._tokens_per_step
         now = self._clock()
@@ -258,11 +261,16 @@ class Meter:
             self._until = now
 
     def record(self, step: int) -> Record:
-        """The train record of the steps since the last one: means of loss and gradient norm, the last learning rate
-        (and loss scale), tokens seen, and, where known, `tokens_per_second`, `data_wait` (share of time) and
-        `peak_share`."""
+        """The train record of the steps since the last one.
+
+        Means of loss and gradient norm, the last learning rate (and loss scale), tokens seen, the number of steps
+        `skipped`, and, where known, `tokens_per_second`, `data_wait` (share of time) and `peak_share`.
+        """
         record: Record = {"kind": "train", "step": step, "time": time.time(), "tokens": self._tokens}
+        record |= {"loss": math.nan}  # of steps that were all skipped
         record |= {field: sum(values) / len(values) for field, values in self._values.items()} | self._latest
+        if self._skipped:
+            record["skipped"] = self._skipped
         if self._timed_steps and self._since is not None:
             seconds = max(self._until - self._since - self._paused, 1e-9)
             record["tokens_per_second"] = self._timed_steps * self._tokens_per_step / seconds

@@ -26,8 +26,7 @@ def cosine(config: ScheduleConfig, peak: float, steps: int, total_steps: int) ->
 
 
 def wsd(config: ScheduleConfig, peak: float, steps: int, total_steps: int) -> optax.Schedule:
-    """Warmup, stable, decay (Hu et al. 2024): the peak, and over the last `decay_fraction` of the run a straight
-    line."""
+    """Warmup, stable, decay (Hu et al. 2024): the peak, then over `decay_fraction` of the run a straight line."""
     decay = min(steps, max(1, round(config.decay_fraction * total_steps)))
     final = optax.linear_schedule(peak, peak * config.final_fraction, decay)
     return optax.join_schedules([optax.constant_schedule(peak), final], [steps - decay])
@@ -60,13 +59,6 @@ def seq_len_divisor(schedule: ScheduleConfig, total_steps: int, step: int) -> in
     al. 2021, Shortformer).
     """
     return schedule.seq_len_divisor if step < round(schedule.short_seq_fraction * total_steps) else 1
-
-
-def phases(schedule: ScheduleConfig) -> list[tuple[float, int]]:
-    """The kinds of steps of a run, in order: their share of it, and their `seq_len_divisor`."""
-    short = schedule.short_seq_fraction
-    found = [(short, schedule.seq_len_divisor), (1 - short, 1)]
-    return [(share, divisor) for share, divisor in found if share]
 
 
 def scheduled_batches(

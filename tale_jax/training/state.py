@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from tale_jax.model.adapters import init_adapters, without_adapters
 from tale_jax.model.initialization import with_induction_heads
 from tale_jax.model.transformer import Transformer
+from tale_jax.training.guard import WINDOW
 from tale_jax.training.loss_scale import first_scale, needs_scale
+from tale_jax.utils.outliers import no_values
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -20,6 +22,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
     key: Any  # raw PRNG key data, from which dropout at each step is derived
     ema_params: Any = None  # exponential moving average of params, where one is kept
+    losses: Any = None  # the last ones, which tell a spike (see `guard.py`)
     scale: Any = None  # of the loss, computing in float16 (see `loss_scale.py`)
     base: Any = None  # `Adapted`, but for its adapters: weights that stay as they are, and are not saved
 
@@ -50,6 +53,7 @@ def init_state(
         opt_state=optimizer.init(params),
         key=key,
         ema_params=params if with_ema else None,
+        losses=no_values(WINDOW),
         scale=first_scale() if needs_scale(model.dtype) else None,
         base=adapted,
     )

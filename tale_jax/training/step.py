@@ -16,10 +16,12 @@ from tale_jax.hardware.sharding import batch_sharding, make_mesh, shardings
 from tale_jax.model.loss import loss_mask
 from tale_jax.model.transformer import Transformer, make_model, token_losses
 from tale_jax.training.ema import update_ema
-from tale_jax.training.loss_scale import next_scale, where_finite
+from tale_jax.training.guard import is_spike
+from tale_jax.training.loss_scale import next_scale
 from tale_jax.training.optimizer import MatrixShape, make_optimizer
 from tale_jax.training.schedule import learning_rate
 from tale_jax.training.state import TrainState, init_state
+from tale_jax.utils.outliers import with_value
 
 TrainStep = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
 
@@ -31,8 +33,8 @@ def make_train_step(
 
     More, shorter windows of as many tokens (see `loader.split_windows`) are taken as well. The batch is split into
     micro-batches whose gradients are summed, so that accumulation changes nothing but memory. Metrics are scalars:
-    `loss` in nats per token (of the tokens in `loss_mask`), `grad_norm` before clipping, `learning_rate`, and in
-    float16 `loss_scale`, by which both are divided already.
+    `loss` in nats per token (of the tokens in `loss_mask`), `grad_norm` before clipping, `learning_rate`, `skipped`
+    (see `guard.py`), and in float16 `loss_scale`, by which the first two are divided already.
     """
     micro_tokens = config.micro_batch_size * config.model.seq_len
     dropout = max(config.model.dropout, config.model.embedding_dropout, config.lora.dropout) > 0
@@ -67,16 +69,19 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(state.step)}
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         if scale is not None:
-            finite = jnp.isfinite(norm)
-            params, opt_state = where_finite(finite, (params, opt_state), (state.params, state.opt_state))
             scale = next_scale(scale, finite)
             metrics |= {"loss_scale": scale.value}
         ema = state.ema_params
         if ema is not None:
             ema = update_ema(ema, params, config.ema.decay, state.step)
-        new = {"params": params, "opt_state": opt_state, "ema_params": ema, "scale": scale}
-        return state.replace(step=state.step + 1, **new), metrics
+        counts = finite if config.on_spike == "off" else finite & ~is_spike(state.losses, loss)
+        new = {"params": params, "opt_state": opt_state, "ema_params": ema}
+        old = {name: getattr(state, name) for name in new}
+        new = jax.tree_util.tree_map(lambda a, b: jnp.where(counts, a, b), new, old)
+        new |= {"scale": scale, "losses": with_value(state.losses, loss, counts)}
+        return state.replace(step=state.step + 1, **new), metrics | {"skipped": ~counts}
 
     return train_step
 

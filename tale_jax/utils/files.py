@@ -12,11 +12,14 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+MAX_RECORDS_BYTES = 1 << 30  # of a file of records; a million steps take 300 MB
+LONG_FILE, MAX_SPARSENESS = 1 << 28, 1000  # bytes; times that a file is longer than what it takes on disk
 MAX_NAME_BYTES = 240  # of a name that still has room for the end of a temporary one
 
 
@@ -49,6 +52,45 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces the content of a file. Text is written as UTF-8."""
     with atomic_writer(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def check_inside(folder: Path, path: Path, max_bytes: int = 0) -> None:
+    """Raises ValueError, in one line, for a link out of `folder`, or a file of more than `max_bytes` (0: of any size).
+
+    What comes from elsewhere is data: reading it must not lead to other files, nor fill the memory.
+    """
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path} must lie in {folder}, and is a link to another place; put the file itself there")
+    if max_bytes and path.stat().st_size > max_bytes:
+        raise ValueError(f"{path} must have at most {max_bytes:,} bytes, and has {path.stat().st_size:,}; restore it")
+
+
+def check_entries(folder: Path) -> None:
+    """Raises ValueError, in one line, for what a folder from elsewhere may hold to lead its readers astray.
+
+    That is a link to another place, a pipe or device (which may never end), or a file that claims to be many times as
+    long as what is on disk.
+    """
+    top, todo = folder.resolve(), [folder]
+    while todo:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(todo.pop()) as entries:
+            for entry in entries:
+                status = entry.stat(follow_symlinks=False)
+                if entry.is_symlink():
+                    check_inside(top, Path(entry.path))
+                elif entry.is_dir():
+                    todo.append(Path(entry.path))
+                elif not stat.S_ISREG(status.st_mode):
+                    raise ValueError(f"{entry.path} must be a file or folder, and is a pipe or device; remove it")
+                elif status.st_size > max(LONG_FILE, MAX_SPARSENESS * 512 * status.st_blocks) and _has_hole(entry.path):
+                    size = f"claims {status.st_size:,} bytes, of which the disk has {512 * status.st_blocks:,}"
+                    raise ValueError(f"{entry.path} {size}; remove it, or restore it from a copy")
+
+
+def _has_hole(path: str) -> bool:
+    """Whether a file is sparse; some file systems count no blocks, but they know of no holes either."""
+    with open(path, "rb") as file:
+        return os.lseek(file.fileno(), 0, os.SEEK_HOLE) < os.fstat(file.fileno()).st_size
 
 
 def sync_folder(folder: Path) -> None:
@@ -101,12 +143,20 @@ def _end_last_line(path: Path) -> None:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a file, in order; incomplete lines are skipped, and a missing file has no records."""
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    for line in iter_lines(path):
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict):
                 records.append(record)
     return records
+
+
+def iter_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file of records, with their ends; none where it is missing. Raises ValueError for a huge file."""
+    if path.exists():
+        check_inside(path.parent, path, MAX_RECORDS_BYTES)
+        with path.open("rb") as file:
+            yield from file
 
 
 def to_json(value: Any) -> Any:

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tale_jax.utils.files import check_entries
+
 LOCK_FILE = ".lock"
 _held: set[Path] = set()  # folders that this process has locked
 
@@ -36,7 +38,7 @@ def writer_lock(folder: Path, task: str, of_worth: Callable[[Path], Sequence[Pat
     has made is of worth), the folder is as it was before: a command that was refused leaves no trace.
 
     Raises:
-      ValueError: one line with the process that holds the lock.
+      ValueError: one line with the process that holds the lock, or with what in the folder leads out of it.
       OSError: the folder cannot be written.
     """
     if (key := folder.resolve()) in _held:
@@ -62,10 +64,26 @@ def writer_lock(folder: Path, task: str, of_worth: Callable[[Path], Sequence[Pat
         os.close(handle)  # which ends the lock
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a writer, in this process or another, holds the lock of `folder`."""
+    try:
+        handle = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
+        os.close(handle)
+    return False
+
+
 def _open_lock(folder: Path) -> tuple[int, set[str]]:
     """The locked file, and what stood in the folder before; both are made when missing."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
+        check_entries(folder)
         entries, path = set(os.listdir(folder)), folder / LOCK_FILE
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

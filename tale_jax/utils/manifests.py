@@ -7,9 +7,11 @@ written last and atomically, when everything it names is on disk: a folder witho
     facts = check_manifest(folder)                 # raises ValueError that names the first bad file
 """
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,8 +33,10 @@ def digest_of(values: Any) -> str:
 def hash_file(path: Path, sync: bool = False) -> tuple[str, int]:
     """SHA-256 in hexadecimal digits, and bytes. With `sync` the file is on disk afterwards."""
     digest, size = hashlib.sha256(), 0
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for a writer
     try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
         while block := os.read(handle, BLOCK):
             digest.update(block)
             size += len(block)
@@ -52,15 +56,20 @@ def files_below(folder: Path) -> list[str]:
     return sorted(name for name in found if name != MANIFEST)
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Hashes every file below `folder`, syncs files and folders (a power cut may come), then writes the manifest."""
+def make_manifest(folder: Path, facts: Mapping[str, Any], sync: bool = False) -> dict[str, Any]:
+    """The facts, and the digest and size of every file below `folder`; with `sync` these are on disk afterwards."""
     names = files_below(folder)
     with ThreadPoolExecutor(THREADS) as pool:
-        sums = pool.map(lambda name: hash_file(folder / name, sync=True), names)
+        sums = pool.map(lambda name: hash_file(folder / name, sync), names)
         files = {name: [digest, size] for name, (digest, size) in zip(names, sums, strict=True)}
+    return {"files": files, **facts}
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Hashes every file below `folder`, syncs files and folders (a power cut may come), then writes the manifest."""
+    content = make_manifest(folder, facts, sync=True)
     for root, _, _ in os.walk(folder):
         sync_folder(Path(root))
-    content = {"files": files, **facts}
     write_atomically(folder / MANIFEST, json.dumps(content | {"sha256": digest_of(content)}, indent=1) + "\n")
     sync_folder(folder.parent)
 

@@ -47,7 +47,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     off: str = ""  # what the value 0, or "", stands for; "": nothing special
     usual: Any = None  # a value that a remedy may suggest; None: the default
-    free: bool = False  # a run may go on with another value, because what is learned does not depend on it
+    free: bool = False  # a run may go on with another value, and records that
 
     @property
     def help(self) -> str:

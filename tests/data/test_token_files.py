@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tale_jax.data.prepare import prepare
-from tale_jax.data.token_files import document_starts, iter_documents, load_manifest, load_tokens
+from tale_jax.data.token_files import (
+    document_starts,
+    iter_documents,
+    load_manifest,
+    load_tokens,
+    save_manifest,
+    seal_tokens,
+)
+from tale_jax.utils.manifests import digest_of
 
 BOS = 1
 
@@ -60,6 +68,32 @@ def test_a_split_that_was_not_prepared(tmp_path):
         load_tokens(tmp_path, "train")
 
 
+def test_one_bit_of_a_token_file_is_found(workdir):
+    file = workdir / "windows" / "train.bin"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train\.bin is damaged: its digest is not that of its manifest"):
+        load_tokens(workdir, "train")
+
+
+@pytest.mark.parametrize("dtype", ["|O", "<f4", "", "<u8", "nonsense"])
+def test_a_manifest_of_another_dtype_is_refused_before_a_byte_is_read(workdir, prepared, dtype):
+    """An object dtype would make pointers of the bytes."""
+    save_manifest(workdir, dataclasses.replace(prepared.manifests["train"], dtype=dtype))
+    with pytest.raises(ValueError, match=r"train\.json is damaged"):
+        load_tokens(workdir, "train")
+
+
+def test_windows_of_version_1_are_read_and_given_a_digest(workdir, prepared):
+    values = dataclasses.asdict(prepared.manifests["train"]) | {"format_version": 1}
+    del values["sha256"]
+    (workdir / "windows" / "train.json").write_text(json.dumps(values))
+    _, manifest = load_tokens(workdir, "train")
+    assert manifest.sha256 == ""
+    assert seal_tokens(workdir, manifest) == load_manifest(workdir, "train") == prepared.manifests["train"]
+
+
 @pytest.mark.parametrize("cut", [1, 2, None])
 def test_a_token_file_of_another_size(workdir, cut):
     file = workdir / "windows" / "train.bin"
@@ -72,14 +106,24 @@ def test_a_token_file_of_another_size(workdir, cut):
         load_tokens(workdir, "train")
 
 
+def signed(values):
+    return json.dumps(values | {"digest": digest_of(values)})
+
+
 def test_a_damaged_manifest(workdir, prepared):
     values = dataclasses.asdict(prepared.manifests["train"])
     for text, part in (
-        (json.dumps(values | {"format_version": 0}), "train.json must have format_version=1; remove .* prepare again"),
+        (json.dumps(values | {"format_version": 0}), "train.json must have format_version=2; remove .* prepare again"),
+        (json.dumps(values), r"train.json is damaged \(its digest does not fit\); remove .* prepare again"),
         ("{", r"train.json is damaged \(.*\); remove .* prepare again"),
         ("{}", "train.json is damaged"),
         ("[]", "train.json is damaged"),
         (json.dumps(values | {"new": 1}), "train.json is damaged"),
+        (signed(values | {"documents": "9"}), r"damaged \(documents has a value that cannot be\)"),
+        (signed(values | {"tokens": -1}), r"damaged \(it counts what cannot be\)"),
+        (signed(values | {"split": "../../etc"}), r"damaged \(it is not of this split"),
+        (signed(values | {"replaced": [3]}), r"damaged \(replaced has a value that cannot be\)"),
+        (signed(values | {"entropy": {"nats": "1"}}), r"damaged \(entropy or seen_share has a value that cannot be\)"),
     ):
         (workdir / "windows" / "train.json").write_text(text)
         with pytest.raises(ValueError, match=part) as caught:

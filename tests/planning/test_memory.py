@@ -47,7 +47,7 @@ def test_the_parts_at_the_peak_sum_to_it(cpu, process, changes):
     parts = made.parts_at_peak()
     assert sum(parts.values()) == made.peak and min(parts.values()) >= 0
     assert ("checkpoint" in parts) == (made.checkpoint > made.step_only)
-    assert made.scratch > 0 and (process == 0 or parts["before the first step"] < 100)
+    assert made.scratch > 0 and (process == 0 or parts["before the first step"] < 1000)
 
 
 def test_the_parts_sum_to_the_peak_on_a_gpu_and_on_devices_that_share_weights(cpu):

@@ -22,10 +22,20 @@ TOKENIZER = f"{DATA}test_a_tokenizer_that_cannot_be_used_is_replaced_as_told"
 VOCABULARY = "tests/data/test_tokenizer.py::test_the_vocabulary_that_an_error_advises_works"
 LOADER = f"{DATA}test_batches_of_the_size_that_is_advised"
 RUNS = "tests/remedies/test_runs.py::"
+WORKDIRS = "tests/remedies/test_workdirs.py::"
+FITS_NOT = f"{WORKDIRS}test_a_checkpoint_of_files_that_fit_but_arrays_that_do_not_is_removed_as_told"
+NONE = f"{WORKDIRS}test_a_checkpoint_that_is_none_is_named"
+CONFIG_BACK = f"{WORKDIRS}test_a_config_comes_back_by_the_command_that_is_told"
+COPY = f"{WORKDIRS}test_a_tokenizer_or_settings_of_another_run_are_restored_from_a_copy"
+WINDOWS = f"{WORKDIRS}test_damaged_windows_are_removed_as_told_and_made_again"
+PASSED_OVER = f"{WORKDIRS}test_a_damaged_checkpoint_is_passed_over_or_restored"
+LINKS = f"{WORKDIRS}test_what_is_a_link_or_too_long_is_put_right"
+MENDED = f"{WORKDIRS}test_what_verify_finds_is_mended_as_it_says"
 MACHINE = "tests/remedies/test_machine.py::"
 MAKE = f"{MACHINE}test_what_is_advised_to_make_can_be_made"
 BENCH = f"{RUNS}test_benchmarks_are_asked_for_as_it_is_told"
 ENVIRONMENT = "tests/remedies/test_environment.py::"
+CUT = "tests/data/test_token_files.py::test_a_damaged_manifest"
 LIBRARY = f"{DATA}test_a_library_that_is_installed_as_told_reads"
 USABLE = f"{ENVIRONMENT}test_a_path_that_is_corrected_as_told_can_be_used"
 PERMITTED = f"{ENVIRONMENT}test_a_path_whose_permissions_are_changed_as_told_can_be_used"
@@ -131,8 +141,11 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "{}: {}": f"{CONFIG}test_a_damaged_config_json_is_refused_in_one_line",
         "give the folder that launch/train.py wrote": f"{RUNS}test_a_workdir_that_is_no_experiment",
         "must hold an experiment": f"{RUNS}test_a_workdir_that_is_no_experiment",
-        "must be JSON ({}); restore it": f"{RUNS}test_a_config_that_is_restored_or_left_behind",
-        "must be a JSON object; restore it": f"{RUNS}test_a_config_that_is_restored_or_left_behind",
+        "must be JSON ({}); {}": CONFIG_BACK,
+        "must be a JSON object; {}": CONFIG_BACK,
+        "python launch/verify.py --workdir={} --repair": CONFIG_BACK,
+        ", or train in a new workdir": f"{RUNS}test_a_config_that_is_restored_or_left_behind",
+        "is damaged, or was changed by hand": CONFIG_BACK,
         "was written by an older tale_jax": f"{RUNS}test_a_config_that_is_restored_or_left_behind",
         "train again in a new workdir, or use": f"{RUNS}test_a_config_that_is_restored_or_left_behind",
         "update tale_jax if a newer one": f"{RUNS}test_a_config_that_is_restored_or_left_behind",
@@ -243,9 +256,15 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "tale_jax/data/token_files.py": {
         "run launch/prepare.py on it first": PREPARED,
-        "is damaged ({}); remove it and prepare again": PREPARED,
+        "its digest does not fit": CUT,
+        "has a value that cannot be": CUT,
+        "it counts what cannot be": CUT,
+        "it is not of this split": CUT,
         "must have format_version": PREPARED,
-        "remove {} and prepare again": PREPARED,
+        "remove {} and prepare again": WINDOWS,
+        "must have {} bytes, but has {}": WINDOWS,
+        "is damaged: its digest is not": WINDOWS,
+        "which the tokenizer lacks": f"{WORKDIRS}test_windows_with_tokens_that_are_none_are_prepared_again",
     },
     "tale_jax/data/tokenizer.py": {
         "must be a SentencePiece model": TOKENIZER,
@@ -343,7 +362,14 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "must hold a model": OTHER_BASE,
         "must be the model of digest": OTHER_BASE,
         "train first with launch/train.py": f"{RUNS}test_a_workdir_that_is_no_experiment",
-        "must be a checkpoint of {}; there is": f"{RUNS}test_weights_are_asked_for_as_it_is_told",
+        "must be a whole checkpoint of": f"{RUNS}test_weights_are_asked_for_as_it_is_told",
+        "restore config.json from a copy": COPY,
+        "belongs to another tokenizer": COPY,
+        "restore windows from a copy": f"{WORKDIRS}test_windows_of_other_text_are_restored_or_trained_on_anew",
+        "try --step={}": PASSED_OVER,
+        "restore it from a copy": PASSED_OVER,
+        "is damaged: {}; {}": PASSED_OVER,
+        "restore one from a copy": PASSED_OVER,
         "must be what the run kept": f"{RUNS}test_weights_are_asked_for_as_it_is_told",
         "try --weights=mean:2": f"{RUNS}test_weights_are_asked_for_as_it_is_told",
     },
@@ -381,13 +407,26 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "the checkpoint could not be written": (
             "tests/training/test_checkpoint.py::test_a_disk_that_refuses_is_one_line_and_leaves_the_checkpoints_before"
         ),
-        "restore it from a copy": f"{RUNS}test_a_damaged_checkpoint_is_removed_or_restored",
-        "remove that folder to go on": f"{RUNS}test_a_damaged_checkpoint_is_removed_or_restored",
-        "is not a checkpoint that can be read": f"{RUNS}test_a_damaged_checkpoint_is_removed_or_restored",
+        "is not finite at step": "tests/training/test_checkpoint.py::test_nothing_that_is_not_finite_is_saved",
+        "what was saved is not what is read again": (
+            "tests/training/test_checkpoint.py::test_a_disk_that_reads_other_numbers_is_found_at_the_first_save"
+        ),
+        "remove that folder": FITS_NOT,
+        "is not a checkpoint that can be read": FITS_NOT,
+        "restore the one that belongs to it": FITS_NOT,
+        "it is a link, and must be the folder itself": NONE,
+        "its manifest is of step": NONE,
+        "its manifest has values that cannot be": NONE,
     },
     "tale_jax/training/metrics.py": {
         "needs credentials": f"{RUNS}test_records_go_where_it_is_told",
         "does not start ({}); try --config.metrics.wandb": f"{RUNS}test_records_go_where_it_is_told",
+    },
+    "tale_jax/runs/verify.py": {
+        "train.py and --repair give it": MENDED,
+        "restore the tokenizer from a copy, or prepare again": MENDED,
+        "line {} is {}": MENDED,
+        "verify --repair": MENDED,
     },
     "tale_jax/bench/serving.py": {
         "must answer with texts": f"{SERVE}test_a_load_is_asked_for_as_it_is_told",
@@ -529,6 +568,12 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "must {}; try --{}={}": f"{SERVE}test_a_setting_that_is_corrected_as_told_serves",
         "must be as a browser sends it": f"{SERVE}test_a_setting_that_is_corrected_as_told_serves",
     },
+    "tale_jax/utils/files.py": {
+        "put the file itself there": LINKS,
+        "and has {}; restore it": LINKS,
+        "is a pipe or device; remove it": LINKS,
+        "remove it, or restore it from a copy": LINKS,
+    },
     "tale_jax/utils/extras.py": {"-m pip install -e": LIBRARY},
     "tale_jax/utils/paths.py": {
         "must name a file or folder": HOME,
@@ -555,6 +600,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "give another --workdir": (f"{RUNS}test_a_writer_is_stopped_as_told"),
     },
     "tale_jax/utils/manifests.py": {
+        "it is no regular file": LINKS,
         "{} is missing": "tests/utils/test_manifests.py::test_every_change_is_found_and_named",
         "{} is too large": "tests/utils/test_manifests.py::test_every_change_is_found_and_named",
         "{} is damaged": "tests/utils/test_manifests.py::test_every_change_is_found_and_named",

@@ -33,7 +33,7 @@ from tale_jax.data.prepare import prepare
 from tale_jax.data.readers import Cut, read_documents, texts
 from tale_jax.data.text_files import find_files, read_text
 from tale_jax.data.token_files import load_tokens
-from tale_jax.data.tokenizer import Tokenizer, check_tokenizer, train_tokenizer
+from tale_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, check_tokenizer, train_tokenizer
 
 WORDS = "The café’s façade was naïve, and the old crow said: go on and on.\n"
 
@@ -471,7 +471,7 @@ def test_a_tokenizer_that_cannot_be_used_is_replaced_as_told(tmp_path):
     assert size and prepared("a", **{"tokenizer.vocab_size": int(size[1])}).tokenizer.model == path.read_bytes()
     made = tmp_path / "b" / "tokenizer" / "tokenizer.model"  # "launch/prepare.py makes one"
     assert prepared("c", **{"tokenizer.path": str(made)}).tokenizer.model == made.read_bytes()
-    check_tokenizer(Tokenizer(tokenizer_model(**whole)), TokenizerConfig(340, "my.model", 0))
+    check_tokenizer(SentencePieceTokenizer(tokenizer_model(**whole)), TokenizerConfig(340, "my.model", 0))
     assert "half a surrogate pair; remove it" in refusal(Tokenizer.load(made).encode, "half \ud83d")
     assert len(Tokenizer.load(made).encode("half "))
 
@@ -563,9 +563,8 @@ def test_prepared_text_goes_on_as_it_is_told(tmp_path):
     for name, damage in (("train.json", b"{"), ("valid.json", b"[]"), ("train.bin", b"x")):
         (workdir / "windows" / name).write_bytes(damage)
         line = refusal(load_tokens, workdir, name.partition(".")[0])
-        told = re.search(r"remove (\S+) and prepare again", line)
-        path = workdir / "windows" / name if told[1] == "it" else Path(told[1])
-        path.unlink()
+        path = Path(re.search(r"remove (\S+) and prepare again", line)[1])
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
         again = prepared()
         assert {split: dataclasses.replace(m) for split, m in again.manifests.items()} == first.manifests
         assert len(load_tokens(workdir, name.partition(".")[0])[0])

@@ -1,12 +1,15 @@
 """A workdir opened again: the weights asked for, or one line that says what there is."""
 
+import dataclasses
 import shutil
 
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import SEQ_LEN, VOCAB_SIZE, assert_trees_close, assert_trees_equal, build_config, take_steps, tiny_trainer
+from helpers import SEQ_LEN, assert_trees_close, assert_trees_equal, build_config, take_steps, tiny_trainer
 
+from tale_jax.config import Config, change
+from tale_jax.data.token_files import load_manifest
 from tale_jax.runs.experiment import open_experiment
 from tale_jax.training.checkpoint import Checkpoints
 
@@ -15,8 +18,8 @@ SHAPE = {
     "model.embed_dim": 32,
     "model.num_heads": 4,
     "model.seq_len": SEQ_LEN,
-    "tokenizer.vocab_size": VOCAB_SIZE,
-    "tokenizer.path": "none.model",
+    "tokenizer.vocab_size": build_config().tokenizer.vocab_size,  # of the tokenizer that it is opened with
+    "tokenizer.path": "",
     "ema.decay": 0.9,
 }
 
@@ -31,7 +34,7 @@ def averaged(tmp_path_factory, trained):
         checkpoints.save(step, states[step], {}, loss)
     checkpoints.close()
     build_config(**SHAPE).save(workdir)
-    shutil.copytree(trained / "tokenizer", workdir / "tokenizer")  # of another run: a vocabulary of 64 has none
+    shutil.copytree(trained / "tokenizer", workdir / "tokenizer")
     return workdir, states
 
 
@@ -77,7 +80,7 @@ def test_it_is_said_which_checkpoint_is_taken_where_it_is_not_the_last(averaged,
 def test_the_best_or_the_step_asked_for(trained, cpu):
     assert open_experiment(trained, cpu).step == 20
     assert open_experiment(trained, cpu, step=10).step == 10
-    with pytest.raises(ValueError, match=r"step=7 must be a checkpoint of .*; there is 10, 20"):
+    with pytest.raises(ValueError, match=r"step=7 must be a whole checkpoint of .*; there is 10, 20"):
         open_experiment(trained, cpu, step=7)
 
 
@@ -103,19 +106,45 @@ def test_what_is_no_experiment_or_has_no_checkpoint_is_refused(trained, tmp_path
     with pytest.raises(ValueError, match="must hold a checkpoint"):
         open_experiment(tmp_path, cpu)
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"5 is not a checkpoint that can be read") as error:
+    with pytest.raises(ValueError, match=r"checkpoint that is whole \(in .*: 5: manifest.json is missing\)") as error:
         open_experiment(tmp_path, cpu)
     assert "\n" not in str(error.value)
 
 
-def test_a_damaged_checkpoint_names_the_one_to_go_on_from(trained, tmp_path, cpu):
+def test_a_damaged_checkpoint_is_passed_over_and_refused_by_number(trained, tmp_path, cpu, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
-    for file in (workdir / "checkpoints" / "20" / "params").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"remove that folder to go on from step 10"):
+    file = next((workdir / "checkpoints" / "20" / "params").rglob("d/*"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert open_experiment(workdir, cpu).step == 10
+    assert f"checkpoint 20 is not used: params/{file.relative_to(workdir / 'checkpoints/20/params')} is damaged" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match=r"checkpoint 20 of .* is damaged: params/.*; try --step=10"):
         open_experiment(workdir, cpu, step=20)
+
+
+def test_a_tokenizer_settings_or_windows_of_another_run_are_refused(trained, tmp_path, cpu):
+    shutil.copytree(trained, tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    whole = config.read_bytes()
+    change(Config.load(trained), {"model.rope_base": 500.0}).save(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"model.rope_base=500.0 must be 10000.0, as in checkpoint 20"):
+        open_experiment(tmp_path / "run", cpu)
+    config.write_bytes(whole)
+    file = tmp_path / "run" / "tokenizer" / "tokenizer.model"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"belongs to another tokenizer|must be a SentencePiece model"):
+        open_experiment(tmp_path / "run", cpu)
+    opened, manifest = open_experiment(trained, cpu), load_manifest(trained, "valid")
+    opened.check_windows(manifest)
+    with pytest.raises(ValueError, match=r"belongs to other valid windows"):
+        opened.check_windows(dataclasses.replace(manifest, sha256="0" * 64))
+    opened.check_windows(dataclasses.replace(manifest, sha256="0" * 64, replaced=[{"sha256": manifest.sha256}]))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """What is saved comes back: exactly, on other devices, and with a clear line when it cannot."""
 
+import json
 import os
+import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from helpers import assert_trees_close, assert_trees_equal, take_steps, tiny_batches, tiny_trainer
 
-from tale_jax.training.checkpoint import Checkpoints, SavedParams, max_concurrent_bytes
+from tale_jax.training import checkpoint as checkpoint_module
+from tale_jax.training.checkpoint import Checkpoints, SavedParams, check_checkpoint, max_concurrent_bytes
 
 
 def save(folder, keep, losses, **more):
@@ -22,7 +26,7 @@ def save(folder, keep, losses, **more):
 
 
 def kept(folder):
-    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.is_dir())
 
 
 def test_state_and_data_position_come_back_exactly(tmp_path):
@@ -122,14 +126,98 @@ def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path):
         restored(tmp_path, trainer)
 
 
-def test_a_damaged_checkpoint_is_one_line_with_a_remedy(tmp_path):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, capsys):
     trainer, _ = save(tmp_path, 2, [2.0, 1.0])
-    for file in (tmp_path / "checkpoints" / "2" / "training").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"2 is not a checkpoint that can be read .*go on from step 1") as error:
-        restored(tmp_path, trainer)
-    assert "\n" not in str(error.value)
+    file = next((tmp_path / "checkpoints" / "2" / "training").rglob("_METADATA"))
+    file.write_bytes(b"")
+    assert restored(tmp_path, trainer)[1] == {"examples": 8}
+    said = capsys.readouterr().err
+    assert "checkpoint 2 is not used: training/_METADATA has 0 bytes instead of" in said and said.count("\n") == 1
+    assert (tmp_path / "damaged" / "2").is_dir() and kept(tmp_path) == [1]
+
+
+def every_file(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_one_bit_of_any_file_is_found(tmp_path):
+    save(tmp_path, 2, [2.0])
+    folder = tmp_path / "checkpoints"
+    for file in every_file(folder / "1"):
+        content = bytearray(file.read_bytes())
+        if content:
+            content[len(content) // 2] ^= 1
+            whole = file.read_bytes()
+            file.write_bytes(content)
+            with pytest.raises(ValueError, match=re.escape(file.name)):
+                check_checkpoint(folder, 1)
+            file.write_bytes(whole)
+    assert check_checkpoint(folder, 1)["step"] == 1
+
+
+def test_parts_of_other_steps_do_not_fit(tmp_path):
+    """Neither an item nor the whole folder of another step."""
+    save(tmp_path, 3, [3.0, 2.0])
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "1", folder / "3")
+    with pytest.raises(ValueError, match="its manifest is of step 1"):
+        check_checkpoint(folder, 3)
+    shutil.rmtree(folder / "2" / "training")
+    shutil.copytree(folder / "1" / "training", folder / "2" / "training")
+    with pytest.raises(ValueError, match="training"):
+        check_checkpoint(folder, 2)
+
+
+def test_what_a_kill_left_is_removed(tmp_path):
+    trainer, _ = save(tmp_path, 3, [3.0, 2.0])
+    folder = tmp_path / "checkpoints"
+    (folder / "3.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    (folder / "2" / "manifest.json").unlink()
+    (folder / ".saving").write_text("2")  # killed between the last array and the manifest
+    assert restored(tmp_path, trainer)[1] == {"examples": 8}
+    assert kept(tmp_path) == [1] and not (tmp_path / "damaged").exists()
+
+
+def as_before(folder, step):
+    """Makes a checkpoint what versions without manifests wrote."""
+    (folder / str(step) / "manifest.json").unlink()
+    (folder / str(step) / "meta").mkdir()
+    (folder / str(step) / "meta" / "metadata").write_text(json.dumps({"step": step, "nats_per_token": 2.5}))
+
+
+def test_a_checkpoint_of_before_is_taken_once_and_given_a_manifest(tmp_path, capsys):
+    _, state = save(tmp_path, 2, [1.0])
+    as_before(tmp_path / "checkpoints", 1)
+    with SavedParams(tmp_path) as saved:
+        assert saved.by_loss() == [1]
+    assert "checkpoint 1 has no digests" in capsys.readouterr().err
+    assert Checkpoints(tmp_path, 2).latest == 1
+    assert "checkpoint 1 had no digests" in capsys.readouterr().err
+    assert Checkpoints(tmp_path, 2).latest == 1 and not capsys.readouterr().err
+    with SavedParams(tmp_path) as saved:
+        assert_trees_equal(saved.load([1], jax.tree_util.tree_map(lambda x: x, state.params)), state.params)
+
+
+def test_nothing_that_is_not_finite_is_saved(tmp_path):
+    _, state = save(tmp_path, 2, [1.0])
+    checkpoints = Checkpoints(tmp_path, 2)
+    bad = state.replace(params=state.params | {"embedding": state.params["embedding"].at[3, 4].set(np.inf)})
+    with pytest.raises(ValueError, match=r"params\.embedding is not finite at step 2, so nothing of it is saved"):
+        checkpoints.save(2, bad, {}, None)
+    checkpoints.close()
+    assert kept(tmp_path) == [1]
+
+
+def test_a_disk_that_reads_other_numbers_is_found_at_the_first_save(tmp_path, monkeypatch):
+    trainer = tiny_trainer()
+    checkpoints, original = Checkpoints(tmp_path, 2), checkpoint_module._restore
+
+    def wrong(*arguments):
+        return {name: jax.tree_util.tree_map(lambda x: x * 2, tree) for name, tree in original(*arguments).items()}
+
+    monkeypatch.setattr(checkpoint_module, "_restore", wrong)
+    with pytest.raises(OSError, match=r"what was saved is not what is read again"):
+        checkpoints.save(1, trainer.init(), {}, None)
 
 
 def test_a_disk_that_refuses_is_one_line_and_leaves_the_checkpoints_before(tmp_path, monkeypatch):
@@ -140,7 +228,7 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_the_checkpoints_before(tmp_p
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(checkpoints._manager, "save", refuse)
-    with pytest.raises(OSError, match=r"the checkpoint could not be written \(.*No space left on device\)"):
+    with pytest.raises(OSError, match=r"the checkpoint could not be written \(the disk is full; make room"):
         checkpoints.save(2, state, {"examples": 16}, None)
     monkeypatch.undo()
     checkpoints.close()
@@ -154,7 +242,7 @@ def test_saved_weights_are_read_alone_and_averaged(tmp_path):
         checkpoints.save(step, states[step], {}, loss)
     checkpoints.close()
     with SavedParams(tmp_path) as saved:
-        assert saved.steps == [1, 2, 3] and saved.best() == 2 and saved.has_ema(2)
+        assert saved.steps == [1, 2, 3] and saved.by_loss()[0] == 2 and saved.has_ema(2)
         shapes = trainer.abstract_state.params
         assert_trees_equal(saved.load([3], shapes), states[3].params)
         assert_trees_equal(saved.load([3], shapes, ema=True), states[3].ema_params)
@@ -166,12 +254,13 @@ def test_saved_weights_are_read_alone_and_averaged(tmp_path):
 def test_the_best_is_by_known_losses_and_else_the_newest(tmp_path, losses):
     save(tmp_path, 2, losses)
     with SavedParams(tmp_path) as saved:
-        assert saved.best() == (1 if losses == [2.0, None] else 2)
+        assert saved.by_loss()[0] == (1 if losses == [2.0, None] else 2)
 
 
 def test_a_folder_without_checkpoints_has_no_steps(tmp_path):
     assert SavedParams(tmp_path).steps == []
     (tmp_path / "checkpoints" / "5.partial").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "007").mkdir()
     assert SavedParams(tmp_path).steps == []
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import assert_trees_close, tiny_batches, tiny_trainer
 
-from tale_jax.training.ema import mean_of_trees, update_ema
+from tale_jax.training.checkpoint import mean_of_trees
+from tale_jax.training.ema import update_ema
 
 
 def decay_of(step: int, decay: float) -> float:

@@ -5,7 +5,8 @@ import pytest
 from helpers import build_config
 
 from tale_jax import config as config_module
-from tale_jax.training.schedule import SCHEDULES, learning_rate, phases, scheduled_batches, seq_len_divisor
+from tale_jax.planning.timing import phases
+from tale_jax.training.schedule import SCHEDULES, learning_rate, scheduled_batches, seq_len_divisor
 
 
 def rates(total_steps, **changes) -> np.ndarray:
