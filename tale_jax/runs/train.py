@@ -24,7 +24,7 @@ from tale_jax.data.loader import Batches
 from tale_jax.data.marks import ALL_LEARNED, MARKED, bos_or_marked
 from tale_jax.data.packing import PackedWindows, training_windows
 from tale_jax.data.prepare import Prepared, base_folder, of_worth, prepare
-from tale_jax.data.token_files import seal_tokens
+from tale_jax.data.token_files import load_tokens, seal_tokens
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans, per
 from tale_jax.hardware.backend import Backend

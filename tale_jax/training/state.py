@@ -39,8 +39,7 @@ class TrainState(flax.struct.PyTreeNode):
 def init_state(
     model: Transformer, optimizer: Any, seed: int, with_ema: bool = False, lora: Any = None, base: Any = None
 ) -> TrainState:
-    """Weights before the first step: those of `base`, or else a pure function of the model's shape and the seed. With
-    `lora` (`config.lora`) of a rank above 0 they stay, and adapters are trained. `with_ema`: an average is kept."""
+    """What is trained before the first step: `base`, or weights by shape and seed; with a rank of `lora`, adapters."""
     init_key, key = jax.random.split(jax.random.PRNGKey(seed))
     params = model.init(init_key, jnp.zeros((1, 8), jnp.int32))["params"] if base is None else base
     if model.config.induction_init and base is None:
