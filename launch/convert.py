@@ -2,9 +2,10 @@
 
     python launch/convert.py --workdir=experiments/tales --to=huggingface --out=my-model
     python launch/convert.py --workdir=experiments/tales --to=gguf --dtype=q8_0 --out=tales.gguf
+    python launch/convert.py --workdir=experiments/lora --to=peft --out=adapter
     python launch/convert.py --from=huggingface --path=SmolLM2-135M --workdir=experiments/smollm2
 
-A workdir made from elsewhere is like any other: evaluate, sample and serve it.
+A workdir made from elsewhere is like any other: evaluate, sample, serve and fine-tune it.
 """
 
 import sys
@@ -16,7 +17,7 @@ from absl import flags
 
 FLAGS = flags.FLAGS
 define_path("workdir", "path", "folder of the experiment: with --to it is read, with --from made", required=True)
-flags.DEFINE_enum("to", None, ["huggingface", "gguf", "ollama"], "format to write")
+flags.DEFINE_enum("to", None, ["huggingface", "peft", "gguf", "ollama"], "format to write")
 OUT = define_path("out", "path", "what to write: a folder, or with --to=gguf a file; it must not exist yet")
 flags.DEFINE_enum("dtype", "float32", ["float32", "float16", "bfloat16", "q8_0"], "of the weights; q8_0 is for gguf")
 flags.DEFINE_integer("step", 0, "checkpoint; 0: the best by validation loss", lower_bound=0)

@@ -27,18 +27,17 @@ flags.mark_flag_as_required("config")
 
 def main(_: list[str]) -> None:
     from tale_jax.config import Config
-
-    config = Config.build(CONFIG.value, overrides("config"))
+    from tale_jax.convert.formats import with_base
     from tale_jax.hardware.backend import start_backend
     from tale_jax.planning import calibrate, plan
     from tale_jax.utils.files import json_line
     from tale_jax.utils.format import parse_bytes
 
+    config = with_base(Config.build(CONFIG.value, overrides("config")), WORKDIR.value, overrides("config"))
     backend = start_backend(config.backend.platform)
     if TABLE.value:
         runs = calibrate.calibration_configs(config).items()
-        calibrate.print_calibrations({name: calibrate.calibrate(run, backend.platform) for name, run in runs})
-        return
+        return calibrate.print_calibrations({name: calibrate.calibrate(run, backend.platform) for name, run in runs})
     memory = parse_bytes(MEMORY.value)
     if MAC.value:
         made = plan.make_mac_plan(config, backend, WORKDIR.value, memory)

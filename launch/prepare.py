@@ -22,6 +22,11 @@ def main(_: list[str]) -> None:
     from tale_jax.utils.streams import say
 
     config, workdir = Config.build(CONFIG.value), WORKDIR.value
+    if config.base:
+        from tale_jax.convert.formats import import_base, with_base
+
+        config = with_base(config, workdir, overrides("config"))
+        import_base(config, workdir)
     if config.minutes and "tokenizer.vocab_size" not in overrides("config"):
         config, reason = with_vocab_size(config, workdir)
         say(reason)

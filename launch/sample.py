@@ -3,13 +3,15 @@
     python launch/sample.py --workdir=experiments/tales
     python launch/sample.py --workdir=experiments/tales --prompt="Once upon a time" --temperature=0.7 --num_samples=3
     python launch/sample.py --workdir=experiments/tales --interactive
+    python launch/sample.py --workdir=experiments/chat --chat
+
+With --chat a line is answered, by the chat template of the workdir, and what was said before is read again.
 
 An interactive session takes a prompt a line, and commands: /help lists them. Ctrl-C stops the text that is being
 written; a second one, or Ctrl-D, ends the session. Each turn has a new seed.
 """
 
 import dataclasses
-import functools
 import sys
 from pathlib import Path
 
@@ -34,26 +36,18 @@ flags.DEFINE_integer("step", 0, "step of the checkpoint; 0: the best by validati
 flags.DEFINE_string("weights", "auto", "last, ema, auto (ema where there is one), or mean:K of K checkpoints")
 flags.DEFINE_enum("precision", "float32", ["auto", "float32", "bfloat16", "float16"], "dtype to compute in")
 flags.DEFINE_bool("interactive", False, "ask for prompts, one after another; /help lists commands")
+flags.DEFINE_bool("chat", False, "hold a conversation, where the workdir has a chat template")
+flags.DEFINE_string("system", "", "of --chat: what the model reads before the first message")
 flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 
 
 def main(_: list[str]) -> None:
-    from tale_jax.hardware.backend import start_backend
-    from tale_jax.inference.chat import print_samples, prompt_loop
-    from tale_jax.inference.sampler import Sampler, SampleSettings
-    from tale_jax.planning.numerics import choose_precision
-    from tale_jax.runs.experiment import open_experiment
+    from tale_jax.inference.sampler import SampleSettings
+    from tale_jax.runs.sample import sample
 
     settings = SampleSettings(**{field.name: FLAGS[field.name].value for field in dataclasses.fields(SampleSettings)})
-    backend = start_backend("auto")
-    dtype = choose_precision(backend, FLAGS.precision)[0]
-    experiment = open_experiment(FLAGS.workdir, backend, FLAGS.step, dtype, FLAGS.weights)
-    sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, donate=backend.donate)
-    stream = functools.partial(sampler.stream, num_samples=FLAGS.num_samples)
-    show = functools.partial(print_samples, as_json=FLAGS.json, step=experiment.step, weights=experiment.weights)
-    if not FLAGS.interactive:
-        return show(stream(FLAGS.prompt, settings, seed=FLAGS.seed))
-    prompt_loop(stream, show, settings, FLAGS.seed, FLAGS.prompt)
+    options = ("prompt", "num_samples", "seed", "step", "weights", "precision", "interactive", "chat", "system")
+    sample(FLAGS.workdir, settings, as_json=FLAGS.json, **{name: FLAGS[name].value for name in options})
 
 
 if __name__ == "__main__":

@@ -32,11 +32,14 @@ def main(_: list[str]) -> None:
         )
     given = overrides("config")
     config = Config.build(CONFIG.value, given)
+    from tale_jax.convert.formats import import_base, with_base
     from tale_jax.hardware.backend import start_backend  # JAX is imported when the config is known to be right
     from tale_jax.runs.train import train
     from tale_jax.utils.paths import quoted
     from tale_jax.utils.streams import say
 
+    config = with_base(config, workdir, given)
+    import_base(config, workdir)
     outcome = train(config, workdir, start_backend(config.backend.platform), given, START_TIME)
     if outcome.signal:
         sys.exit(128 + outcome.signal)

@@ -46,7 +46,7 @@ from tale_jax.utils.settings import (
     share,
 )
 
-CORPORA = ("tales", "wikitext2", "wikitext103", "tinystories", "files", "hub")
+CORPORA = ("tales", "tales_chat", "wikitext2", "wikitext103", "tinystories", "files", "hub")
 PLATFORMS = ("auto", "cpu", "metal", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "wsd")
@@ -55,6 +55,9 @@ REMAT = ("none", "block", *REMAT_POLICIES)  # those are names in jax.checkpoint_
 WANDB_MODES = ("off", "offline", "online")
 WINDOWS = ("stream", "document")
 OPTIMIZERS = ("adamw", "muon")
+LOSS_ON = ("assistant", "all")
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # the linear layers of a block
+TUNABLE = ("seq_len", "dropout", "embedding_dropout", "mask_documents", "scan_layers")  # of a base's `model` settings
 ON_SPIKE = ("skip", "stop", "off")
 
 MIN_VOCAB_SIZE = 256 + 4 + 1  # a token for each byte, four special tokens, a character of the text
@@ -68,18 +71,21 @@ MAX_BYTES = 1 << 20  # of config.json, which has some kilobytes
 NEW_SETTINGS: dict[int, dict[str, Any]] = {
     2: {"corpus": {"encoding": "", "changed": ""}},
     3: {
+        "base": "",
+        "loss_on": "assistant",
         "on_spike": "skip",
         "model": {"head_dim": 0, "rope_scaling": 0.0, "rope_original_len": 8192},
         "checkpoint": {"keep_every": 0},
+        "lora": {"rank": 0, "alpha": 16.0, "dropout": 0.0, "rank_stabilized": False, "dora": False, "matrices": ""},
     },
 }
 
 
 def _with_settings(new: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with what they lack of `new`: settings, and those of groups; a group that is none stays as it is."""
+    """`values` with what they lack of `new`: settings, groups, and settings of groups; a group that is none stays."""
     groups = {name: part for name, part in new.items() if isinstance(part, dict)}
     old = {name: groups.get(name, {}) | part if isinstance(part, dict) else part for name, part in values.items()}
-    return {name: value for name, value in new.items() if name not in groups} | old
+    return new | old
 
 
 # From format 1 on every format loads: an entry n makes values of format n into those of format n + 1.
@@ -376,6 +382,37 @@ class ModelConfig(Group):
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig(Group):
+    """Low-rank updates (adapters) that are trained in the place of a base's weights."""
+
+    rank: int = setting(0, "rank of the updates", not_negative, at_most(1 << 16), off="train all weights", usual=8)
+    alpha: float = setting(16.0, "updates are multiplied by alpha / rank", positive)
+    dropout: float = setting(0.0, "share of what the updates read that is dropped", below_one, off="off")
+    rank_stabilized: bool = setting(False, "multiply by alpha / sqrt(rank) instead (rsLoRA)")
+    dora: bool = setting(False, "also train the size of each column of a matrix (DoRA)")
+    matrices: str = setting("", f"which linear layers, with commas between: {', '.join(MATRICES)}", off="all")
+
+    def broken(self) -> Broken:
+        unknown = [name for name in self.chosen if name not in MATRICES]
+        if unknown or len(set(self.chosen)) < len(self.chosen):
+            near = difflib.get_close_matches(unknown[0], MATRICES, n=1) if unknown else []
+            remedy = f"did you mean {near[0]}?" if near else "try --config.lora.matrices=query,value"
+            yield "matrices", f"name some of {', '.join(MATRICES)}, each once", remedy
+        if self.dora and not self.rank:
+            yield "dora", "be False where lora.rank=0", "set --config.lora.rank=8"
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The names of the linear layers that have an update."""
+        return tuple(name.strip() for name in self.matrices.split(",")) if self.matrices else MATRICES
+
+    @property
+    def scale(self) -> float:
+        """What updates are multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Group):
     """The update of the weights: by `name` for the matrices in the blocks, by Adam for embedding, head and norms."""
 
@@ -499,6 +536,8 @@ class Config(Group):
     )
     precision: str = setting("auto", "dtype of the computation; weights stay float32", choices=PRECISIONS)
     windows: str = setting("stream", "end wherever they are full, or begin with a document", choices=WINDOWS)
+    loss_on: str = setting("assistant", "of conversations: which turns are learned", choices=LOSS_ON)
+    base: str = setting("", "model to fine-tune: a workdir or a Hugging Face folder", off="train from random weights")
     on_spike: str = setting(
         "skip",
         "what a loss far above those before does: left out, ends the run, or counts",
@@ -509,6 +548,7 @@ class Config(Group):
     corpus: CorpusConfig = group(CorpusConfig)
     tokenizer: TokenizerConfig = group(TokenizerConfig)
     model: ModelConfig = group(ModelConfig)
+    lora: LoraConfig = group(LoraConfig)
     optimizer: OptimizerConfig = group(OptimizerConfig)
     schedule: ScheduleConfig = group(ScheduleConfig)
     ema: EmaConfig = group(EmaConfig)
@@ -599,6 +639,20 @@ class Config(Group):
             raise mistake("schedule.warmup_steps", warmup, *_warmup_rule(total))
         schedule = dataclasses.replace(self.schedule, warmup_steps=warmup)
         return dataclasses.replace(self, total_steps=total, schedule=schedule)
+
+    def with_base(self, base: "Config", overrides: Collection[str] = ()) -> "Config":
+        """The config with the model and the tokenizer of a base. Of the model `TUNABLE` may be overridden.
+
+        Raises ValueError, in one line, for a setting in `overrides` (dotted names) that belongs to the base.
+        """
+        for (name, mine, _), (_, theirs, _) in zip(iter_settings(self), iter_settings(base), strict=True):
+            part, _, field = name.partition(".")
+            if name in overrides and part in ("model", "tokenizer") and field not in TUNABLE and mine != theirs:
+                rule = f"be {format_value(theirs)}, as base={self.base} has it"
+                raise mistake(name, mine, rule, f"leave out --config.{name}")
+        kept = {field: getattr(self.model, field) for field in TUNABLE if f"model.{field}" in overrides}
+        model = dataclasses.replace(base.model, **kept)
+        return dataclasses.replace(self, model=model, tokenizer=base.tokenizer)
 
     def difference(self, other: "Config") -> tuple[str, Any, Any] | None:
         """What makes this another experiment than `other`, a run of known length: the first field and both values."""

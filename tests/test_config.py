@@ -110,6 +110,7 @@ OTHER = {
     "schedule.seq_len_divisor": 4,
     "model.head_dim": 2,
     "optimizer.name": "muon",
+    "lora.matrices": "query,value",
 }
 
 
@@ -240,6 +241,9 @@ def test_a_misspelled_choice_gets_the_nearest(name):
             "for the rest; set --config.model.num_heads=2",
         ),
         ({"model.induction_init": True, "model.num_heads": 1, "model.embed_dim": 6}, "set --config.model.num_heads=2"),
+        ({"lora.matrices": "query,valu"}, "each once; did you mean value?"),
+        ({"lora.matrices": "query,query"}, "each once; try --config.lora.matrices=query,value"),
+        ({"lora.dora": True}, "lora.dora=True must be False where lora.rank=0; set --config.lora.rank=8"),
         ({"batch_size": 8, "micro_batch_size": 3}, "micro_batch_size=3 must divide batch_size=8; try 2"),
         ({"batch_size": 1 << 20, "micro_batch_size": 10**15}, "must divide batch_size=1048576; try 1048576"),
         (
@@ -543,7 +547,7 @@ def test_an_older_format_had_fewer_settings(tmp_path, number):
         for name, new in config_module.NEW_SETTINGS[later].items():
             for setting in new if isinstance(new, dict) else ():
                 del values[name][setting]
-            if not isinstance(new, dict):
+            if not isinstance(new, dict) or not values[name]:
                 del values[name]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert Config.load(tmp_path) == build_config()

@@ -275,7 +275,7 @@ def test_the_settings_of_every_command_go_together():
                 kind = type(SETTINGS[name].default)
                 with config.unlocked():
                     config.update_from_flattened_dict({name: value == "True" if kind is bool else kind(value)})
-        if stem == "files" and not config.corpus.path:
+        if stem in ("files", "finetune") and not config.corpus.path:
             continue  # about what is typed beside it
         count += 1
         try:

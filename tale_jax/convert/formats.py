@@ -6,19 +6,23 @@ dtype; one that reads takes what to read and the workdir to make. Either makes w
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tale_jax.config import Config
 from tale_jax.convert.gguf import export_gguf
-from tale_jax.convert.huggingface import export_huggingface, import_huggingface
+from tale_jax.convert.huggingface import export_huggingface, import_huggingface, our_config, read_json
 from tale_jax.convert.ollama import export_ollama
+from tale_jax.convert.peft import export_peft
+from tale_jax.data.prepare import BASE_FOLDER
 from tale_jax.hardware.backend import start_backend
 from tale_jax.runs.experiment import Experiment, open_experiment
 from tale_jax.utils.paths import fault_of, printable_path
 
 EXPORTS: dict[str, Callable[[Experiment, Path, str], None]] = {
     "huggingface": export_huggingface,
+    "peft": export_peft,
     "gguf": export_gguf,
     "ollama": export_ollama,
 }
@@ -79,6 +83,33 @@ def import_model(source: str, path: Path, workdir: Path) -> None:
     _check("path", path, "folder")
     with _made_whole(workdir, "workdir") as partial:
         IMPORTS[source](path, partial)
+
+
+def with_base(config: Config, workdir: Path | str, overrides: Collection[str] = ()) -> Config:
+    """The config with model and tokenizer of its base: those that `workdir` began with, or a workdir or Hugging Face
+    folder has. Raises ValueError, in one line, for a base that is none of these, or an override against it."""
+    if not config.base:
+        return config
+    path = Path(config.base).expanduser()
+    if workdir and (Path(workdir) / "config.json").is_file():
+        return config.with_base(Config.load(Path(workdir)), overrides)
+    if is_huggingface(path):
+        return config.with_base(our_config(read_json(path / "config.json"), path), overrides)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"base={config.base} must be a workdir or a Hugging Face folder (no config.json there)")
+    return config.with_base(Config.load(path), overrides)
+
+
+def import_base(config: Config, workdir: Path) -> None:
+    """Makes a workdir of a base in a Hugging Face folder, in `workdir`, unless it is there."""
+    path, inside = Path(config.base).expanduser(), workdir / BASE_FOLDER
+    if config.base and not inside.exists() and is_huggingface(path):
+        import_model("huggingface", path, inside)
+
+
+def is_huggingface(path: Path) -> bool:
+    """Whether a folder has a config.json of theirs."""
+    return (path / "config.json").is_file() and "model_type" in read_json(path / "config.json")
 
 
 def _check(flag: str, path: Path, kind: str) -> None:

@@ -219,7 +219,7 @@ def _of_sentencepiece_json(tokenizer: JsonTokenizer) -> Vocabulary:
         "llama",
         [piece.replace(" ", SPACE).encode() for piece in pieces],
         [kind(index) for index in range(len(pieces))],
-        add_bos=_adds_bos(tokenizer),
+        add_bos=tokenizer.puts_bos,
         scores=[0.0 if index in tokenizer.added else score for index, score in enumerate(scores)],
         add_space_prefix=spaced,
     )
@@ -240,7 +240,7 @@ def _of_byte_level(tokenizer: JsonTokenizer) -> Vocabulary:
         kinds[index] = CONTROL if index in tokenizer.special_ids else USER_DEFINED
     merges = [f"{left} {right}" for left, right in _merges(tokenizer)]
     tokens = [piece.encode() for piece in pieces]
-    return Vocabulary("gpt2", tokens, kinds, add_bos=_adds_bos(tokenizer), merges=merges, pre=pre)
+    return Vocabulary("gpt2", tokens, kinds, add_bos=tokenizer.puts_bos, merges=merges, pre=pre)
 
 
 def _pieces(tokenizer: JsonTokenizer) -> list[str]:
@@ -274,7 +274,3 @@ def _pre_tokenizers(component: Mapping[str, Any] | None) -> Iterator[tuple[str, 
             yield "Split", pattern
         case {"type": kind}:
             yield kind, None
-
-
-def _adds_bos(tokenizer: JsonTokenizer) -> bool:
-    return tokenizer.library.encode("a", add_special_tokens=True).ids[:1] == [tokenizer.bos_id]

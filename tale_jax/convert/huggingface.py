@@ -27,6 +27,7 @@ from tale_jax.convert.dtypes import DTYPES, cast
 from tale_jax.convert.safetensors_files import Tensors, open_safetensors, write_safetensors
 from tale_jax.convert.tokenizer_json import huggingface_tokenizer, tokenizer_json
 from tale_jax.convert.weights import huggingface_weights, our_weights, places
+from tale_jax.data.chat_template import TEMPLATE_FILE, read_template
 from tale_jax.data.json_tokenizer import SETTINGS_FILE, JsonTokenizer, pack
 from tale_jax.data.tokenizer import JSON_FILE, MODEL_FILE, SentencePieceTokenizer, Tokenizer
 from tale_jax.model.attention import FAST_TURNS, SLOW_TURNS
@@ -34,7 +35,6 @@ from tale_jax.model.transformer import Transformer
 from tale_jax.runs.experiment import Experiment, run_facts
 from tale_jax.training.checkpoint import save_params
 
-TEMPLATE_FILE = "chat_template.jinja"
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # What a config.json of theirs may say and ours has no place for: field → the values that change nothing.
 ONLY = {
@@ -114,11 +114,7 @@ def huggingface_config(experiment: Experiment, dtype: str) -> dict[str, Any]:
 
 def chat_template(experiment: Experiment) -> str:
     """The Jinja template that the workdir keeps for chats, "" where it has none."""
-    path = experiment.workdir / "tokenizer" / TEMPLATE_FILE
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    kept = getattr(experiment.tokenizer, "settings", {}).get("chat_template")
-    return kept if isinstance(kept, str) else ""
+    return read_template(experiment.workdir, experiment.tokenizer)
 
 
 def _generation_config(experiment: Experiment) -> dict[str, Any]:
@@ -153,7 +149,7 @@ def import_huggingface(path: Path, workdir: Path) -> None:
 
 def read_huggingface(path: Path) -> tuple[Config, Any, Tokenizer]:
     """The config, the weights and the tokenizer of a Hugging Face folder, none of which is written anywhere."""
-    theirs = _read_json(path / "config.json")
+    theirs = read_json(path / "config.json")
     tensors = open_safetensors(path)
     tokenizer = _read_tokenizer(path, theirs)
     config = our_config(theirs, path)
@@ -239,7 +235,8 @@ def _said(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of their folder. Raises ValueError, in one line, when it is missing or none."""
     if not path.is_file():
         raise ValueError(f"{path.parent} must be a Hugging Face folder (no {path.name} there); give --path=FOLDER")
     try:
@@ -254,7 +251,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_tokenizer(path: Path, theirs: Mapping[str, Any]) -> JsonTokenizer:
     """The tokenizer of the folder, with the marks of documents that its settings or config.json name."""
     beside = path / SETTINGS_FILE
-    settings = _read_json(beside) if beside.is_file() else {}
+    settings = read_json(beside) if beside.is_file() else {}
     if (path / JSON_FILE).is_file():
         name = path / JSON_FILE
         specification = name.read_bytes()

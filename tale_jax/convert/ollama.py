@@ -4,8 +4,8 @@
 
 The Modelfile has the context, the sampling of the run's own samples, the text that ends an answer, and the template
 that makes a prompt of what is asked: without a chat template the text itself, which the model then goes on from.
-Ollama's templates are of another language than the Jinja of chat templates: of those only ChatML is translated. With
-another one the Modelfile has none, and Ollama looks for one that it knows in the .gguf file.
+Ollama's templates are of another language than the Jinja of chat templates: of those only ours and ChatML are
+translated. With another one the Modelfile has none, and Ollama looks for one that it knows in the .gguf file.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from tale_jax.convert.gguf import export_gguf
 from tale_jax.convert.huggingface import chat_template
 from tale_jax.convert.tokenizer_json import special_token
+from tale_jax.data.chat_template import DEFAULT_TEMPLATE
 from tale_jax.runs.experiment import Experiment
 
 MODEL = "model.gguf"
@@ -21,6 +22,12 @@ CHATML = """\
 {{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
+"""
+# Of our own template, whose first BOS Ollama puts there itself.
+OURS = """\
+{{- range $number, $message := .Messages }}{{ if $number }}BOS{{ end }}{{ .Role }}
+{{ .Content }}EOS
+{{ end }}BOSassistant
 """
 
 
@@ -34,7 +41,13 @@ def export_ollama(experiment: Experiment, out: Path, dtype: str = "float32") -> 
 def modelfile(experiment: Experiment) -> str:
     """The content of the Modelfile."""
     config, chat = experiment.config, chat_template(experiment)
-    template = CHATML if "<|im_start|>" in chat else PLAIN if not chat else ""
+    tokenizer = experiment.tokenizer
+    marks = [special_token(tokenizer, index) for index in (tokenizer.bos_id, tokenizer.eos_id)]
+    if chat == DEFAULT_TEMPLATE and all(marks):
+        ours = OURS if tokenizer.puts_bos else OURS.replace("{{ if $number }}BOS{{ end }}", "BOS")
+        template = ours.replace("BOS", marks[0]).replace("EOS", marks[1])
+    else:
+        template = CHATML if "<|im_start|>" in chat else PLAIN if not chat else ""
     lines = [f"FROM ./{MODEL}", f'TEMPLATE """{template}"""'] if template else [f"FROM ./{MODEL}"]
     parameters = {
         "num_ctx": str(config.model.seq_len),

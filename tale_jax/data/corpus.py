@@ -27,6 +27,7 @@ from jaxtyping import Float64, Int64, UInt8
 
 from tale_jax.config import CorpusConfig
 from tale_jax.data import readers
+from tale_jax.data.chat import CHAT_FIELD, contents
 from tale_jax.data.duplicates import NearDuplicates, text_hash
 from tale_jax.data.readers import Cut, Document
 from tale_jax.data.text_files import expand, find_files, fingerprint, kind_of, lines, printable, read_text
@@ -218,6 +219,7 @@ class Corpus:
       words_end_lines: WikiText's convention, in which the end of each line counts as a word (`count_words`).
       nats: -log probability of each document of a split, in order, where the corpus knows it (tales); else None.
       files: documents of one's own files.
+      chat: the documents are conversations (see `chat.py`).
       notes: what was left out, a line for people each.
     """
 
@@ -227,7 +229,13 @@ class Corpus:
     words_end_lines: bool = False
     nats: Callable[[str], Iterator[float]] | None = None
     files: FileSplits | None = None
+    chat: bool = False
     notes: tuple[str, ...] = ()
+
+    def texts(self, split: str) -> Iterator[str]:
+        """The documents of a split; of conversations what their messages say. A tokenizer learns from these."""
+        for document in self.documents(split):
+            yield from contents(document) if self.chat else (document,)
 
     def documents(self, split: str) -> Iterator[str]:
         """Streams the documents of "train", "valid" or "test", the same ones in the same order every time.
@@ -315,6 +323,22 @@ def _open_tales(config: CorpusConfig, seed: int, workdir: Path | None) -> Corpus
     )
 
 
+def _open_tales_chat(config: CorpusConfig, seed: int, workdir: Path | None) -> Corpus:
+    """Questions about tales, and their answers."""
+    del workdir
+    from tale_jax.data.tales.questions import conversation_about
+
+    def source(split: str) -> Source:
+        count = getattr(config, f"num_{split}_tales")
+        size = sum(len(conversation_about(index, split, seed).encode()) for index in range(8)) // 8
+        return Source(lambda: (conversation_about(index, split, seed) for index in range(count)), count * size)
+
+    first = "\n".join(conversation_about(index, "train", seed) for index in range(32))
+    digest = hashlib.blake2b(first.encode(), digest_size=16).hexdigest()
+    splits = {split: SplitSource(source(split)) for split in SPLITS}
+    return Corpus(relevant_settings(config) | {"grammar": digest}, splits, chat=True)
+
+
 def _open_wikitext(config: CorpusConfig, seed: int, workdir: Path | None) -> Corpus:
     del seed, workdir
 
@@ -360,7 +384,10 @@ def _open_files(config: CorpusConfig, seed: int, workdir: Path | None) -> Corpus
     del seed
     files, notes = find_files(config.path, workdir)
     identity = relevant_settings(config) | {"split_rule": SPLIT_RULE} | fingerprint(files)
-    return Corpus(identity, files=FileSplits(files, config, identity), notes=tuple(notes))
+    chat = config.field == CHAT_FIELD or readers.holds_conversations(files[0], config.field, config.encoding)
+    if chat:
+        config, identity = dataclasses.replace(config, field=CHAT_FIELD), identity | {"chat": True}
+    return Corpus(identity, files=FileSplits(files, config, identity), chat=chat, notes=tuple(notes))
 
 
 def _open_hub(config: CorpusConfig, seed: int, workdir: Path | None) -> Corpus:
@@ -381,6 +408,7 @@ class Opener(NamedTuple):
 
 OPENERS = {
     "tales": Opener(_open_tales, ("num_train_tales", "num_valid_tales", "num_test_tales")),
+    "tales_chat": Opener(_open_tales_chat, ("num_train_tales", "num_valid_tales", "num_test_tales")),
     "wikitext2": Opener(_open_wikitext, ("path", "max_train_bytes")),
     "wikitext103": Opener(_open_wikitext, ("path", "max_train_bytes")),
     "tinystories": Opener(_open_tinystories, ("path", "held_out", "max_train_bytes")),

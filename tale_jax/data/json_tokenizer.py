@@ -55,6 +55,7 @@ class JsonTokenizer(Tokenizer):
             vocabulary.get(_content(self.settings.get(f"{mark}_token")), -1) for mark in MARKS
         )
         self.special_ids |= {i for i in (self.bos_id, self.eos_id, self.pad_id, self.unk_id) if i >= 0}
+        self.special_tokens = {token: i for token, i in vocabulary.items() if i in self.special_ids}
         decoders = list(_parts(self.specification.get("decoder"), "decoders"))
         self.byte_level = any(part["type"] == "ByteLevel" for part in decoders)
         self._strips_space = any(part["type"] == "Strip" for part in decoders) or any(
@@ -71,6 +72,10 @@ class JsonTokenizer(Tokenizer):
         beside = path.with_name(SETTINGS_FILE)
         settings = _read_object(beside.read_bytes(), str(beside)) if beside.is_file() else {}
         return JsonTokenizer(pack(path.read_bytes(), settings, str(path)), str(path))
+
+    @property
+    def puts_bos(self) -> bool:
+        return self.bos_id >= 0 and self.library.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
 
     def save(self, folder: Path) -> None:
         settings = json.dumps(self.settings, indent=2, ensure_ascii=False)

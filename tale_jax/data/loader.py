@@ -68,7 +68,7 @@ class Batches:
 
     Args:
       tokens: a stream of token ids [N], memory-mapped or not.
-      starts: of its windows, from `window_starts`.
+      starts: of its windows, from `window_starts`; or packed windows.
       seq_len: inputs in a window.
       batch_size: windows in a batch, over all processes.
       seed: of the order.
@@ -83,7 +83,7 @@ class Batches:
     def __init__(
         self,
         tokens: Integer[np.ndarray, " N"],
-        starts: Integer[np.ndarray, " windows"],
+        starts: Any,
         *,
         seq_len: int,
         batch_size: int,
@@ -94,7 +94,7 @@ class Batches:
         num_threads: int = 0,
         prefetch: int = 4,
     ):
-        windows = Windows(tokens, starts, seq_len)
+        windows = Windows(tokens, starts, seq_len) if isinstance(starts, np.ndarray) else starts
         if len(windows) < batch_size:
             raise ValueError(
                 f"batch_size={batch_size} must not exceed the {len(windows)} windows of model.seq_len={seq_len} in the "
@@ -167,7 +167,7 @@ class Batches:
         self._iterator.close()
 
 
-def _enough_windows(tokens: Integer[np.ndarray, " N"], starts: Integer[np.ndarray, " windows"], batch_size: int) -> str:
+def _enough_windows(tokens: Integer[np.ndarray, " N"], starts: Any, batch_size: int) -> str:
     """The setting that makes one batch of so few windows; shorter ones where there is none."""
     length = max(1, (len(tokens) - 1) // batch_size)
     return f"--config.batch_size={len(starts)}" if len(starts) else f"--config.model.seq_len={length}"

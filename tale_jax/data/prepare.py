@@ -11,7 +11,9 @@ tokenizer, where corpus.changed=continue.
 import collections
 import dataclasses
 import errno
+import hashlib
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,9 +23,12 @@ import numpy as np
 from jaxtyping import Integer
 
 from tale_jax.config import Config, CorpusConfig, change
+from tale_jax.data.chat import ChatCounts
+from tale_jax.data.chat_template import TEMPLATE_FILE, keep_template, read_template
 from tale_jax.data.corpus import SPLITS, Corpus, open_corpus, relevant_settings
 from tale_jax.data.duplicates import RUN_BYTES, RunSample
-from tale_jax.data.encode import encode
+from tale_jax.data.encode import Chats, encode, stream_dtype
+from tale_jax.data.marks import DTYPE
 from tale_jax.data.tales.grammar import ratio
 from tale_jax.data.text_files import expand, printable
 from tale_jax.data.token_files import (
@@ -55,6 +60,7 @@ TOKEN_DEVIATION, DOCUMENT_DEVIATION = 2.8, 0.2
 MAX_TOKENIZER_BYTES = 1 << 26  # of a file; a vocabulary of 262,144 takes 5 MB
 MIN_TOLD_INTERVAL = 0.03  # nats per token; a smaller half width is not worth a word
 CHANGED_NOTE = "the text has changed: prepared again, with the same tokenizer; the data position starts anew"
+BASE_FOLDER = "base"  # where the base of a fine-tuned workdir is looked for first: a folder in it, or a link there
 CHARACTER_COVERAGE = 0.9995  # share of those characters that SentencePiece gives a token of their own
 
 
@@ -69,6 +75,11 @@ class Prepared:
     def tokens(self, split: str) -> Integer[np.ndarray, " N"]:
         """The token stream of a split, mapped into memory, read-only."""
         return load_tokens(self.workdir, split)[0]
+
+    @property
+    def chat(self) -> bool:
+        """Whether the documents are conversations."""
+        return bool(self.manifests["train"].chat)
 
 
 def prepare(config: Config, workdir: Path, log: Path | None = None) -> Prepared:
@@ -102,7 +113,7 @@ def of_worth(workdir: Path) -> list[Path]:
     """What a command that fails leaves in a workdir for the next one: splits that are whole, a run that began, and
     what it found damaged."""
     files = [workdir / "windows" / f"{split}.json" for split in _present(workdir)]
-    return [*files, *workdir.glob("config.json"), *workdir.glob("damaged/*")]
+    return [*files, *workdir.glob("config.json"), *workdir.glob(BASE_FOLDER), *workdir.glob("damaged/*")]
 
 
 def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
@@ -113,6 +124,8 @@ def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
                 (workdir / name).mkdir(parents=True, exist_ok=True)
                 for partial in (workdir / name).glob("*.partial"):  # of a run that was killed
                     partial.unlink()
+    if config.base and not tokenizer_file(workdir).is_file():
+        _copy_tokenizer(base_folder(workdir, config.base), workdir)
     manifests = {split: load_manifest(workdir, split) for split in present}
     corpus = _open_corpus(config, manifests, workdir)
     old = {split: m for split, m in manifests.items() if corpus and _changed_files(m, corpus, config, len(manifests))}
@@ -122,7 +135,7 @@ def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
     if corpus and missing:
         _tell([*corpus.notes, *([CHANGED_NOTE] if old else [])], log)
         _compare_documents(corpus, log)
-    brought = tokenizer_file(workdir).name == JSON_FILE  # by a model from elsewhere: it stays
+    brought = bool(config.base) or tokenizer_file(workdir).name == JSON_FILE  # with the model: it stays
     if corpus and not manifests and not brought:
         tokenizer = _write_tokenizer(corpus, config, workdir, log)
     else:
@@ -138,7 +151,7 @@ def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
     for split in missing:
         assert corpus
         replaced = [*old[split].replaced, _summary(old[split])] if split in old else []
-        runs = None if corpus.nats else RunSample()  # of tales more is known
+        runs = None if corpus.nats or corpus.chat else RunSample()  # of tales more is known
         if runs and split != "train" and train_runs is None:  # that split is whole since an earlier run
             train_runs = RunSample()
             for text in corpus.documents("train"):
@@ -148,6 +161,23 @@ def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
         )
         train_runs = runs if split == "train" else train_runs
     return Prepared(workdir, tokenizer, {split: manifests[split] for split in SPLITS})
+
+
+def base_folder(workdir: Path, base: str) -> Path:
+    """Where the base of a fine-tuned workdir lies: in it, or at the path that the setting `base` names."""
+    inside = Path(workdir) / BASE_FOLDER
+    return inside if inside.exists() else expand(base, "base")
+
+
+def _copy_tokenizer(base: Path, workdir: Path) -> None:
+    """The tokenizer of the base, and its chat template, for the text of this run."""
+    if not tokenizer_file(base).is_file():
+        raise ValueError(f"base={base} must hold a tokenizer (none in {base}/tokenizer); restore it")
+    partial = workdir / "tokenizer.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(base / "tokenizer", partial)
+    shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
+    partial.rename(workdir / "tokenizer")
 
 
 def load_tokenizer(workdir: Path) -> Tokenizer:
@@ -164,6 +194,14 @@ def describe(manifest: Manifest) -> str:
     if 0 < m.texts < m.documents:
         line += f" (passages of {m.texts:,} text{'s' * (m.texts != 1)})"
     line += f", {m.words:,} words, {m.bytes:,} bytes, {m.tokens:,} tokens"
+    if m.chat:
+        rows, truncated = m.chat["rows"], m.chat["truncated"]
+        unlearned = 1 - m.chat["learned_tokens"] / max(1, m.tokens)
+        line = (
+            f"{m.split:>5}: {rows:,} row{'s' * (rows != 1)} of conversations, {m.tokens:,} tokens: "
+            f"{m.chat['learned_tokens']:,} of the assistant, the rest ({unlearned:.1%}) masked; {truncated:,} "
+            f"conversation{'s' * (truncated != 1)} truncated, to the {m.window_len} tokens of a window"
+        )
     if m.entropy:
         line += f"; entropy {m.entropy['nats_per_token']:.4f} nats/token"
     if m.seen_share is not None:
@@ -219,7 +257,7 @@ def with_vocab_size(config: Config, workdir: Path | None = None) -> tuple[Config
     if config.tokenizer.path:
         return config, f"vocabulary {config.tokenizer.vocab_size:,}: that of {config.tokenizer.path}"
     size, characters, texts = 0, collections.Counter[str](), []
-    for text in open_corpus(config.corpus, config.seed, workdir).documents("train"):
+    for text in open_corpus(config.corpus, config.seed, workdir).texts("train"):
         if size < CHARACTER_SAMPLE_BYTES:
             characters.update(text)
             texts.append(text)
@@ -312,6 +350,12 @@ def _check_settings(
         raise ValueError(
             f"{field} must be as it was when {workdir} was prepared, but {difference}; {go_on if path else ''}{remedy}"
         )
+    template = manifest.chat.get("template")
+    if template and template != _template_digest(read_template(workdir, tokenizer)):
+        raise ValueError(
+            f"{workdir}/tokenizer/{TEMPLATE_FILE} must be the one that {workdir}/windows was prepared with; restore "
+            f"it, or {remedy}"
+        )
     if tokenizer.fingerprint != manifest.tokenizer:
         raise ValueError(f"{workdir}/tokenizer must be the one that {workdir}/windows was prepared with; {remedy}")
 
@@ -326,7 +370,7 @@ def _write_tokenizer(corpus: Corpus, config: Config, workdir: Path, log: Path | 
             advance = _advance_below(progress, total)
 
             def documents() -> Iterator[str]:
-                for text in corpus.documents("train"):
+                for text in corpus.texts("train"):
                     yield text
                     advance(len(text.encode()))
 
@@ -350,6 +394,8 @@ def _write_split(
     path = workdir / "windows" / f"{split}.bin"
     documents = words = num_bytes = size = 0
     total = corpus.num_bytes(split)
+    chats = Chats(keep_template(workdir, tokenizer), config.model.seq_len) if corpus.chat else None
+    dtype, counts = stream_dtype(tokenizer, chats), ChatCounts()
 
     def texts() -> Iterator[str]:
         for text in corpus.documents(split):
@@ -363,12 +409,13 @@ def _write_split(
             atomic_writer(path) as file,
         ):
             advance = _advance_below(progress, total or 0)
-            for batch in encode(texts(), tokenizer, total, corpus.words_end_lines):
+            for batch in encode(texts(), tokenizer, total, corpus.words_end_lines, chats=chats):
                 size += file.write(batch.tokens)
                 documents += batch.documents
                 words += batch.words
                 num_bytes += batch.num_bytes
-                advance(batch.num_bytes)
+                counts = ChatCounts(*map(sum, zip(counts, batch.chat, strict=True)))
+                advance(batch.read_bytes or batch.num_bytes)
         manifest = Manifest(
             split=split,
             corpus=corpus.identity,
@@ -376,19 +423,33 @@ def _write_split(
             tokenizer=tokenizer.fingerprint,
             tokenizer_settings=dataclasses.asdict(config.tokenizer),
             window_len=config.model.seq_len,
-            dtype=tokenizer.dtype.str,
+            dtype=dtype.str,
             documents=documents,
             words=words,
             bytes=num_bytes,
-            tokens=size // tokenizer.dtype.itemsize,
-            entropy=_entropy(corpus, split, np.memmap(path, tokenizer.dtype, mode="r"), tokenizer),
+            tokens=size // dtype.itemsize,
+            entropy=_entropy(corpus, split, np.memmap(path, dtype, mode="r"), tokenizer),
             texts=corpus.num_texts(split),
             seen_share=runs.share_in(train_runs) if runs and train_runs else None,
             replaced=replaced,
+            chat=_chat_facts(counts, chats),
+            has_marks=dtype == DTYPE,
             sha256=tokens_digest(path),
         )
         save_manifest(workdir, manifest)
     return manifest
+
+
+def _chat_facts(counts: ChatCounts, chats: Chats | None) -> dict[str, Any]:
+    """`Manifest.chat`."""
+    if not chats:
+        return {}
+    facts = {"rows": counts.rows, "learned_tokens": counts.learned, "truncated": counts.truncated}
+    return facts | {"template": _template_digest(chats.template)}
+
+
+def _template_digest(template: str) -> str:
+    return hashlib.sha256(template.encode()).hexdigest()
 
 
 def _entropy(corpus: Corpus, split: str, tokens: np.ndarray, tokenizer: Tokenizer) -> dict[str, float]:

@@ -6,6 +6,7 @@ a book are cut alike (as files are cut for storage in Muthitacharoen et al., "A 
 2001). What cannot be read is an error of one line that names the file, the row in it, and what to do.
 """
 
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tale_jax.data.chat import CHAT_FIELD, COLUMNS, conversation, is_conversation
 from tale_jax.data.encodings import format_of
 from tale_jax.data.text_files import (
     SAMPLE_BYTES,
@@ -65,6 +67,9 @@ def read_documents(files: Iterable[Path], field: str, encoding: str, cut: Cut) -
     for path in files:
         for blocks in texts(path, field, encoding):
             index += 1
+            if field == CHAT_FIELD:
+                yield Document("".join(blocks), index)
+                continue
             for passage in passages(blocks, cut):
                 if not passage.isspace():
                     yield Document(passage, index)
@@ -73,12 +78,33 @@ def read_documents(files: Iterable[Path], field: str, encoding: str, cut: Cut) -
 def texts(path: Path, field: str, encoding: str) -> Iterator[Iterable[str]]:
     """The texts of a file, each in blocks: the file itself, or those called `field` in its rows."""
     kind = kind_of(path)
+    if field == CHAT_FIELD and kind not in CHAT_SUFFIXES:
+        raise ValueError(
+            f"{printable(path)} must hold conversations, as the files before it do, or --config.corpus.field=messages "
+            f"says, in rows of {', '.join(CHAT_SUFFIXES)}; move it elsewhere, or convert it"
+        )
     if kind in TEXT_SUFFIXES:
         yield read_text(path, encoding)
     else:
         for text in ROWS[kind](path, field, encoding):
             if text := text.lstrip("\ufeff"):  # a row may have been a file with a byte-order mark
                 yield [text]
+
+
+def holds_conversations(path: Path, field: str, encoding: str) -> bool:
+    """Whether the first row of a file is a conversation, and has no text called `field`."""
+    names: Iterable[str] = ()
+    try:
+        if kind_of(path) == ".parquet":
+            with _open_parquet(path) as table:
+                names = table.schema_arrow.names
+        elif kind_of(path) in CHAT_SUFFIXES:
+            text = "".join(itertools.islice(read_text(path, encoding), 64)).lstrip("\ufeff[ \t\r\n")
+            row, _ = _JSON.raw_decode(text)
+            names = row if isinstance(row, dict) else ()
+    except (ValueError, RecursionError, MemoryError, OSError):
+        return False  # reading it will tell
+    return field not in names and is_conversation(dict.fromkeys(names))
 
 
 # Passages.
@@ -339,6 +365,37 @@ def parquet_rows(path: Path, field: str, encoding: str = "") -> Iterator[str]:
     """The texts in column `field`, 256 rows in memory at a time; empty ones are left out."""
     del encoding  # parquet is UTF-8
     name = printable(path)
+    with _open_parquet(path) as table:
+        names, row = list(table.schema_arrow.names), 0
+        chosen = [known for known in names if known in COLUMNS] if field == CHAT_FIELD else [field]
+        if field not in names and not (field == CHAT_FIELD and is_conversation(dict.fromkeys(names))):
+            raise ValueError(_missing_field(field, name, names))
+        batches = table.iter_batches(batch_size=256, columns=chosen)
+        while True:
+            try:
+                batch = next(batches, None)
+                columns = [batch.column(number) for number in range(batch.num_columns)] if batch is not None else []
+            except Exception as error:
+                raise ValueError(
+                    f"{name} is damaged after row {row} ({one_line(error)}); download or write it again"
+                ) from None
+            if batch is None:
+                return
+            for values in zip(*columns, strict=True):
+                row += 1
+                try:
+                    read = {known: value.as_py() for known, value in zip(batch.schema.names, values, strict=True)}
+                except Exception as error:
+                    raise ValueError(
+                        f"{name} row {row}: {field} cannot be read ({one_line(error)}); write the file again without it"
+                    ) from None
+                yield from _row_text(read, field, f"{name} row {row}")
+
+
+@contextlib.contextmanager
+def _open_parquet(path: Path) -> Iterator[Any]:
+    """A parquet file, opened. Raises ValueError, in one line, where it is none or the library is missing."""
+    name = printable(path)
     try:
         from pyarrow import parquet
     except ImportError:
@@ -354,34 +411,12 @@ def parquet_rows(path: Path, field: str, encoding: str = "") -> Iterator[str]:
         if not head.startswith(b"PAR1"):
             what, remedy = format_of(head) or ("not a parquet file", "download or write it again")
             raise ValueError(f"{name} must be a parquet file, but is {what}; {format_remedy(path, remedy)}")
-        row = 0
         try:
             table = parquet.ParquetFile(file)
-            names = list(table.schema_arrow.names)
-            batches = table.iter_batches(batch_size=256, columns=[field]) if field in names else iter(())
+            table.schema_arrow  # noqa: B018  (read here, where its errors are told)
         except Exception as error:  # pyarrow raises errors of many kinds for damaged files
             raise ValueError(f"{name} must be a parquet file ({one_line(error)}); download or write it again") from None
-        if field not in names:
-            raise ValueError(_missing_field(field, name, names))
-        while True:
-            try:
-                batch = next(batches, None)
-                column = batch.column(0) if batch is not None else []
-            except Exception as error:
-                raise ValueError(
-                    f"{name} is damaged after row {row} ({one_line(error)}); download or write it again"
-                ) from None
-            if batch is None:
-                return
-            for value in column:
-                row += 1
-                try:
-                    text = value.as_py()
-                except Exception as error:
-                    raise ValueError(
-                        f"{name} row {row}: {field} cannot be read ({one_line(error)}); write the file again without it"
-                    ) from None
-                yield from _row_text({field: text}, field, f"{name} row {row}")
+        yield table
 
 
 ROWS = {
@@ -428,6 +463,8 @@ class HubRows:
             ) from None
 
 
+CHAT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+
 _JSON = json.JSONDecoder(parse_int=float)  # int refuses what has thousands of digits
 _JSON_KINDS = {bool: "true or false", float: "a number", int: "a number", list: "an array", dict: "an object"}
 
@@ -444,7 +481,10 @@ def _remove_line(path: Path, number: int) -> str:
 
 
 def _row_text(row: dict[str, Any], field: str, location: str) -> Iterator[str]:
-    """The text called `field` of a row, unless it is empty."""
+    """The text called `field` of a row, unless it is empty; or a conversation."""
+    if field == CHAT_FIELD:
+        yield conversation(row, location)
+        return
     text = _field_text(row, field, location)
     try:
         text.encode()

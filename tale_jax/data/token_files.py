@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from tale_jax.data.tokenizer import Tokenizer
+from tale_jax.data.marks import begins_document, bos_or_marked, has_marks, marked, token_ids
+from tale_jax.data.tokenizer import Tokenizer, tokenizer_file
 from tale_jax.utils.files import check_inside, write_atomically
 from tale_jax.utils.manifests import digest_of, hash_file
 
@@ -40,7 +41,7 @@ class Manifest:
       seed: of the run.
       tokenizer: SHA-256 of the model file; tokenizer_settings: the settings it was made with.
       window_len: model.seq_len at the time: windows of any length up to it may be read.
-      dtype: of the token ids, as numpy writes it.
+      dtype: of the tokens, as numpy writes it; those of 32 bits have marks (`marks.py`).
       documents, words, bytes, tokens: counts; tokens include BOS and EOS.
       entropy: for the held-out tales, by the probabilities of their grammar: `nats_per_tale`, `nats_per_byte` and
         `nats_per_token` (EOS counted, BOS not), for each its standard error over tales (`nats_per_tale_stderr`, …), and
@@ -48,6 +49,9 @@ class Manifest:
       texts: files, or rows of files, that the documents are (passages of); 0: as many as documents.
       seen_share: of a held-out split: the share of its runs of 50 bytes that occur in the training split; None where
         that is unknown.
+      chat: of conversations: rows, learned tokens, truncated (sequences that no window of the context holds whole), and
+        the digest of the template; empty for text.
+      has_marks: whether 32-bit tokens do; not those of tale_jax 0.1.
       replaced: summaries of earlier texts that this one took the place of (`corpus.changed`), the oldest first.
       sha256: of the token stream; "" where version 1 wrote the manifest, which had none.
     """
@@ -67,6 +71,8 @@ class Manifest:
     texts: int = 0
     seen_share: float | None = None
     replaced: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    chat: dict[str, Any] = dataclasses.field(default_factory=dict)
+    has_marks: bool = False
     sha256: str = ""
     format_version: int = FORMAT_VERSION
 
@@ -116,7 +122,7 @@ def _check_values(values: dict[str, Any], split: str) -> None:
     """Raises ValueError for values that no split has: what a file says is not to be believed."""
     for field in dataclasses.fields(Manifest):
         value, kind = values.get(field.name), typing.get_origin(field.type) or field.type
-        if kind in (str, int, dict, list) and field.name in values and type(value) is not kind:
+        if kind in (str, int, bool, dict, list) and field.name in values and type(value) is not kind:
             raise ValueError(f"{field.name} has a value that cannot be")
     counts = [values.get(name, 0) for name in ("documents", "words", "bytes", "tokens", "texts", "window_len")]
     if not all(0 <= count < 1 << 62 for count in counts):
@@ -140,7 +146,10 @@ def load_tokens(workdir: Path, split: str) -> tuple[Integer[np.ndarray, " N"], M
     """
     manifest = load_manifest(workdir, split)
     check_tokens(workdir, manifest)
-    return np.memmap(workdir / "windows" / f"{split}.bin", np.dtype(manifest.dtype), mode="r"), manifest
+    tokens = np.memmap(workdir / "windows" / f"{split}.bin", np.dtype(manifest.dtype), mode="r")
+    if has_marks(tokens) and not manifest.has_marks:
+        tokens = marked(tokens, Tokenizer.load(tokenizer_file(workdir)).bos_id)
+    return tokens, manifest
 
 
 _checked: dict[tuple[str, int, int, int], str] = {}  # path, size, change and number of a file → its digest
@@ -175,16 +184,19 @@ def tokens_digest(path: Path) -> str:
 def document_starts(
     tokens: Integer[np.ndarray, " N"], bos_id: int, block: int = 1 << 22
 ) -> Int64[np.ndarray, " documents"]:
-    """The positions of BOS in a token stream, which is read a block at a time."""
+    """Where documents begin in a token stream, which is read a block at a time: at BOS, or where a mark says so."""
+    bos_id = bos_or_marked(tokens, bos_id)
     blocks = range(0, len(tokens), block)
-    return np.concatenate([start + np.flatnonzero(tokens[start : start + block] == bos_id) for start in blocks])
+    return np.concatenate(
+        [start + np.flatnonzero(begins_document(tokens[start : start + block], bos_id)) for start in blocks]
+    )
 
 
 def iter_documents(tokens: Integer[np.ndarray, " N"], tokenizer: Tokenizer) -> Iterator[str]:
     """The texts of a token stream, in order."""
     starts = document_starts(tokens, tokenizer.bos_id).tolist()
     for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
-        document = tokens[start:end].tolist()
+        document = token_ids(tokens[start:end], bos_or_marked(tokens, tokenizer.bos_id)).tolist()
         if max(document) >= tokenizer.vocab_size:
             raise ValueError(f"the windows hold token {max(document)}, which the tokenizer lacks; prepare again")
         yield tokenizer.decode(document)

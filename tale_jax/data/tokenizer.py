@@ -50,6 +50,7 @@ class Tokenizer:
       fingerprint: their SHA-256, in hexadecimal digits.
       vocab_size, bos_id, eos_id, pad_id, unk_id: of the model; an id that it lacks is -1.
       dtype: little-endian uint16, or uint32 where the vocabulary has more than 65,536 tokens.
+      special_tokens: those that a chat template may write, and their ids; no text becomes one of them.
       token_bytes: for each id the UTF-8 bytes it stands for, perhaps half a character; b"" for BOS, EOS and PAD.
     """
 
@@ -61,12 +62,18 @@ class Tokenizer:
     pad_id: int
     unk_id: int
     dtype: np.dtype[Any]
+    special_tokens: dict[str, int]
     token_bytes: list[bytes]
 
     def __init__(self, model: bytes, vocab_size: int):
         self.model, self.vocab_size = model, vocab_size
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+    @property
+    def puts_bos(self) -> bool:
+        """Whether the texts that its model was trained on begin with BOS."""
+        return self.bos_id >= 0
 
     @staticmethod
     def load(path: Path | str) -> "Tokenizer":
@@ -115,6 +122,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(model, library.vocab_size())
         self.bos_id, self.eos_id = library.bos_id(), library.eos_id()
         self.pad_id, self.unk_id = library.pad_id(), library.unk_id()
+        self.special_tokens = {library.id_to_piece(i): i for i in range(self.vocab_size) if library.is_control(i)}
         self.token_bytes = [_token_bytes(library, i) for i in range(self.vocab_size)]
         self._space_ids = [library.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         # A foreign model may put a space before each text: it goes before a newline that is removed again.

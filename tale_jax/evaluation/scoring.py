@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
+from tale_jax.data.marks import begins_document
 from tale_jax.data.prepare import DOCUMENT_DEVIATION
 from tale_jax.data.tales.grammar import ratio
 from tale_jax.data.token_files import document_starts, load_tokens
@@ -58,7 +59,7 @@ def first_document_spans(
     """The first document of each training window, without the opening of the next one, or of several, after it."""
     for start in window_starts.tolist():
         end = min(start + context + 1, len(tokens))
-        next_bos = np.flatnonzero(tokens[start + 1 : end] == bos_id)
+        next_bos = np.flatnonzero(begins_document(tokens[start + 1 : end], bos_id))
         yield Span(start, start + 1, start + 1 + int(next_bos[0]) if len(next_bos) else end)
 
 
@@ -72,6 +73,7 @@ class Scorer:
       place: puts a whole batch, the same on every process, on the devices.
       num_devices: that share a batch.
       out_sharding: of the result; where several processes share the devices, each must see all of it.
+      bos_id: by which the streams are read (`marks.py`); None: that of the tokenizer.
     """
 
     def __init__(
@@ -82,13 +84,15 @@ class Scorer:
         place: Callable[[np.ndarray], Array] = jnp.asarray,
         num_devices: int = 1,
         out_sharding: Any = None,
+        bos_id: int | None = None,
     ):
         self.context = model.config.seq_len
         self.batch_size = -(-batch_size // num_devices) * num_devices  # as many rows on each device
-        self._bos, self._pad, self._place = tokenizer.bos_id, tokenizer.pad_id, place
+        self._bos = bos = tokenizer.bos_id if bos_id is None else bos_id
+        self._pad, self._place = max(0, tokenizer.pad_id), place
 
         def score(params: Any, windows: Int[Array, "B T1"], counted: Float[Array, "B T"]) -> Float[Array, " B"]:
-            return jnp.sum(token_losses(model, params, windows, tokenizer.bos_id) * counted, axis=-1)
+            return jnp.sum(token_losses(model, params, windows, bos) * counted, axis=-1)
 
         self.score = jax.jit(score, out_shardings=out_sharding)
 
@@ -148,7 +152,7 @@ class Evaluation:
             )
         self.tokens, self.manifest = load_tokens(workdir, split)
         starts = document_starts(self.tokens, tokenizer.bos_id)
-        if windows == "document":
+        if windows == "document" or self.manifest.chat:
             spans = list(document_spans(starts, len(self.tokens), scorer.context, self.stride))
         else:
             spans = list(stream_spans(len(self.tokens), scorer.context, self.stride))
@@ -170,7 +174,7 @@ class Evaluation:
         """
         nats, counts, documents = self.scorer(params, self.tokens, self.spans, advance)
         total, tokens, manifest = float(nats.sum()), int(counts.sum()), self.manifest
-        share = tokens / (manifest.tokens - manifest.documents)
+        share = tokens / max(1, manifest.chat.get("learned_tokens", manifest.tokens - manifest.documents))
         result = {
             "split": self.split,
             "tokens": tokens,

@@ -2,19 +2,24 @@
 
 `excess_nats_per_token` is nats of the model minus nats of the grammar on the same text, 0 for a perfect model
 (`scoring.py` puts it beside the other measures). Sampled tales are judged by the grammar, and searched for in the
-training text.
+training text. Answers to questions about tales are compared with those that the grammar knows.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tale_jax.data.chat_template import ChatTemplate
+from tale_jax.data.marks import bos_or_marked, token_ids
 from tale_jax.data.tales import grammar
 from tale_jax.data.token_files import iter_documents, load_tokens
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.inference.sampler import Sampler, SampleSettings
+
+MAX_ANSWER_TOKENS = 16
 
 
 def judge_samples(
@@ -52,6 +57,36 @@ def judge_samples(
     }
 
 
+def judge_answers(
+    sampler: Sampler,
+    template: ChatTemplate,
+    conversations: Iterable[str],
+    num_questions: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any]:
+    """The share of right answers, word for word, to the questions of conversations (documents of `tales_chat`).
+
+    Each is asked with the right answers to those before it. The answers are greedy: the likeliest token each time.
+    """
+    asked = []
+    for document in conversations:
+        messages = json.loads(document)["messages"]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        asked += [(template.prompt(messages[:i]), messages[i]["content"]) for i in answers]
+        if len(asked) >= num_questions:
+            break
+    asked = [(ids, answer) for ids, answer in asked[:num_questions] if len(ids) < sampler.context]
+    right, settings = 0, SampleSettings(max_tokens=MAX_ANSWER_TOKENS, temperature=0.0)
+    if asked:
+        generation = sampler.stream("", settings, num_samples=len(asked), ids=asked[0][0])
+        generation.prompts = [ids for ids, _ in asked]
+        for number, _, sample in generation:
+            if sample:
+                right += sample.text.strip() == asked[number][1]
+                advance(1)
+    return {"num_questions": len(asked), "right_share": right / len(asked) if asked else None}
+
+
 def grammar_nats(
     tokens: np.ndarray,
     starts: np.ndarray,
@@ -60,6 +95,7 @@ def grammar_nats(
     advance: Callable[[int], None] = lambda n: None,
 ) -> dict[int, float]:
     """Nats of the wanted documents, by number, by the grammar that generated them: no model can expect less."""
+    tokens = token_ids(tokens, bos_or_marked(tokens, tokenizer.bos_id))
     ends = [*starts[1:], len(tokens)]
     nats = {}
     for number in wanted:

@@ -27,17 +27,19 @@ def print_samples(
     generation: Generation,
     as_json: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
+    on_text: Callable[[str], Any] = lambda text: None,
     **facts: Any,
 ) -> None:
     """Prints samples while they are decoded, or, at the end, one JSON object on one line with `facts` in it.
 
-    `should_stop` is asked before each piece of text, and ends it there.
+    `should_stop` is asked before each piece of text, and ends it there; `on_text` is told each piece.
     """
     if as_json:
         samples = []
         for delta in generation:
             if should_stop():
                 return
+            on_text(delta.text)
             samples += [dataclasses.asdict(delta.sample)] if delta.sample else []
         result = {"prompt": generation.prompt, "samples": samples, "seed": generation.seed}
         result |= {"prompt_tokens": len(generation.ids), "tokens": generation.tokens, "seconds": generation.seconds}
@@ -49,6 +51,7 @@ def print_samples(
         if should_stop():
             print(" [stopped]", flush=True)
             break
+        on_text(text)
         title = f"[{number + 1}/{generation.num_samples}] " if generation.num_samples > 1 else ""
         text = _shown(f"{title}{generation.prompt}" * starts_sample + text)
         print(text, end="\n" * (sample is not None), flush=True)
@@ -65,6 +68,7 @@ def prompt_loop(
     settings: SampleSettings,
     seed: int = 0,
     first_prompt: str = "",
+    on_new: Callable[[], None] | None = None,
 ) -> None:
     """Reads prompts and commands from stdin and shows what follows each, until `/quit` or the end of stdin.
 
@@ -76,12 +80,14 @@ def prompt_loop(
       settings: of the first turns; commands change them.
       seed: of the first turn; each turn has the next one.
       first_prompt: of a turn before any that is read; "": none.
+      on_new: of a conversation: forgets what was said, as `/new` asks.
     """
-    session = _Session(stream, show, settings, seed)
+    session = _Session(stream, show, settings, seed, on_new)
     with contextlib.suppress(AttributeError):
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  (a bad line ends no session)
     if sys.stdin.isatty():
-        _tell("a line is how a text begins; /help lists commands, /quit or Ctrl-D ends")
+        what = "how a text begins" if on_new is None else "what you say"
+        _tell(f"a line is {what}; /help lists commands, /quit or Ctrl-D ends")
     if first_prompt:
         session.turn(first_prompt)
     interrupted = session.stopped  # the last thing that happened was Ctrl-C
@@ -109,8 +115,14 @@ class _Session:
     """Settings and seed of the next turn, and the commands that change them."""
 
     def __init__(
-        self, stream: Callable[..., Generation], show: Callable[..., None], settings: SampleSettings, seed: int
+        self,
+        stream: Callable[..., Generation],
+        show: Callable[..., None],
+        settings: SampleSettings,
+        seed: int,
+        on_new: Callable[[], None] | None,
     ):
+        self._on_new = on_new
         self._stream, self._show, self._settings, self._seed = stream, show, settings, seed
         self.ended = False
         self.stopped = False  # whether Ctrl-C ended the text of the last line
@@ -160,6 +172,9 @@ class _Session:
         elif name in ("help", "?", ""):
             for line in self._help(list(fields)):
                 print(line)
+        elif name == "new" and self._on_new:
+            self._on_new()
+            _tell("a new conversation")
         elif name == "new":
             self.turn("")
         elif name == "seed":
@@ -176,9 +191,9 @@ class _Session:
 
     def _help(self, names: list[str]) -> Iterator[str]:
         commands = {
-            "TEXT": "the model goes on from it",
+            "TEXT": "the model answers" if self._on_new else "the model goes on from it",
             "//TEXT": "the same, of a text that begins with /",
-            "/new": "from the start of a document",
+            "/new": "forgets what was said" if self._on_new else "from the start of a document",
             "/seed N": f"of the next turn, now {self._seed}: repeats a turn",
             **{f"/{name} VALUE": f"now {getattr(self._settings, name)}" for name in names},
             "/quit": "ends; so do Ctrl-D and two Ctrl-C",

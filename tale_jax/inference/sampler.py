@@ -35,6 +35,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.inference.sampling import SamplingParams, sample_token
+from tale_jax.model.adapters import merged
 from tale_jax.model.decoding import Cache
 from tale_jax.model.transformer import Transformer
 
@@ -185,7 +186,14 @@ class Sampler:
         return generation
 
     def stream(
-        self, prompt: str, settings: SampleSettings, *, num_samples: int = 1, seed: int = 0, params: Any = None
+        self,
+        prompt: str,
+        settings: SampleSettings,
+        *,
+        num_samples: int = 1,
+        seed: int = 0,
+        params: Any = None,
+        ids: Sequence[int] = (),
     ) -> "Generation":
         """Samples that follow the prompt, as text deltas: iterate over the result.
 
@@ -197,6 +205,7 @@ class Sampler:
           num_samples: how many.
           seed: of the random numbers, below 2^32.
           params: weights to use instead of the sampler's own.
+          ids: token ids to read in the place of the prompt's, BOS among them: those of a conversation.
 
         Raises:
           ValueError: one line, for a prompt of whitespace or longer than the context, or a number out of range; while
@@ -205,15 +214,19 @@ class Sampler:
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} must be at least 1; try --num_samples=1")
         check_seed(seed)
-        ids = self._encode_prompt(prompt, settings.long_prompt)
+        read = self._fitting(list(ids), settings.long_prompt) if ids else None
+        read = read or self._encode_prompt(prompt, settings.long_prompt)
         weights = self._weights if params is None else self.load(params)
-        return Generation(self, weights, prompt, ids, settings, num_samples, seed)
+        return Generation(self, weights, prompt, read, settings, num_samples, seed)
 
     def _encode_prompt(self, prompt: str, long_prompt: str) -> list[int]:
         """The token ids that the model reads first."""
         if prompt and not prompt.strip():
             raise ValueError(f"prompt={prompt!r} must hold more than whitespace; leave it out to start a document")
-        ids = [self.tokenizer.bos_id, *map(int, self.tokenizer.encode(prompt))]
+        return self._fitting([self.tokenizer.bos_id, *map(int, self.tokenizer.encode(prompt))], long_prompt)
+
+    def _fitting(self, ids: list[int], long_prompt: str) -> list[int]:
+        """Token ids that the context has room for. Raises ValueError, in one line, for more where that is refused."""
         if len(ids) <= self.context:
             return ids
         if long_prompt == "refuse":
@@ -225,6 +238,7 @@ class Sampler:
 
     def _load(self, params: Any) -> Any:
         """The weights as decoding needs them: kernels in the compute dtype, one tree a layer, the head a matrix."""
+        params = merged(params)
         head = params["head"] if "head" in params else params["embedding"].T
         blocks = unstack_layers(params["blocks"], self.model.config.num_layers)
         return {**params, "head": head.astype(self.model.dtype), "blocks": _cast_kernels(blocks, self.model.dtype)}

@@ -59,12 +59,6 @@ def rotate(x: Float[Array, "B N T H"], angles: Float[Array, "B T half"]) -> Floa
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def document_segments(tokens: Int[Array, "B T"], bos_id: int) -> Int[Array, "B T"]:
-    """Numbers the documents in each row: 0 before the first BOS, 1 from there to the next, and so on."""
-    # Not jnp.cumsum: it lowers to a window reduction, which Apple's jax-metal has for pooling only.
-    return jax.lax.associative_scan(jnp.add, (tokens == bos_id).astype(jnp.int32), axis=-1)
-
-
 def causal_mask(
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "B S"],

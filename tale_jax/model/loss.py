@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tale_jax.data.marks import is_learned
 from tale_jax.model.layers import matmul, matmul_transposed, product, transpose
 
 
@@ -35,8 +36,8 @@ class Head(NamedTuple):
 
 def loss_mask(targets: Any, bos_id: int) -> Any:
     """Which targets count, in training and in evaluation alike: BOS carries no text, so it is not learned. Of numpy
-    arrays or of JAX's, of any shape."""
-    return targets != bos_id
+    arrays or of JAX's, of any shape. With `bos_id` of `marks.py` the marks tell."""
+    return is_learned(targets, bos_id)
 
 
 def logits(x: Float[Array, "*B D"], table: Float[Array, "_ _"], head: Head) -> Float[Array, "*B V"]:

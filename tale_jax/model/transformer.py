@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tale_jax.config import Config, ModelConfig
+from tale_jax.data.marks import token_ids
+from tale_jax.model.adapters import ADAPTERS, apply
 from tale_jax.model.attention import (
     attention,
     attention_weights,
     causal_mask,
     cudnn_causal_attention,
-    document_segments,
     rotary_angles,
     rotary_frequencies,
     rotate,
@@ -30,6 +31,7 @@ from tale_jax.model.decoding import Cache, attend_one, write_slots
 from tale_jax.model.initialization import EMBEDDING_STD
 from tale_jax.model.layers import dropout, matmul, rms_norm, split_heads, swiglu
 from tale_jax.model.loss import Head, cross_entropy, logits, weighted_cross_entropy
+from tale_jax.model.packed import documents_apart
 
 # `apply(..., mutable=[TAPS])` also gives what happens inside: `embedded` [B, T, D], and of the blocks `residual`
 # [L, B, T, D] and `attention/weights` [L, B, N, T, S], each in a tuple of one. Otherwise nothing of it is computed.
@@ -279,7 +281,7 @@ class Transformer(nn.Module):
             block = nn.remat(Block, policy=policy, prevent_cse=not self.config.scan_layers)
         return nn.scan(
             block,
-            variable_axes={"params": 0, TAPS: 0},
+            variable_axes={"params": 0, ADAPTERS: 0, TAPS: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             out_axes=0,
@@ -310,19 +312,20 @@ def token_losses(
 ) -> Float[Array, "B T"] | Float[Array, ""]:
     """Nats of each token of a batch of windows but the first, or with `weights` their weighted sum.
 
-    Training and scoring both call this; which tokens count is said by `loss_mask`.
+    Training and scoring both call this; which tokens count is said by `loss_mask`. `params` may be `Adapted`.
     """
-    inputs, targets = windows[:, :-1], windows[:, 1:]
-    losses, _ = model.apply(
-        {"params": params},
-        inputs,
-        segments=document_segments(inputs, bos_id) if model.config.mask_documents else None,
+    inputs, targets = windows[:, :-1], token_ids(windows[:, 1:], bos_id)
+    apart = documents_apart(inputs, bos_id) if model.config.mask_documents else {}
+    return apply(
+        model,
+        params,
+        token_ids(inputs, bos_id),
         targets=targets,
         weights=weights,
         deterministic=dropout_key is None,
+        **apart,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
-    )
-    return losses
+    )[0]
 
 
 def count_parameters(params: Any) -> int:

@@ -36,7 +36,7 @@ class Memory:
 
     Attributes:
       weights, optimizer, ema, batch: the arguments of a step.
-      gradients, logits, activations: its temporaries; gradients are as large as the weights, logits the largest array
+      gradients, logits, activations: its temporaries; gradients as large as what is trained, logits the largest array
         along the vocabulary, activations the rest.
       results: what a step returns in new memory: as much as its arguments where they are not donated, else little.
       scratch: what the compiled program takes besides, which the compiler does not count: on a CPU gaps between freed
@@ -97,13 +97,14 @@ def measure_memory(config: Config, trainer: Trainer, compiled: Any, backend: Bac
     machine.release_memory()
     state = trainer.abstract_state
     held = state if backend.platform == "cpu" else _of_one_device(state, trainer.state_shardings)
-    weights, optimizer, ema = tree_bytes(held.params), tree_bytes(held.opt_state), tree_bytes(held.ema_params)
+    trained, optimizer, ema = tree_bytes(held.params), tree_bytes(held.opt_state), tree_bytes(held.ema_params)
+    weights = trained + tree_bytes(held.base)
     batch = config.batch_size * (config.model.seq_len + 1) * 4
     batch //= 1 if backend.platform == "cpu" else len(backend.devices)
     temporaries, arguments = analysis.temp_size_in_bytes, analysis.argument_size_in_bytes
     results = max(0, analysis.output_size_in_bytes - aliased_bytes(hlo))
     logits = min(temporaries, largest_logits_bytes(hlo, config.tokenizer.vocab_size, config.model.embed_dim))
-    gradients = min(weights, temporaries - logits)
+    gradients = min(trained, temporaries - logits)
     cache = jax.eval_shape(lambda: vars(Cache.empty(config.model, config.sample.num_samples, jnp.float32)))
     checkpoint = 0
     peak = arguments + results + temporaries
@@ -112,7 +113,7 @@ def measure_memory(config: Config, trainer: Trainer, compiled: Any, backend: Bac
         peak_so_far = 0 if process else machine.peak_resident_memory()
         unrolled = 0 if config.model.scan_layers else config.model.num_layers
         process = process or machine.resident_memory() + LATER_PROGRAMS_BYTES + UNROLLED_LAYER_BYTES * unrolled
-        checkpoint = int(CHECKPOINT_COPIES * max_concurrent_bytes(state, backend.overlap_io))
+        checkpoint = int(CHECKPOINT_COPIES * max_concurrent_bytes(state.replace(base=None), backend.overlap_io))
         uncounted = HEAP_GAPS * (weights + optimizer + ema) + FLOAT32_SCRATCH * bfloat16_product_bytes(hlo)
         num_devices = sum(device.process_index == jax.process_index() for device in backend.devices)  # of this process
         step = num_devices * (results + temporaries + int(uncounted))

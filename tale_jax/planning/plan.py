@@ -18,7 +18,7 @@ import rich.box
 import rich.table
 
 from tale_jax.config import Config, change, leaves
-from tale_jax.data.loader import window_starts
+from tale_jax.data.packing import training_windows
 from tale_jax.data.token_files import load_tokens
 from tale_jax.hardware.backend import Backend, for_mac
 from tale_jax.model.transformer import count_parameters, flops_per_token
@@ -80,6 +80,7 @@ class Plan:
     precision: str
     precision_reason: str
     parameters: int
+    trained_parameters: int
     embedding_parameters: int
     flops_per_token: int
     tokens_per_step: int
@@ -116,7 +117,8 @@ def plan_run(
       num_windows: in the training text; 0 if unknown.
     """
     memory = measure_memory(config, trainer, compiled, backend)
-    state_bytes, params = tree_bytes(trainer.abstract_state), trainer.abstract_state.params
+    state = trainer.abstract_state
+    state_bytes, params = tree_bytes(state.replace(base=None)), state.base.base if state.base else state.params
     count, embedding = count_parameters(params), params["embedding"].size
     known = bool(num_windows) or config.length_known
     tokens = config.total_steps * config.tokens_per_step if known else None
@@ -126,6 +128,7 @@ def plan_run(
         precision=jnp.dtype(trainer.model.dtype).name,
         precision_reason=reason,
         parameters=count,
+        trained_parameters=count_parameters(state.params),
         embedding_parameters=embedding,
         flops_per_token=flops_per_token(config.model, config.tokenizer.vocab_size),
         tokens_per_step=config.tokens_per_step,
@@ -224,9 +227,9 @@ def make_plan(
 
 
 def _count_windows(config: Config, workdir: Path) -> int:
-    tokens, _ = load_tokens(workdir, "train")
-    bos_id = UntrainedTokenizer.bos_id if config.windows == "document" else None
-    return len(window_starts(tokens, config.model.seq_len, bos_id))
+    tokens, manifest = load_tokens(workdir, "train")
+    t = UntrainedTokenizer
+    return len(training_windows(tokens, config, t.bos_id, t.pad_id, bool(manifest.chat)))
 
 
 def with_time(plan: Plan, config: Config, trainer: Trainer) -> Plan:
@@ -366,6 +369,9 @@ def print_plan(plan: Plan) -> None:
         "machine": f"{plan.platform}: {plan.device}",
         "precision": f"{plan.precision}: {plan.precision_reason}",
         "parameters": f"{plan.parameters:,}: {plan.embedding_parameters:,} in the embedding, {body:,} in the rest",
+        "trained": f"{plan.trained_parameters:,}, of adapters"
+        if plan.trained_parameters != plan.parameters
+        else "all of them",
         "work": f"{plan.flops_per_token / 1e6:,.1f} MFLOP a token, {plan.tokens_per_step:,} tokens a step",
         "length": f"{plan.total_steps:,} steps, {plan.tokens:,} tokens" if plan.total_steps else unknown,
         "passes": f"{plan.passes:.2f} over the text" if plan.passes else unknown,

@@ -41,7 +41,7 @@ class CompiledCall(NamedTuple):
 def programs(config: Config, trainer: Trainer) -> dict[str, CompiledCall]:
     """Every function that a run compiles, by name."""
     tokenizer = UntrainedTokenizer(config.tokenizer.vocab_size)
-    params, int32 = trainer.abstract_state.params, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    params, int32 = trainer.abstract_state.eval_params, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     length, num_samples = config.model.seq_len, config.sample.num_samples
     scorer = Scorer(trainer.model, tokenizer, config.evaluate.batch_size)
     sampler = Sampler(trainer.model, None, tokenizer)

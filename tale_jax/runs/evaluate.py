@@ -9,10 +9,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from tale_jax.data.chat_template import ChatTemplate, read_template
+from tale_jax.data.corpus import open_corpus
+from tale_jax.data.marks import bos_or_marked, token_ids
 from tale_jax.data.token_files import load_tokens
+from tale_jax.evaluation.lm_eval import Likelihoods, run_tasks
 from tale_jax.evaluation.quality_samples import BATCH_SIZE, measure_quality, texts_to_compare, write_samples
 from tale_jax.evaluation.scoring import Evaluation, Scorer
-from tale_jax.evaluation.tales import judge_samples
+from tale_jax.evaluation.tales import judge_answers, judge_samples
 from tale_jax.evaluation.text_quality import NOT_TESTED, quality_rows
 from tale_jax.inference.sampler import Sampler, check_seed
 from tale_jax.model.transformer import count_parameters
@@ -45,7 +49,8 @@ def evaluate(
       experiment: the model and its workdir.
       split: train, valid or test.
       stride: tokens between windows; 0: the context length.
-      num_samples: tales to sample and judge, where the text is tales; 0: none.
+      num_samples: tales to sample and judge, where the text is tales; of questions about tales so many are answered;
+        0: none.
       sample_temperature: of these tales.
       seed: of all samples.
       with_quality: adds `quality`, one result for each temperature (see `measure_quality`), and writes
@@ -56,19 +61,25 @@ def evaluate(
         longer than the context.
     """
     config, tokenizer, log = experiment.config, experiment.tokenizer, experiment.workdir / "log.txt"
-    scorer = Scorer(experiment.model, tokenizer, config.evaluate.batch_size)
+    tokens, manifest = load_tokens(experiment.workdir, split)
+    bos_id = bos_or_marked(tokens, tokenizer.bos_id)
+    scorer = Scorer(experiment.model, tokenizer, config.evaluate.batch_size, bos_id=bos_id)
     # What can be refused is refused before the split is scored.
     check_seed(seed)
     if not 0 <= sample_temperature < math.inf:
         rule = "be finite and at least 0"
         raise ValueError(f"sample_temperature={sample_temperature} must {rule}; try --sample_temperature=0.7")
-    with Progress(f"read {split}", total=load_tokens(experiment.workdir, split)[1].documents, unit="tales") as progress:
+    if with_quality and manifest.chat:
+        raise ValueError(
+            f"--quality must measure text, and {experiment.workdir} holds conversations; leave --quality out"
+        )
+    with Progress(f"read {split}", total=manifest.documents, unit="tales") as progress:
         evaluation = Evaluation(
             experiment.workdir, split, scorer, tokenizer, config.windows, stride, advance=progress.advance
         )
     experiment.check_windows(evaluation.manifest)
     if with_quality:
-        texts_to_compare(evaluation.tokens, tokenizer, config.model.seq_len)
+        texts_to_compare(token_ids(tokens, bos_id), tokenizer, config.model.seq_len)
     with Progress(f"evaluate {split}", total=len(evaluation.spans), unit="windows", log=log) as progress:
         result = evaluation(experiment.params, progress.advance)
     result.pop("split_windows", None)  # all of them
@@ -79,16 +90,52 @@ def evaluate(
             result |= judge_samples(
                 sampler, experiment.workdir, num_samples, sample_temperature, seed, progress.advance
             )
+    if manifest.corpus["name"] == "tales_chat" and num_samples:
+        with Progress("judge answers", total=num_samples, unit="questions", log=log) as progress:
+            sampler = Sampler(experiment.model, experiment.params, tokenizer)
+            template = ChatTemplate(tokenizer, read_template(experiment.workdir, tokenizer))
+            documents = open_corpus(config.corpus, config.seed).documents(split)
+            result |= judge_answers(sampler, template, documents, num_samples, progress.advance)
     if with_quality:
         result["quality"] = _sample_quality(experiment, split, seed)
     JsonLines(experiment.workdir / "evaluations.jsonl").append(result | {"time": time.time()})
     return result
 
 
+def evaluate_tasks(
+    experiment: Experiment, tasks: str, num_fewshot: int | None = None, limit: int = 0
+) -> dict[str, Any]:
+    """The measures of lm-eval's tasks, see `lm_eval.py`; `evaluations.jsonl` keeps them.
+
+    Raises:
+      ValueError: one line, for a task that cannot be run.
+    """
+    sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer)
+    likelihoods = Likelihoods(experiment.model, experiment.params, experiment.config.evaluate.batch_size)
+    with Progress("run tasks", log=experiment.workdir / "log.txt"):
+        measures = run_tasks(sampler, likelihoods, tasks, num_fewshot, limit)
+    result = {"tasks": measures, "num_fewshot": num_fewshot, "limit": limit}
+    result |= {"step": experiment.step, "weights": experiment.weights}
+    JsonLines(experiment.workdir / "evaluations.jsonl").append(result | {"time": time.time()})
+    return result
+
+
+def describe_tasks(result: Mapping[str, Any]) -> str:
+    """The result of `evaluate_tasks`, human-readable, in lines."""
+    lines = []
+    for task, measures in result["tasks"].items():
+        lines.append(f"{task} ({measures['samples']:,} documents)")
+        for name, value in measures.items():
+            if name != "samples" and not name.endswith(STANDARD_ERROR):
+                lines.append(f"{name:>{NAME_WIDTH}}  {_with_interval(name, value, measures)}")
+    return "\n".join(lines)
+
+
 def _sample_quality(experiment: Experiment, split: str, seed: int) -> list[dict[str, Any]]:
     """All measures of `text_quality.py` of samples beside a split; the samples are written to `quality.jsonl`."""
     sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, batch_size=BATCH_SIZE)
-    (train, _), (held_out, _) = (load_tokens(experiment.workdir, name) for name in ("train", split))
+    streams = (load_tokens(experiment.workdir, name)[0] for name in ("train", split))
+    train, held_out = (token_ids(stream, bos_or_marked(stream, experiment.tokenizer.bos_id)) for stream in streams)
     with Progress("sample", unit="texts", log=experiment.workdir / "log.txt") as progress:
         results, records = measure_quality(sampler, train, held_out, seed=seed, advance=progress.advance)
     origin = {"split": split, "step": experiment.step}

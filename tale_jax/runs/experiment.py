@@ -5,6 +5,7 @@ sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer)
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -14,16 +15,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tale_jax.config import Config
-from tale_jax.data.prepare import load_tokenizer
+from tale_jax.data.prepare import BASE_FOLDER, base_folder, load_tokenizer
 from tale_jax.data.token_files import Manifest
 from tale_jax.data.tokenizer import Tokenizer
+from tale_jax.model.adapters import Adapted, init_adapters, merged
 from tale_jax.model.transformer import Kernels, Transformer, make_model
 from tale_jax.planning.autotune import num_weights
 from tale_jax.training.checkpoint import SavedParams, check_size
+from tale_jax.utils.files import write_atomically
 from tale_jax.utils.progress import Progress
 from tale_jax.utils.streams import notice
+
+BASE_FILE = "base.json"  # of a fine-tuned workdir: which base it was, by path, step and digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +37,9 @@ class Experiment:
     """A trained model, its tokenizer and its settings.
 
     `weights` says what `params` are: last (as `step` left them), ema (their moving average), or mean:K (the mean of the
-    K checkpoints up to `step`). `windows` are digests of the token windows that it was trained beside, by split; none
-    where an earlier version saved it.
+    K checkpoints up to `step`). Where adapters of a base were trained, they are merged into `params`, and `adapted` has
+    both apart. `windows` are digests of the token windows that it was trained beside, by split; none where an earlier
+    version saved it.
     """
 
     workdir: Path
@@ -42,6 +49,7 @@ class Experiment:
     tokenizer: Tokenizer
     model: Transformer
     params: Any
+    adapted: Adapted | None = None
     windows: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def check_windows(self, manifest: Manifest) -> None:
@@ -85,12 +93,69 @@ def open_experiment(
         manifest = saved.manifests[chosen[-1]]
         check_belongs(f"checkpoint {chosen[-1]} of {workdir}", manifest, config, tokenizer)
         # Before a model of absurd size is described.
-        check_size(saved.folder / str(chosen[-1]), manifest, "params", 4 * num_weights(config))
+        check_saved_size(saved.folder / str(chosen[-1]), manifest, config)
+        base = open_base(workdir, config, backend, manifest.get("base", "")).params if config.lora.rank else None
         model = make_model(dataclasses.replace(config, remat="none"), backend, dtype)
-        params = saved.load(chosen, _abstract_params(model), ema=kind == "ema")
+        shapes = _abstract_params(model)
+        if config.lora.rank:
+            shapes = _on_default_device(
+                jax.eval_shape(lambda tree: init_adapters(tree, config.lora, jax.random.PRNGKey(0)), shapes)
+            )
+        params = saved.load(chosen, shapes, ema=kind == "ema")
     if not step and not count and saved.steps[-1] != chosen[-1] == saved.by_loss()[0]:
         notice(f"checkpoint of step {chosen[-1]}, the best by validation loss; the last is of step {saved.steps[-1]}")
-    return Experiment(workdir, config, chosen[-1], kind, tokenizer, model, params, manifest.get("windows", {}))
+    adapted = Adapted(base, params, config.lora.scale) if config.lora.rank else None
+    windows = manifest.get("windows", {})
+    return Experiment(workdir, config, chosen[-1], kind, tokenizer, model, merged(adapted or params), adapted, windows)
+
+
+def open_base(workdir: Path, config: Config, backend: Kernels, digest: str = "") -> Experiment:
+    """The base of a workdir, in float32: the one whose digest `base.json` has, which is written where it is missing.
+
+    `digest`: of the base that a checkpoint says it was trained on; "" where there is none, or it says nothing.
+
+    Raises ValueError, in one line, when it is not there or is another one.
+    """
+    folder, file = base_folder(workdir, config.base), Path(workdir) / BASE_FILE
+    if folder.resolve() == Path(workdir).resolve():
+        raise ValueError(f"base={config.base} must not be the workdir itself; give another --workdir")
+    known = json.loads(file.read_bytes()) if file.is_file() else {}
+    move = f"copy or link it to {Path(workdir) / BASE_FOLDER}"
+    if not (folder / "config.json").is_file():
+        remedy = move if known else "give a workdir or a Hugging Face folder"
+        raise ValueError(f"base={config.base} must hold a model (no config.json there); {remedy}")
+    base = open_experiment(folder, backend, known.get("step", 0), weights=known.get("weights", "auto"))
+    found = weights_digest(base.params)
+    if (wanted := digest or known.get("digest", found)) != found:
+        raise ValueError(
+            f"base={folder} must be the model of digest {wanted[:12]} that {workdir} was trained on, and has "
+            f"{found[:12]}; if you have that one, {move}"
+        )
+    if not known:
+        known = {"path": str(folder), "step": base.step, "weights": base.weights, "digest": found}
+        write_atomically(file, json.dumps(known, indent=2) + "\n")
+    return base
+
+
+def base_digest(workdir: Path) -> str:
+    """The digest of the base of a workdir, as `open_base` has written it; "" where there is no base."""
+    file = Path(workdir) / BASE_FILE
+    return json.loads(file.read_bytes())["digest"] if file.is_file() else ""
+
+
+def weights_digest(params: Any) -> str:
+    """A digest of weights: of their names, shapes and values."""
+    digest = hashlib.blake2b(digest_size=32)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()
+
+
+def check_saved_size(folder: Path, manifest: Mapping[str, Any], config: Config) -> None:
+    """Raises ValueError, in one line, when a checkpoint is too small for the weights (not for adapters)."""
+    if not config.lora.rank:
+        check_size(folder, manifest, "params", 4 * num_weights(config))
 
 
 def run_facts(config: Config, tokenizer: Tokenizer, windows: Mapping[str, Manifest], precision: str) -> dict[str, Any]:
@@ -167,6 +232,10 @@ def _not_kept(weights: str, count: int, step: int, saved: SavedParams) -> ValueE
 def _abstract_params(model: Transformer) -> Any:
     """Shapes of the weights, on the default device."""
     shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    return _on_default_device(shapes)
+
+
+def _on_default_device(shapes: Any) -> Any:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
 

@@ -20,9 +20,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tale_jax.config import PRECISIONS, Config
 from tale_jax.data.corpus import SPLITS, open_corpus
-from tale_jax.data.loader import Batches, window_starts
-from tale_jax.data.prepare import Prepared, of_worth, prepare
-from tale_jax.data.token_files import seal_tokens
+from tale_jax.data.loader import Batches
+from tale_jax.data.marks import ALL_LEARNED, MARKED, bos_or_marked
+from tale_jax.data.packing import PackedWindows, training_windows
+from tale_jax.data.prepare import Prepared, base_folder, of_worth, prepare
+from tale_jax.data.token_files import load_tokens, seal_tokens
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans, per
 from tale_jax.hardware.backend import Backend
@@ -30,13 +32,14 @@ from tale_jax.hardware.distributed import any_process, from_main_process, is_mai
 from tale_jax.hardware.machine import release_memory
 from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, keep_peak, matmul_peak_of_all
 from tale_jax.inference.sampler import Sampler, SampleSettings
-from tale_jax.planning.autotune import SHAPE_SETTINGS, autotune, num_weights
+from tale_jax.model.transformer import Transformer
+from tale_jax.planning.autotune import SHAPE_SETTINGS, autotune
 from tale_jax.planning.memory import memory_budget
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.plan import Plan, check_fits, headline, plan_run, refusal, remedies
-from tale_jax.runs.experiment import check_belongs, check_windows, run_facts
+from tale_jax.runs.experiment import base_digest, check_belongs, check_saved_size, check_windows, open_base, run_facts
 from tale_jax.runs.resume import resumed_config
-from tale_jax.training.checkpoint import Checkpoints, check_size, max_concurrent_bytes, read_manifests
+from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes, read_manifests
 from tale_jax.training.loop import Hooks, fit
 from tale_jax.training.loss_scale import MIN_SCALE
 from tale_jax.training.metrics import Meter, Sinks, check_extras, open_sinks
@@ -103,6 +106,7 @@ def train(
     check_extras(config.metrics)
     start_time, note = start_time or time.monotonic(), ""
     was_prepared = (workdir / "windows" / f"{SPLITS[-1]}.json").is_file()
+    _check_base(config)
     with ExitStack() as held:
         from_main_process(lambda: held.enter_context(writer_lock(workdir, "train", of_worth)))
         if (workdir / "config.json").is_file():
@@ -120,7 +124,7 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
     prepared = open_workdir(workdir, config)
     tokenizer, tokens = prepared.tokenizer, prepared.tokens("train")
     _check_prompt(config, tokenizer)
-    starts = window_starts(tokens, config.model.seq_len, tokenizer.bos_id if config.windows == "document" else None)
+    starts = training_windows(tokens, config, tokenizer.bos_id, tokenizer.pad_id, prepared.chat)
     config = config.with_total_steps(len(starts))
     log = workdir / "log.txt" if is_main_process() else None
     with (
@@ -132,9 +136,10 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
         with progress.part("timing matrix products"):
             precision, reason = from_main_process(lambda: _choose_precision(config, workdir, backend))
         for step, saved in read_manifests(folder := workdir / "checkpoints").items():
-            check_size(folder / str(step), saved, "params", 4 * num_weights(config))
-        trainer = make_trainer(config, backend, jnp.dtype(precision), tokenizer.bos_id)
-        throttle = max_concurrent_bytes(trainer.abstract_state, backend.overlap_io)
+            check_saved_size(folder / str(step), saved, config)
+        as_trained, bos_id = _reading(config, prepared, tokens)
+        trainer = make_trainer(as_trained, backend, jnp.dtype(precision), bos_id)
+        throttle = max_concurrent_bytes(trainer.abstract_state.replace(base=None), backend.overlap_io)
         facts = run_facts(config, tokenizer, prepared.manifests, precision)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, throttle, config.checkpoint.keep_every, facts=facts)
         what = f"checkpoint {checkpoints.latest} of {workdir}"
@@ -164,15 +169,20 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
             if is_main_process():
                 config.save(workdir)
             if checkpoints.latest is None:
-                with progress.part("drawing initial weights"):
-                    state = trainer.init()
+                with progress.part("drawing initial weights" if not config.base else "reading the base"):
+                    state = trainer.init(*_base_params(config, workdir, backend))
             else:
                 with progress.part(f"restoring checkpoint {checkpoints.latest}"):
                     state, position = checkpoints.restore(trainer.abstract_state, trainer.state_shardings)
+                    if config.lora.rank:
+                        saved = checkpoints.manifest.get("base", "")
+                        state = state.replace(base=trainer.init(*_base_params(config, workdir, backend, saved)).base)
                 if config.corpus.changed == "continue" and not batches.is_in_this_text(position):
                     progress.print("the text has changed: training goes on with the weights, at the start of it")
                 else:
                     batches.set_state(position)
+            if config.base:
+                checkpoints.facts["base"] = base_digest(workdir)
             release_memory()
             record = _run_record(config, prepared, backend, plan, step)
             record |= {"startup_seconds": time.monotonic() - start.time, "was_prepared": start.was_prepared}
@@ -186,8 +196,12 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
             hooks = RunHooks(
                 config, workdir, tokenizer, trainer, checkpoints, batches, sinks, progress, record, stop, signals.clock
             )
-            if config.windows == "document":
+            if config.windows == "document" and isinstance(starts, np.ndarray):
                 hooks.score_training_text(tokens, starts)
+            if config.base:
+                hooks.score_base_text(base_folder(workdir, config.base))
+                if step == 0:
+                    hooks.on_base(state)
             scheduled = scheduled_batches(hooks.timed(batches), config.schedule, config.total_steps, step)
             state, step = fit(trainer, state, scheduled, hooks, step)
             if step:
@@ -198,6 +212,32 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
             progress.print(f"stopped {where}; the same command goes on from there")
         keep_peak(backend, plan.precision, hooks.peak_flops)
         return Outcome(step, config.total_steps, stop.number, first_step, checkpoints.best or step)
+
+
+def _check_base(config: Config) -> None:
+    """Raises ValueError, in one line, for settings that do not go with a base, or with none."""
+    if config.lora.rank and not config.base:
+        raise ValueError("base= must name the model whose weights the adapters change; give --config.base=DIR")
+    if config.lora.rank and config.optimizer.name != "adamw":
+        remedy = "set --config.optimizer.name=adamw"
+        raise mistake("optimizer.name", config.optimizer.name, "be adamw with lora.rank above 0", remedy)
+    if config.base and config.minutes:
+        remedy = "set --config.minutes=0 and --config.total_steps=1000"
+        raise mistake("minutes", config.minutes, "be 0 with a base, whose size is known", remedy)
+
+
+def _base_params(config: Config, workdir: Path, backend: Backend, digest: str = "") -> tuple[Any, ...]:
+    """The weights to start from; empty where they are random. `digest`: that of a base that was trained on before."""
+    return (open_base(workdir, config, backend, digest).params,) if config.base else ()
+
+
+def _reading(config: Config, prepared: Prepared, tokens: np.ndarray) -> tuple[Config, int]:
+    """The config and the id of BOS by which windows are read: no conversation of a window attends to another."""
+    bos_id = bos_or_marked(tokens, prepared.tokenizer.bos_id)
+    if not prepared.chat:
+        return config, bos_id
+    model = dataclasses.replace(config.model, mask_documents=True)
+    return dataclasses.replace(config, model=model), ALL_LEARNED if config.loss_on == "all" else MARKED
 
 
 def describe_skipped(metrics: Mapping[str, float]) -> str:
@@ -273,7 +313,7 @@ def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
 
 @contextmanager
 def _batches(
-    config: Config, prepared: Prepared, tokens: np.ndarray, starts: np.ndarray, backend: Backend
+    config: Config, prepared: Prepared, tokens: np.ndarray, starts: np.ndarray | PackedWindows, backend: Backend
 ) -> Iterator[Batches]:
     """The batches of this process; their threads end with the `with`."""
     batches = Batches(
@@ -399,20 +439,21 @@ class RunHooks(Hooks):
         decoder = trainer.model.clone(dtype=jnp.float32)
         self._sampler = Sampler(decoder, None, tokenizer, batch_size=min(config.sample.num_samples, MAX_SAMPLE_ROWS))
         self._replicate = jax.jit(lambda tree: tree, out_shardings=trainer.replicated)
-        self._bos_id = tokenizer.bos_id
-        self._scorer = Scorer(
-            trainer.model,
-            tokenizer,
-            config.evaluate.batch_size,
-            trainer.place_same,
-            trainer.batch_sharding.mesh.size,
-            trainer.replicated,
-        )
+        self._tokenizer = tokenizer
+        self._model, self._place = trainer.model, trainer.place_same
+        self._num_devices, self._replicated = trainer.batch_sharding.mesh.size, trainer.replicated
+        bos_id = bos_or_marked(load_tokens(workdir, "valid")[0], tokenizer.bos_id)
+        self._scorer = self._scorer_of(trainer.model, bos_id)
         self._evaluation = Evaluation(
             workdir, "valid", self._scorer, tokenizer, config.windows, max_windows=config.evaluate.max_windows
         )
+        self._base_evaluation: Evaluation | None = None
         self._train_tokens: np.ndarray | None = None
         self._train_spans: list[Span] = []
+
+    def _scorer_of(self, model: Transformer, bos_id: int) -> Scorer:
+        batch_size, tokenizer = self._config.evaluate.batch_size, self._tokenizer
+        return Scorer(model, tokenizer, batch_size, self._place, self._num_devices, self._replicated, bos_id)
 
     @property
     def peak_flops(self) -> float:
@@ -429,7 +470,23 @@ class RunHooks(Hooks):
         chosen = starts[np.arange(count) * len(starts) // count]
         context = self._config.model.seq_len
         self._train_tokens = tokens
-        self._train_spans = list(first_document_spans(tokens, chosen, context, self._bos_id))
+        self._train_spans = list(
+            first_document_spans(tokens, chosen, context, bos_or_marked(tokens, self._tokenizer.bos_id))
+        )
+
+    def score_base_text(self, base: Path) -> None:
+        """Before the first step and after the last, the text of the base is scored too: what was forgotten."""
+        if (base / "windows" / "valid.json").is_file():
+            theirs, tokenizer = Config.load(base), self._tokenizer
+            masked = theirs.model.mask_documents
+            model = self._model.clone(config=dataclasses.replace(self._model.config, mask_documents=masked))
+            scorer = self._scorer_of(model, bos_or_marked(load_tokens(base, "valid")[0], tokenizer.bos_id))
+            maximum = self._config.evaluate.max_windows
+            self._base_evaluation = Evaluation(base, "valid", scorer, tokenizer, theirs.windows, max_windows=maximum)
+
+    def on_base(self, state: TrainState) -> None:
+        """The model before the first step."""
+        self._evaluate(state.eval_params, 0)
 
     def timed(self, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """The batches; how long the loop waits for them is measured."""
@@ -510,12 +567,17 @@ class RunHooks(Hooks):
             if self._train_tokens is not None:
                 nats, counts, _ = self._scorer(params, self._train_tokens, self._train_spans, part.advance)
                 result["train_nats_per_token"] = per(float(nats.sum()), float(counts.sum()))
+            if self._base_evaluation and step in (0, self._config.total_steps):
+                old = self._base_evaluation(params)
+                result |= {f"base_{name}": old[name] for name in ("nats_per_token", "bits_per_byte")}
         keep = ("nats_per_token", "nats_per_token_stderr", "bits_per_byte", "tokens", "windows", "split_windows")
-        keep += ("excess_nats_per_token", "train_nats_per_token")
+        keep += ("excess_nats_per_token", "train_nats_per_token", "base_nats_per_token", "base_bits_per_byte")
         self._sinks.write(
             {"kind": "valid", "step": step, "time": time.time()} | {k: result[k] for k in keep if k in result}
         )
         excess = f", {result['excess_nats_per_token']:.4f} over the floor" if "excess_nats_per_token" in result else ""
+        if (forgotten := result.get("base_nats_per_token")) is not None:
+            excess += f"; on the base's own text {forgotten:.4f} nats/token"
         nats, bits = (
             "–" if result[name] is None else format(result[name], form)
             for name, form in (("nats_per_token", ".4f"), ("bits_per_byte", ".3f"))

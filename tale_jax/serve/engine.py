@@ -85,6 +85,7 @@ class Job:
       seed: of the random numbers, 64 bits; `number` tells the texts of one seed apart.
       top: likeliest tokens that each token is told with; None: not even its own `after`, which costs least.
       score_prompt: the tokens of the prompt are scored, too.
+      tell_bos: BOS stands among them, without a score, as a prompt of ids that begins with it wants it.
       max_tokens: 0 only reads the prompt; otherwise that of `limits`.
       weights: key of the weights to use.
     """
@@ -96,6 +97,7 @@ class Job:
     number: int = 0
     top: int | None = None
     score_prompt: bool = False
+    tell_bos: bool = False
     max_tokens: int = 1
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -270,12 +272,12 @@ class Engine:
             _tell(job, Delta("", (), "length", 0))
 
     def _prompt_scores(self, job: Job, scores: TopTokens) -> list[TokenScore]:
-        """Those of all tokens but BOS; the first token of a prompt without BOS has no score."""
+        """Those of all tokens, BOS only where it is asked for; the first of a prompt without BOS has no score."""
         ids, before, own = (np.asarray(x) for x in (scores.ids, scores.before, scores.chosen_after))
         result, end, top = [], 0, job.top or 0
         utf8 = SampleText.decoder()
         for index, token in enumerate(job.ids):
-            if not index and token == self.sampler.tokenizer.bos_id:
+            if not index and token == self.sampler.tokenizer.bos_id and not job.tell_bos:
                 continue
             end += len(utf8.decode(self.sampler.tokenizer.token_bytes[token]))
             if not index:

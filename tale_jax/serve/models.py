@@ -18,6 +18,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from tale_jax.data.chat_template import read_template
 from tale_jax.hardware.backend import Backend
 from tale_jax.inference.sampler import Sampler
 from tale_jax.model.transformer import count_parameters
@@ -64,8 +65,7 @@ class Model:
         self._own = experiment.params, self.sampler.load(experiment.params)  # always kept
         self.engine = engine_of(self.sampler, lambda variant: self._both(variant or self.default)[1])
         self.max_token_bytes = max(len(text) for text in self.tokenizer.token_bytes)
-        file = self.workdir / "tokenizer" / "chat_template.jinja"
-        self.template = file.read_text(encoding="utf-8") if file.is_file() else ""
+        self.template = read_template(self.workdir, self.tokenizer)
 
     @property
     def steps(self) -> list[int]:

@@ -161,7 +161,13 @@ CHAT = fields(
     logprobs=boolean("log-probabilities of the tokens", default=False),
     top_logprobs=integer("and of so many likeliest others", 0, MAX_TOP, default=None),
 )  # fmt: skip
-TOKENIZE = fields("text to tokens", ("prompt",), model=MODEL, prompt=string("a text"))
+TOKENIZE = fields(
+    "text to tokens",
+    ("prompt",),
+    model=MODEL,
+    prompt=string("a text"),
+    add_special_tokens=boolean("BOS goes before them", default=False),
+)
 DETOKENIZE = fields("tokens to text", ("tokens",), model=MODEL, tokens={**TOKEN_IDS, "minItems": 0})
 TEXT = {**WEIGHTS, "prompt": {**PROMPT, "default": ""}}
 INSPECT_TOKENS = fields(
@@ -199,6 +205,7 @@ SCHEMAS = {
 PAGES = {  # answers to GET
     "/v1/models": "the models",
     "/health": "whether requests are taken",
+    "/tokenizer_info": "ids of special tokens, and the chat template",
     "/inspect/model": "shape, vocabulary and special tokens of a model",
     "/inspect/checkpoints": "steps whose weights can be asked for, and their losses",
     "/inspect/losses": "the loss curve of the training",
@@ -378,7 +385,8 @@ def openapi(version: str) -> dict[str, Any]:
     name = {"name": "model", "in": "query", "required": False, "schema": {"type": "string"}}
     for path, doc in PAGES.items():
         get = {"summary": doc, "responses": {"200": answer, **errors}}
-        paths[path] = {"get": {**get, "parameters": [name]} if path.startswith("/inspect") else get}
+        of_model = path.startswith(("/inspect", "/tokenizer_info"))
+        paths[path] = {"get": {**get, "parameters": [name]} if of_model else get}
     text = {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}
     paths["/metrics"] = {"get": {"summary": "counters", "responses": {"200": text, **errors}}}
     return {

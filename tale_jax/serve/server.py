@@ -92,6 +92,7 @@ class App:
             Route("/v1/models/{name:path}", post(self._one_model), methods=["GET"]),
             Route("/tokenize", post(self._tokenize), methods=["POST"]),
             Route("/detokenize", post(self._detokenize), methods=["POST"]),
+            Route("/tokenizer_info", post(self._tokenizer_info), methods=["GET"]),
             Route("/inspect/tokens", post(self._tokens), methods=["POST"]),
             Route("/inspect/attention", post(self._attention), methods=["POST"]),
             Route("/inspect/lens", post(self._lens), methods=["POST"]),
@@ -128,7 +129,8 @@ class App:
         read_all = [await self._ids(model, one, f"prompt[{i}]" if not single else "prompt") for i, one in
                     enumerate(prompts)]  # fmt: skip
         texts = [one if isinstance(one, str) else model.tokenizer.decode(one) for one in prompts]
-        return await self._write(request, model, values, read_all, texts, chat=False)
+        brings_bos = [not isinstance(one, str) and one[0] == model.tokenizer.bos_id for one in prompts]
+        return await self._write(request, model, values, read_all, texts, brings_bos)
 
     async def _chat(self, request: Request) -> Response:
         values = await self._values(request)
@@ -147,7 +149,7 @@ class App:
             raise Invalid("max_tokens must be left out where max_completion_tokens is given", "max_tokens")
         limit = values["max_tokens"] if limit is None else limit
         values["max_tokens"] = max(1, room) if limit is None else limit
-        return await self._write(request, model, values, [ids], [""], chat=True)
+        return await self._write(request, model, values, [ids], [""], [False], chat=True)
 
     async def _write(
         self,
@@ -156,7 +158,8 @@ class App:
         values: dict[str, Any],
         prompts: Sequence[list[int]],
         texts: Sequence[str],
-        chat: bool,
+        brings_bos: Sequence[bool],
+        chat: bool = False,
     ) -> Response:
         """Submits one job for each choice, and passes on what they write."""
         if values["stream_options"] and not values["stream"]:
@@ -195,6 +198,7 @@ class App:
                     number=number,
                     top=answer.top if answer.top or values["token_details"] else None,
                     score_prompt=answer.scored and not chat and values["echo"],
+                    tell_bos=brings_bos[which],
                     max_tokens=values["max_tokens"],
                     presence_penalty=values["presence_penalty"],
                     frequency_penalty=values["frequency_penalty"],
@@ -313,7 +317,16 @@ class App:
         values = await self._values(request)
         model = self._model(values["model"])
         ids = (await asyncio.to_thread(model.tokenizer.encode, values["prompt"])).tolist()
+        ids = [model.tokenizer.bos_id, *ids] if values["add_special_tokens"] else ids
         return _json({"tokens": ids, "count": len(ids), "max_model_len": model.context})
+
+    async def _tokenizer_info(self, request: Request) -> Response:
+        """What lm-eval's remote tokenizer asks for. No text stands for a special token, so none has a name here."""
+        model = self._inspector(request).model
+        ids = {f"{mark}_token_id": getattr(model.tokenizer, f"{mark}_id") for mark in ("bos", "eos", "pad", "unk")}
+        names = {f"{mark}_token": None for mark in ("bos", "eos", "pad", "unk")}
+        kind = type(model.tokenizer).__name__
+        return _json({"tokenizer_class": kind, **names, **ids, "chat_template": model.template or None})
 
     async def _detokenize(self, request: Request) -> Response:
         values = await self._values(request)

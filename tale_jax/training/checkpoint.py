@@ -60,7 +60,7 @@ class Checkpoints:
       keep: how many stay.
       max_concurrent_bytes: bytes that are on their way to the disk at a time, while `save` waits; 0: `save` copies the
         state and returns, and the copy is written in the background.
-      facts: what the run is, in JSON's types; it goes into each manifest.
+      facts: what the run is, in JSON's types; it goes into each manifest from then on, as the attribute says it.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Checkpoints:
         facts: Mapping[str, Any] | None = None,
     ):
         self.folder = Path(workdir).absolute() / "checkpoints"
-        self.keep, self.keep_every, self._facts = keep, keep_every, dict(facts or {})
+        self.keep, self.keep_every, self.facts = keep, keep_every, dict(facts or {})
         latest, losses = from_main_process(self._clean)
         self._losses: dict[int, float | None] = {int(step): loss for step, loss in losses.items()}
         self._whole = set() if latest is None else {latest}  # steps that this process found whole, or wrote
@@ -97,7 +97,7 @@ class Checkpoints:
         begun = _begun(self.folder)
         for step in unsealed(self.folder):
             if is_of_before(self.folder, step):
-                write_manifest(self.folder / str(step), facts_of_before(self.folder, step) | self._facts)
+                write_manifest(self.folder / str(step), facts_of_before(self.folder, step) | self.facts)
                 notice(f"checkpoint {step} had no digests, as earlier versions wrote it; it is given some as it is")
             elif step == begun:
                 shutil.rmtree(self.folder / str(step))
@@ -163,7 +163,7 @@ class Checkpoints:
                 write_atomically(self.folder / BEGUN, str(step))
             self._manager.save(step, args=items, force=True)
         self._losses[step] = loss
-        self._sealing = self._sealer.submit(self._seal, step, facts | _saved_scale(state.scale) | self._facts)
+        self._sealing = self._sealer.submit(self._seal, step, facts | _saved_scale(state.scale) | self.facts)
         if not self._overlaps or not self._read_back:
             self.wait()
         if not self._read_back:
@@ -208,11 +208,13 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)), force=True)
         self._losses[step] = None
         facts = {"step": step, LOSS: None, "arrays": digests({"params": params})}
-        self._sealing = self._sealer.submit(self._seal, step, facts | self._facts)
+        self._sealing = self._sealer.submit(self._seal, step, facts | self.facts)
         self.wait()
 
     def restore(self, abstract_state: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest whole state and data position, laid out on the devices of `shardings`, whichever saved them.
+
+        The weights of a base are not saved: `base` of the result is that of `abstract_state`.
 
         Raises ValueError, in one line, when there is none, or it cannot be read.
         """
@@ -232,7 +234,7 @@ class Checkpoints:
         found = _restore(self._manager, step, ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
         scale = target.scale and _restored_scale(target.scale, manifest)
         training = {"losses": jax.device_put(no_values(WINDOW), shardings.losses)} | dict(found.training)
-        state = TrainState(params=found.params, ema_params=found.get("ema"), scale=scale, **training)
+        state = abstract_state.replace(params=found.params, ema_params=found.get("ema"), scale=scale, **training)
         data = dict(found.data)
         if is_complete(manifest) and (digests(_arrays(state)) != manifest["arrays"] or data != manifest["data"]):
             raise ValueError(f"{self.folder / str(step)}: what is read is not what was saved; remove that folder")

@@ -46,11 +46,11 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, MatrixShape], optax.GradientTra
 
 
 def group_of_weights(params: Any) -> Any:
-    """The group of every weight, by its name: "matrix" (kernels inside blocks) or "embedding" (all else)."""
+    """The group of every weight, by its name: "matrix" (in blocks, kernels and adapters) or "embedding" (all else)."""
 
     def group(path: tuple, _: Any) -> str:
         names = [key.key for key in path]
-        return "matrix" if names[-1] == "kernel" and "blocks" in names else "embedding"
+        return "matrix" if names[-1] in ("kernel", "a", "b") and "blocks" in names else "embedding"
 
     return jax.tree_util.tree_map_with_path(group, params)
 

@@ -37,14 +37,15 @@ def make_train_step(
     (see `guard.py`), and in float16 `loss_scale`, by which the first two are divided already.
     """
     micro_tokens = config.micro_batch_size * config.model.seq_len
-    dropout = config.model.dropout > 0 or config.model.embedding_dropout > 0
+    dropout = max(config.model.dropout, config.model.embedding_dropout, config.lora.dropout) > 0
 
-    def gradients(params: Any, windows: Array, key: Array, scale: Array | float) -> tuple[Array, Any]:
+    def gradients(state: TrainState, windows: Array, key: Array, scale: Array | float) -> tuple[Array, Any]:
+        params = state.params
         num_counted = jnp.sum(loss_mask(windows[:, 1:], bos_id))
 
         def loss_fn(params: Any, windows: Array, key: Array) -> Array:
             weights = loss_mask(windows[:, 1:], bos_id) * (scale / num_counted)
-            return token_losses(model, params, windows, bos_id, weights, key if dropout else None)
+            return token_losses(model, state.weights(params), windows, bos_id, weights, key if dropout else None)
 
         num_micro = max(1, windows[:, 1:].size // micro_tokens)
         if num_micro == 1:
@@ -61,7 +62,7 @@ def make_train_step(
 
     def train_step(state: TrainState, windows: Int[Array, "B T1"]) -> tuple[TrainState, dict[str, Array]]:
         key, scale = jax.random.fold_in(state.key, state.step), state.scale
-        loss, grads = gradients(state.params, windows, key, 1.0 if scale is None else scale.value)
+        loss, grads = gradients(state, windows, key, 1.0 if scale is None else scale.value)
         if scale is not None:
             loss, grads = jax.tree_util.tree_map(lambda x: x / scale.value, (loss, grads))
         norm = global_norm(grads)
@@ -96,7 +97,7 @@ class Trainer:
     Attributes:
       model: what is trained.
       abstract_state: shapes of the state; state_shardings: where its arrays lie.
-      init: () → the state before the first step.
+      init: () → the state before the first step; (weights of a base) → that of fine-tuning it.
       jitted_step: (state, windows) → (state, metrics), compiled for each shape of windows as it comes by.
     """
 
@@ -110,8 +111,8 @@ class Trainer:
         mesh: Mesh,
         donate: bool,
     ):
-        def init() -> TrainState:
-            return init_state(model, optimizer, config.seed, with_ema=config.ema.decay > 0)
+        def init(base: Any = None) -> TrainState:
+            return init_state(model, optimizer, config.seed, config.ema.decay > 0, config.lora, base)
 
         self.model = model
         self.abstract_state = jax.eval_shape(init)

@@ -4,9 +4,12 @@ result = run_module("tale_jax.planning.numerics", "cpu", "bfloat16", timeout=300
 check = result.json() if not result.reason else {"error": result.reason}
 """
 
+import atexit
+import contextlib
 import dataclasses
 import json
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -101,9 +104,59 @@ def run_module(
     on_stderr: Callable[[str], None] | None = None,
 ) -> ProcessResult:
     """Runs `python -m module args`, with the Python and the package of this process."""
-    path = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")]))
     command = [sys.executable, "-P", "-m", module, *args]  # -P: modules in the current folder are not meant
-    return run(command, stdin=stdin, env={"PYTHONPATH": path}, timeout=timeout, on_stderr=on_stderr)
+    return run(command, stdin=stdin, env=_own_path(), timeout=timeout, on_stderr=on_stderr)
+
+
+class LineProcess:
+    """A `python -m module` that answers each line of its stdin with one of stdout: started when it is first asked, and
+    again after it had to be ended. Threads may share it."""
+
+    def __init__(self, module: str):
+        self._module, self._lock = module, threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        atexit.register(self.close)
+
+    def ask(self, line: str, timeout: float | int) -> str:
+        """The answer; "" where there is none within `timeout` seconds, or the process ended."""
+        with self._lock:
+            process = self._process
+            if process is None or process.poll() is not None:
+                process = self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", self._module],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env=os.environ | _own_path() | {"PYTHONIOENCODING": "utf-8"},
+                    encoding="utf-8",
+                )
+            assert process.stdin and process.stdout
+            answer = ""
+            with contextlib.suppress(OSError):
+                process.stdin.write(line + "\n")
+                process.stdin.flush()
+                if select.select([process.stdout], [], [], timeout)[0]:
+                    answer = process.stdout.readline()
+            if not answer.endswith("\n"):
+                self.close()
+                return ""
+            return answer
+
+    def close(self) -> None:
+        """Ends the process, if there is one."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError, AttributeError):
+                stream.close()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _own_path() -> dict[str, str]:
+    """The variable by which another Python finds this very package."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")]))}
 
 
 def run_code(code: str, *, env: Mapping[str, str] | None = None, timeout: float | int | None = None) -> ProcessResult:

@@ -7,6 +7,7 @@ from interchange import make_experiment
 
 from tale_jax.convert.formats import export_model
 from tale_jax.convert.ollama import modelfile
+from tale_jax.data.chat_template import DEFAULT_TEMPLATE
 
 pytest.importorskip("gguf", reason="needs the convert extra")
 
@@ -24,6 +25,11 @@ def test_the_folder_has_a_model_and_its_modelfile(tmp_path):
     ("template", "part", "absent"),
     [
         ("<|im_start|>{{ role }}", "{{- range .Messages }}<|im_start|>{{ .Role }}", "{{ .Prompt }}"),
+        (
+            DEFAULT_TEMPLATE,
+            "{{ if $number }}<s>{{ end }}{{ .Role }}\n{{ .Content }}</s>\n{{ end }}<s>assistant\n",
+            "im_start",
+        ),
         ("[INST] {{ messages }}", 'PARAMETER stop "</s>"', "TEMPLATE"),
     ],
 )

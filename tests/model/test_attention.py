@@ -8,12 +8,12 @@ import pytest
 from tale_jax.model.attention import (
     attention,
     causal_mask,
-    document_segments,
     rotary_angles,
     rotary_frequencies,
     rotate,
 )
 from tale_jax.model.decoding import attend_one
+from tale_jax.model.packed import document_segments
 
 
 def inputs(length, heads=4, kv_heads=2, width=8, dtype=jnp.float32):

@@ -58,9 +58,20 @@ INDEX = f"{CONVERT}test_safetensors_files.py::test_an_index_that_is_not_sound"
 NO_TOKENIZER_JSON = f"{CONVERT}test_tokenizer_json.py::test_models_that_no_tokenizer_json_can_hold"
 NO_GGUF = f"{CONVERT}test_gguf.py::test_what_llama_cpp_cannot_be_told"
 JSON_TOKENIZER = "tests/data/test_json_tokenizer.py::test_files_that_are_none"
+FINETUNE = "tests/runs/test_finetune.py::"
+NO_BASE = f"{FINETUNE}test_what_cannot_be_a_base"
+OTHER_BASE = f"{FINETUNE}test_another_base_is_refused_and_a_moved_one_found"
+CONVERSATION = "tests/data/test_chat.py::test_what_is_no_conversation_is_named_with_its_line"
+TEMPLATE = "tests/data/test_chat_template.py::"
+REFUSED = f"{TEMPLATE}test_what_a_template_refuses_is_told_in_its_words"
+HARM = f"{TEMPLATE}test_a_template_that_does_harm_is_one_line"
+LIMITS = f"{TEMPLATE}test_the_limits_of_the_process_hold_in_it"
+TASKS = "tests/evaluation/test_lm_eval.py::test_tasks_that_cannot_be_run"
+TALK = "tests/inference/test_conversation.py::"
 INTERNAL = "tests/remedies/test_runs.py::test_calls_of_python_are_corrected_as_they_are_told"
 
 REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
+    "configs/finetune.py": {"is not a variant": NO_BASE},
     "configs/m2_air.py": {"is not a variant": f"{CLI}test_the_variants_that_are_named_exist"},
     "configs/tales.py": {"is not a variant": f"{CLI}test_the_variants_that_are_named_exist"},
     "configs/wikitext2.py": {"is not a variant": f"{CLI}test_the_variants_that_are_named_exist"},
@@ -111,6 +122,9 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "tale_jax/bench/throughput.py": {"--only={} must be": BENCH},
     "tale_jax/config.py": {
         "try {}": BETWEEN,
+        "try --config.lora.matrices=query,value": BETWEEN,
+        "set --config.lora.rank=8": BETWEEN,
+        "leave out --config.{}": NO_BASE,
         "try ag_news": BETWEEN,
         "try train": BETWEEN,
         "try --config.corpus.path=my-texts/": f"{RUNS}test_the_folder_that_an_example_names_is_read",
@@ -165,6 +179,8 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "as when the data position was saved": f"{RUNS}test_a_data_position_of_other_text",
     },
     "tale_jax/data/prepare.py": {
+        "must hold a tokenizer (none in": NO_BASE,
+        "was prepared with; restore it": "tests/data/test_chat.py::test_conversations_are_prepared_with_marks",
         "must not exceed the windows of": PREPARED,
         "choose a new --workdir": PREPARED,
         ", or remove {}/windows to prepare again": PREPARED,
@@ -179,6 +195,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "cannot be written to": PREPARED,
     },
     "tale_jax/data/readers.py": {
+        "must hold conversations": "tests/data/test_chat.py::test_a_file_of_text_beside_conversations_is_refused",
         "{} must be a JSON object ({}); {}{}": ROWS,
         "; a .json file must be an array": ROWS,
         "give one object a line": ROWS,
@@ -202,6 +219,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "name one of these": ROWS,
     },
     "tale_jax/data/tales/grammar.py": {
+        "must be a tale of the grammar": "tests/data/test_questions.py::test_what_is_no_tale_has_no_questions",
         "use one of these": INTERNAL,
         "count tales from 0": INTERNAL,
         "try 2000": INTERNAL,
@@ -335,9 +353,14 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "or set total_steps": f"{RUNS}test_a_plan_knows_its_length_when_it_is_set",
     },
     "tale_jax/runs/evaluate.py": {
-        "try --sample_temperature": f"{RUNS}test_an_evaluation_is_refused_before_it_scores_and_goes_as_told"
+        "leave --quality out": f"{FINETUNE}test_a_base_learns_to_answer",
+        "try --sample_temperature": f"{RUNS}test_an_evaluation_is_refused_before_it_scores_and_goes_as_told",
     },
     "tale_jax/runs/experiment.py": {
+        "must not be the workdir itself": NO_BASE,
+        "give a workdir or a Hugging Face folder": f"{FINETUNE}test_a_base_that_is_gone",
+        "must hold a model": OTHER_BASE,
+        "must be the model of digest": OTHER_BASE,
         "train first with launch/train.py": f"{RUNS}test_a_workdir_that_is_no_experiment",
         "must be a whole checkpoint of": f"{RUNS}test_weights_are_asked_for_as_it_is_told",
         "restore config.json from a copy": COPY,
@@ -365,6 +388,11 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "no workdir is given": f"{RUNS}test_a_report_is_written_when_there_is_what_it_asks_for"
     },
     "tale_jax/runs/train.py": {
+        "base= must name the model": NO_BASE,
+        "be adamw with lora.rank above 0": NO_BASE,
+        "be 0 with a base": NO_BASE,
+        "set --config.optimizer.name=adamw": NO_BASE,
+        "set --config.minutes=0": NO_BASE,
         "the same command goes on from there": (
             "tests/runs/test_train.py::test_interrupted_and_resumed_equals_straight_through"
         ),
@@ -408,6 +436,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "try bfloat16": f"{CONVERT}test_huggingface.py::test_a_weight_that_float16_cannot_hold"
     },
     "tale_jax/convert/formats.py": {
+        "must be a workdir or a Hugging Face folder": NO_BASE,
         "give one of --to=FORMAT": f"{CONVERT}test_formats.py::test_a_mistake_is_corrected_as_told",
         "--{} is missing; give": f"{CONVERT}test_formats.py::test_a_mistake_is_corrected_as_told",
         "has no use with": f"{CONVERT}test_formats.py::test_a_mistake_is_corrected_as_told",
@@ -469,9 +498,41 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "that can be read ({}); copy": JSON_TOKENIZER,
     },
     "tale_jax/serve/chat.py": {
-        "refused by the chat template": f"{SERVE}test_messages_and_a_template_that_suit_each_other",
-        "do not suit the chat template": f"{SERVE}test_messages_and_a_template_that_suit_each_other",
-        "messages are too long": f"{SERVE}test_messages_and_a_template_that_suit_each_other",
+        "messages: {}": f"{SERVE}test_messages_and_a_template_that_suit_each_other",
+    },
+    "tale_jax/data/packing.py": {
+        "up to its first answer": "tests/data/test_packing.py::test_windows_too_short_for_any_answer_are_refused"
+    },
+    "tale_jax/data/chat.py": {
+        "correct or remove it": CONVERSATION,
+        "put the messages in order": CONVERSATION,
+        "fill it in, or remove the row": CONVERSATION,
+        "remove what stands after": CONVERSATION,
+        "the conversation that begins with": "tests/data/test_chat.py::test_a_template_that_refuses_a_row_names_it",
+    },
+    "tale_jax/data/chat_template.py": {
+        "must begin an answer as add_generation_prompt does": REFUSED,
+        "refuses this conversation": REFUSED,
+        "the chat template cannot be used": HARM,
+    },
+    "tale_jax/data/template_worker.py": {"it writes more than": LIMITS, "it takes more than": LIMITS},
+    "tale_jax/evaluation/lm_eval.py": {
+        "give another": TASKS,
+        "see https": TASKS,
+        "did you mean": TASKS,
+        "a folder of tasks; {}": TASKS,
+        "must name tasks": TASKS,
+        "cannot be run": TASKS,
+    },
+    "tale_jax/inference/conversation.py": {
+        "the message must fit the context": f"{TALK}test_the_oldest_turns_leave_when_the_context_is_full",
+        "--chat needs a chat template": f"{TALK}test_a_conversation_needs_a_template_and_one_sample",
+        "must be 1 with --chat": f"{TALK}test_a_conversation_needs_a_template_and_one_sample",
+    },
+    "tale_jax/model/adapters.py": {"try --config.lora.rank": NO_BASE},
+    "tale_jax/convert/peft.py": {
+        "--to=peft needs adapters": f"{CONVERT}test_peft.py::test_what_cannot_be_an_adapter",
+        "for peft; q8_0 is for gguf": f"{CONVERT}test_peft.py::test_what_cannot_be_an_adapter",
     },
     "tale_jax/serve/inspect.py": {
         "{}={} must be below": BODY,

@@ -161,13 +161,13 @@ def test_what_a_workdir_lacks_is_done_without(client, model, monkeypatch):
 @pytest.mark.parametrize(
     ("template", "said", "status"),
     [
-        ("{{ messages[5].content }}", "do not suit the chat template", 400),
-        ("{% for i in range(9) %}{{ messages.append(1) }}{% endfor %}", "do not suit the chat template", 400),
-        ("{{ ''.__class__.__mro__ }}", "do not suit the chat template", 400),
-        ("{{ messages.__init__.__globals__ }}", "do not suit the chat template", 400),
-        ("{% for i in range(10**9) %}{% endfor %}", "do not suit the chat template", 400),
-        ("{{ 'x' * 5000000 }}", "messages are too long", 413),
-        ("{{ raise_exception('no foxes') }}", "refused by the chat template: no foxes", 400),
+        ("{{ messages[5].content }}", "the chat template cannot be used: ", 400),
+        ("{% for i in range(9) %}{{ messages.append(1) }}{% endfor %}", "the chat template cannot be used: ", 400),
+        ("{{ ''.__class__.__mro__ }}", "the chat template cannot be used: ", 400),
+        ("{{ messages.__init__.__globals__ }}", "the chat template cannot be used: ", 400),
+        ("{% for i in range(10**9) %}{% endfor %}", "the chat template cannot be used: ", 400),
+        ("{{ 'x' * 5000000 }}", "it writes more than 4,000,000 characters", 400),
+        ("{{ raise_exception('no foxes') }}", "the chat template refuses this conversation: no foxes", 400),
     ],
 )
 def test_messages_and_a_template_that_suit_each_other(client, model, monkeypatch, template, said, status):

@@ -121,7 +121,10 @@ def test_the_log_probabilities_of_prompts_are_those_of_evaluation(client, model)
         assert -sum(logprobs["token_logprobs"]) == pytest.approx(nats[0], abs=1e-4)
         assert answer["usage"]["completion_tokens"] == 0 and answer["choices"][0]["text"] == model.tokenizer.decode(ids)
         with_bos = complete(client, prompt=ids, max_tokens=0, echo=True, logprobs=3)["choices"][0]
-        assert with_bos["logprobs"] == logprobs
+        assert with_bos["text"] == answer["choices"][0]["text"]
+        assert with_bos["logprobs"]["tokens"] == ["<s>", *logprobs["tokens"]]  # one place for each id that was sent
+        assert with_bos["logprobs"]["token_logprobs"] == [None, *logprobs["token_logprobs"]]
+        assert with_bos["logprobs"]["text_offset"] == [0, *logprobs["text_offset"]]
 
 
 def test_as_lm_eval_asks(client, model):
@@ -309,6 +312,9 @@ def test_tokens_there_and_back(client):
     tokens = client.post("/tokenize", json={"prompt": text}).json()["tokens"]
     assert client.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": text}
     assert client.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+    with_bos = client.post("/tokenize", json={"prompt": text, "add_special_tokens": True}).json()["tokens"]
+    info = client.get("/tokenizer_info").json()
+    assert with_bos == [info["bos_token_id"], *tokens] and info["bos_token"] is None
     refused(client, "/detokenize", tokens=[512])
 
 

@@ -21,7 +21,7 @@ from helpers import (
 
 from tale_jax.data.loader import split_windows
 from tale_jax.hardware import sharding
-from tale_jax.model.attention import document_segments
+from tale_jax.model.packed import document_segments
 from tale_jax.training.optimizer import group_of_weights
 from tale_jax.training.step import global_norm, make_trainer
 

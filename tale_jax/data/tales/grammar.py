@@ -111,6 +111,18 @@ def judge(text: str) -> Verdict:
     return Verdict(True, "", "", parser.logprob)
 
 
+def retold(text: str) -> "Story":
+    """The cast and the world of a tale, when it has been told. Raises ValueError for a text that is no tale."""
+    parser = _Parser(text)
+    story = Story(parser)
+    try:
+        _tale(story)
+        parser.finish()
+    except _Refusal:
+        raise ValueError(f"text {text[:40]!r} must be a tale of the grammar; take one of `tell`") from None
+    return story
+
+
 def entropy(num_tales: int = 2000, seed: int = 0, count: Callable[[str], int] | None = None) -> Entropy:
     """Estimates the entropy of the tales from `num_tales` (>= 2) fresh tales of the whole language.
 
@@ -421,7 +433,9 @@ class Story:
         self.chooser, self.scenes, self.fillers = chooser, scenes, fillers
         self.cast: dict[str, str] = {}
         self.owners: dict[str, str] = {}
+        self.first_owners: dict[str, str] = {}
         self.knowers: dict[str, list[str]] = {}
+        self.tellers: dict[str, str] = {}  # who heard a secret → who told it
         self.sentence = ""  # the template being said, and the scenes it was chosen from
         self.offered: tuple[str, ...] = ()
         self.separator = ""
@@ -502,6 +516,7 @@ class Story:
 
     def own(self, thing: str, owner: str) -> None:
         self.owners[thing] = owner
+        self.first_owners.setdefault(thing, owner)
 
     def hand(self, thing: str, giver: str, taker: str) -> None:
         assert self.owners[thing] == giver, f"{giver} gives away the {thing} of {self.owners[thing]}"
@@ -515,6 +530,8 @@ class Story:
         knowers = self.knowers.setdefault(fact, [])
         assert not told_by or told_by in knowers, f"{told_by} tells {who} what {told_by} does not know"
         knowers.append(who)
+        if told_by:
+            self.tellers[who] = told_by
 
 
 def _tales(stream: str) -> Iterator[Tale]:
