@@ -156,6 +156,15 @@ class Terminal:
         text, self.shown = self.shown[: found.end()], self.shown[found.end() :]
         return text
 
+    def wait_for_prompt(self) -> str:
+        """What is shown up to a prompt that takes keys.
+
+        readline shows the prompt a moment before it listens: what is typed between is lost on it, Ctrl-C and Ctrl-D too.
+        """
+        text = self.wait_for(r"> $")
+        time.sleep(0.5)
+        return text
+
     def wait(self, seconds: float = 120.0) -> int:
         """The exit code, when the script has ended; what it still shows is in `shown`."""
         end = time.monotonic() + seconds

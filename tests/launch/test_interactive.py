@@ -8,24 +8,27 @@ from helpers import ROOT, Terminal, run_script
 
 pytestmark = pytest.mark.slow
 
-PROMPT = r"(?m)^> $|> (?=$)"
-
 
 def test_a_session_as_people_know_it(trained):
     with Terminal("sample", f"--workdir={trained}", "--interactive", "--max_tokens=12", "--seed=5") as terminal:
-        assert "/help" in terminal.wait_for("> ")
+        assert "/help" in terminal.wait_for_prompt()
         terminal.type("Once\r")
         shown = terminal.wait_for(r"\(seed 5; \d+ tokens in [\d.]+ s.*?\)")
         assert "Once" in shown and "tokens/s" in shown
+        terminal.wait_for_prompt()
         terminal.type("\x1b[A\r")  # arrow up: the line before, which has the next seed
         assert terminal.wait_for(r"\(seed 6; ").count("Once") >= 2
+        terminal.wait_for_prompt()
         terminal.type("/temperature hot\r")
         terminal.wait_for(r"error: temperature=hot must be a number")
+        terminal.wait_for_prompt()
         terminal.type("half a line\x03")  # Ctrl-C at the prompt drops the line
         terminal.wait_for(r"Ctrl-C once more, /quit or Ctrl-D ends\)")
+        terminal.wait_for_prompt()
         terminal.type("/seed 5\rOnce\r")
         again = terminal.wait_for(r"\(seed 5; ")
         assert "half a line" not in again
+        terminal.wait_for_prompt()
         terminal.type("\x04")
         assert terminal.wait() == 0
         assert "Traceback" not in terminal.shown
@@ -33,14 +36,15 @@ def test_a_session_as_people_know_it(trained):
 
 def test_ctrl_c_stops_the_text_and_a_second_one_ends_the_session(trained):
     with Terminal("sample", f"--workdir={trained}", "--interactive", "--max_tokens=1000000") as terminal:
-        terminal.wait_for("> ")
         for _ in range(2):  # the session goes on after the first
+            terminal.wait_for_prompt()
             terminal.type("Once\r")
             terminal.wait_for(r"Once\S*[^\r]*\r\n.*Once")
             terminal.wait_for(r"\S{3}")
             terminal.type("\x03")
             terminal.wait_for(r"\[stopped\]")
             terminal.wait_for(r"\(seed \d; \d+ tokens")
+        terminal.wait_for_prompt()
         terminal.type("\x03")
         assert terminal.wait() == 0
         assert "Traceback" not in terminal.shown
@@ -48,9 +52,10 @@ def test_ctrl_c_stops_the_text_and_a_second_one_ends_the_session(trained):
 
 def test_two_ctrl_c_at_the_prompt_end_the_session(trained):
     with Terminal("sample", f"--workdir={trained}", "--interactive") as terminal:
-        terminal.wait_for("> ")
+        terminal.wait_for_prompt()
         terminal.type("\x03")
         terminal.wait_for(r"Ctrl-C once more")
+        terminal.wait_for_prompt()
         terminal.type("\x03")
         assert terminal.wait() == 0
 
