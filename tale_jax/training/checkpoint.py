@@ -60,6 +60,7 @@ class Checkpoints:
       keep: how many stay.
       max_concurrent_bytes: bytes that are on their way to the disk at a time, while `save` waits; 0: `save` copies the
         state and returns, and the copy is written in the background.
+      keep_every: steps, of whose multiples all stay; 0: of none.
       facts: what the run is, in JSON's types; it goes into each manifest from then on, as the attribute says it.
     """
 
@@ -152,18 +153,8 @@ class Checkpoints:
                 "on from there with a smaller optimizer.learning_rate"
             )
         self._prune()
-        facts = {"step": step, LOSS: loss, "data": dict(data), "arrays": digests(arrays)}
-        items = ocp.args.Composite(
-            **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}, data=ocp.args.JsonSave(dict(data))
-        )
-        self._saving_bytes = num_bytes(arrays)
-        with self._written():
-            _check_space(self.folder, self._saving_bytes)
-            if self._is_main:
-                write_atomically(self.folder / BEGUN, str(step))
-            self._manager.save(step, args=items, force=True)
-        self._losses[step] = loss
-        self._sealing = self._sealer.submit(self._seal, step, facts | _saved_scale(state.scale) | self.facts)
+        facts = {"data": dict(data), "arrays": digests(arrays)}
+        self._begin(step, loss, arrays, facts | _saved_scale(state.scale), data=ocp.args.JsonSave(facts["data"]))
         if not self._overlaps or not self._read_back:
             self.wait()
         if not self._read_back:
@@ -173,6 +164,20 @@ class Checkpoints:
     @property
     def _is_main(self) -> bool:
         return jax.process_index() == 0
+
+    def _begin(
+        self, step: int, loss: float | None, arrays: Mapping[str, Any], facts: Mapping[str, Any], **items: Any
+    ) -> None:
+        """Hands arrays and other `items` to orbax; the manifest, with `facts`, follows when they are on disk."""
+        items |= {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        self._saving_bytes = num_bytes(arrays)
+        with self._written():
+            _check_space(self.folder, self._saving_bytes)
+            if self._is_main:
+                write_atomically(self.folder / BEGUN, str(step))
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._losses[step] = loss
+        self._sealing = self._sealer.submit(self._seal, step, {"step": step, LOSS: loss} | facts | self.facts)
 
     def _seal(self, step: int, facts: Mapping[str, Any]) -> None:
         """Waits until the arrays are on disk, and writes the manifest: from now on the checkpoint exists."""
@@ -201,14 +206,7 @@ class Checkpoints:
 
     def save_params(self, step: int, params: Any) -> None:
         """Saves weights that no training here has led to. Raises OSError in one line when it fails."""
-        with self._written():
-            _check_space(self.folder, num_bytes(params))
-            if self._is_main:
-                write_atomically(self.folder / BEGUN, str(step))
-            self._manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)), force=True)
-        self._losses[step] = None
-        facts = {"step": step, LOSS: None, "arrays": digests({"params": params})}
-        self._sealing = self._sealer.submit(self._seal, step, facts | self.facts)
+        self._begin(step, None, {"params": params}, {"arrays": digests({"params": params})})
         self.wait()
 
     def restore(self, abstract_state: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
