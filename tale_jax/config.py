@@ -24,7 +24,7 @@ from typing import Any
 
 import ml_collections
 
-from tale_jax.utils.files import check_entries, check_inside, write_atomically
+from tale_jax.utils.files import check_entries, check_inside, json_object, write_atomically
 from tale_jax.utils.manifests import digest_of
 from tale_jax.utils.paths import quoted
 from tale_jax.utils.settings import (
@@ -716,12 +716,7 @@ def read_config_json(workdir: Path) -> dict[str, Any]:
     check_entries(Path(workdir))
     check_inside(Path(workdir), path, MAX_BYTES)
     remedy = f"{repair}, or train in a new workdir"
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON ({error}); {remedy}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must be a JSON object; {remedy}")
+    values = json_object(path.read_bytes(), path, remedy)
     digest = values.pop("digest", None)
     upgraded = _upgrade(values, str(path))
     if (digest is not None or values["format"] >= FIRST_WITH_DIGEST) and not _is_digest_of(values, digest):

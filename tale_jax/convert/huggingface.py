@@ -34,6 +34,7 @@ from tale_jax.model.attention import FAST_TURNS, SLOW_TURNS
 from tale_jax.model.transformer import Transformer
 from tale_jax.runs.experiment import Experiment, run_facts
 from tale_jax.training.checkpoint import save_params
+from tale_jax.utils.files import json_object
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # What a config.json of theirs may say and ours has no place for: field → the values that change nothing.
@@ -239,13 +240,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of their folder. Raises ValueError, in one line, when it is missing or none."""
     if not path.is_file():
         raise ValueError(f"{path.parent} must be a Hugging Face folder (no {path.name} there); give --path=FOLDER")
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON ({error}); copy it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must be a JSON object; copy it again")
-    return values
+    return json_object(path.read_bytes(), path, "copy it again")
 
 
 def _read_tokenizer(path: Path, theirs: Mapping[str, Any]) -> JsonTokenizer:

@@ -20,7 +20,7 @@ from jaxtyping import UInt
 
 from tale_jax.data.tokenizer import JSON_FILE, SPACE, Tokenizer, check_unicode
 from tale_jax.utils.extras import missing_extra
-from tale_jax.utils.files import write_atomically
+from tale_jax.utils.files import json_object, write_atomically
 
 SETTINGS_FILE = "tokenizer_config.json"
 KINDS = ("BPE", "Unigram")
@@ -41,7 +41,7 @@ class JsonTokenizer(Tokenizer):
         """`model` is one JSON object, of the two files by name: see `pack`."""
         files = json.loads(model)
         self.text, self.settings = files[JSON_FILE], files[SETTINGS_FILE]
-        self.specification = _read_object(self.text, name)
+        self.specification = json_object(self.text, name, "copy it again")
         kind = (self.specification.get("model") or {}).get("type")
         if kind not in KINDS:
             raise ValueError(f"{name}: a tokenizer of type {kind} must be one of {', '.join(KINDS)}; use another base")
@@ -70,7 +70,7 @@ class JsonTokenizer(Tokenizer):
         """Reads tokenizer.json and, where there is one, the tokenizer_config.json beside it."""
         path = Path(path)
         beside = path.with_name(SETTINGS_FILE)
-        settings = _read_object(beside.read_bytes(), str(beside)) if beside.is_file() else {}
+        settings = json_object(beside.read_bytes(), beside, "copy it again") if beside.is_file() else {}
         return JsonTokenizer(pack(path.read_bytes(), settings, str(path)), str(path))
 
     @property
@@ -132,16 +132,6 @@ def _parts(component: Mapping[str, Any] | None, inside: str) -> Iterator[Mapping
 def _content(token: Any) -> Any:
     """A token as tokenizer_config.json names it: the text, or an object that has it."""
     return token.get("content") if isinstance(token, Mapping) else token
-
-
-def _read_object(text: str | bytes, name: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} must be JSON ({error}); copy it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{name} must be a JSON object; copy it again")
-    return values
 
 
 def _library_tokenizer(text: str, name: str) -> Any:

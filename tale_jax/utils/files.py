@@ -5,6 +5,7 @@ with atomic_writer(path) as file:             # the same for content that comes 
     file.write(b"…")
 JsonLines(path).append({"step": 1})           # in the file when the call returns
 records = read_json_lines(path)
+values = json_object(path.read_bytes(), path, "copy it again")  # one line names the file and the remedy otherwise
 """
 
 import contextlib
@@ -52,6 +53,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces the content of a file. Text is written as UTF-8."""
     with atomic_writer(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def json_object(text: str | bytes, name: object, remedy: str) -> dict[str, Any]:
+    """The JSON object that a text is. Raises ValueError, in one line with `name` and `remedy`, when it is none."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} must be JSON ({error}); {remedy}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must be a JSON object; {remedy}")
+    return values
 
 
 def check_inside(folder: Path, path: Path, max_bytes: int = 0) -> None:

@@ -141,8 +141,6 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "{}: {}": f"{CONFIG}test_a_damaged_config_json_is_refused_in_one_line",
         "give the folder that launch/train.py wrote": f"{RUNS}test_a_workdir_that_is_no_experiment",
         "must hold an experiment": f"{RUNS}test_a_workdir_that_is_no_experiment",
-        "must be JSON ({}); {}": CONFIG_BACK,
-        "must be a JSON object; {}": CONFIG_BACK,
         "python launch/verify.py --workdir={} --repair": CONFIG_BACK,
         ", or train in a new workdir": f"{RUNS}test_a_config_that_is_restored_or_left_behind",
         "is damaged, or was changed by hand": CONFIG_BACK,
@@ -457,7 +455,6 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "rope scaling": THEIRS,
         "must be a number; copy the file again": THEIRS,
         "must be a Hugging Face folder": FOLDER,
-        "copy it again": FOLDER,
         "must hold a tokenizer": FOLDER,
         "must have a token for": (
             f"{CONVERT}test_huggingface.py::test_marks_are_found_where_the_tokenizer_does_not_name_them"
@@ -493,8 +490,6 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "tale_jax/data/json_tokenizer.py": {
         "use another base": JSON_TOKENIZER,
         "must be JSON in UTF-8": JSON_TOKENIZER,
-        "must be JSON ({}); copy": JSON_TOKENIZER,
-        "must be a JSON object; copy": JSON_TOKENIZER,
         "that can be read ({}); copy": JSON_TOKENIZER,
     },
     "tale_jax/serve/chat.py": {
@@ -569,6 +564,8 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "must be as a browser sends it": f"{SERVE}test_a_setting_that_is_corrected_as_told_serves",
     },
     "tale_jax/utils/files.py": {
+        "must be JSON ({}); {}": JSON_TOKENIZER,
+        "must be a JSON object; {}": JSON_TOKENIZER,
         "put the file itself there": LINKS,
         "and has {}; restore it": LINKS,
         "is a pipe or device; remove it": LINKS,
