@@ -41,6 +41,30 @@ LIKE_SGD = {
     "optimizer.weight_decay": 0.0,
 }
 
+# The flags of a script that tests write, as the scripts in launch/ define theirs.
+FLAG_DEFINITIONS = """
+from absl import flags
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "the recipe")
+WORKDIR = flags.DEFINE_string("workdir", None, "the experiment's folder", required=True)
+TOP_P = flags.DEFINE_float("top_p", 1.0, "nucleus", lower_bound=0.0, upper_bound=1.0)
+SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "which text")
+COUNT = flags.DEFINE_integer("count", 3, "how many")
+JSON = flags.DEFINE_bool("json", False, "one JSON object")
+"""
+# The least run on one's own files: `corpus.path` is missing.
+TINY_FILES = {
+    "corpus.name": "files",
+    "corpus.held_out": 0.15,
+    "windows": "stream",
+    "model.mask_documents": False,
+    "model.num_layers": 1,
+    "model.seq_len": 32,
+    "evaluate.max_windows": 4,
+    "precision": "float32",
+}
+
 
 def build_config(**changes: Any) -> Config:
     """The tiny recipe with `changes` by dotted name: build_config(**{"model.num_layers": 1})."""
@@ -159,7 +183,7 @@ class Terminal:
     def wait_for_prompt(self) -> str:
         """What is shown up to a prompt that takes keys.
 
-        readline shows the prompt a moment before it listens: what is typed between is lost on it, Ctrl-C and Ctrl-D too.
+        readline shows the prompt a moment before it listens: what is typed between is lost, Ctrl-C and Ctrl-D too.
         """
         text = self.wait_for(r"> $")
         time.sleep(0.5)

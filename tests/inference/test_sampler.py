@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -325,8 +326,11 @@ def test_deltas_come_in_order_and_make_up_the_samples(sampler):
     ],
 )
 def test_a_setting_out_of_range_is_one_line_with_a_remedy(field, value):
-    with pytest.raises(ValueError, match=rf"^{field}=.* must [^\n]*; try --{field}=[^\n]*$"):
+    with pytest.raises(ValueError, match=rf"^{field}=.* must [^\n]*; try --{field}=[^\n]*$") as raised:
         SampleSettings(**{field: value})
+    [told] = shlex.split(str(raised.value).rpartition(f"--{field}=")[2])
+    kind = type(getattr(SampleSettings(), field))
+    SampleSettings(**{field: (told,) if kind is tuple else kind(told)})
 
 
 @pytest.mark.parametrize(

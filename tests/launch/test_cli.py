@@ -4,23 +4,15 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import FLAG_DEFINITIONS, ROOT
 
 SCRIPT = '''"""A script that costs 100% nothing."""
 
 import sys
 
 sys.path.insert(0, "LAUNCH")
-from absl import flags
 from cli import run
-from ml_collections import config_flags
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "the recipe")
-WORKDIR = flags.DEFINE_string("workdir", None, "the experiment's folder", required=True)
-TOP_P = flags.DEFINE_float("top_p", 1.0, "nucleus", lower_bound=0.0, upper_bound=1.0)
-SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "which text")
-COUNT = flags.DEFINE_integer("count", 3, "how many")
-JSON = flags.DEFINE_bool("json", False, "one JSON object")
+FLAG_DEFINITIONS
 FAULT = flags.DEFINE_string("fault", "", "what goes wrong")
 
 
@@ -48,7 +40,7 @@ if __name__ == "__main__":
 def call(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("cli")
     script = folder / "tiny.py"
-    script.write_text(SCRIPT.replace("LAUNCH", str(ROOT / "launch")))
+    script.write_text(SCRIPT.replace("FLAG_DEFINITIONS", FLAG_DEFINITIONS).replace("LAUNCH", str(ROOT / "launch")))
     (folder / "raises.py").write_text("def get_config():\n    return 1 / 0\n")
     (folder / "refuses.py").write_text("def get_config(size):\n    raise ValueError(f'no\\nsize {size}')\n")
     (folder / "broken.py").write_text("def get_config(:\n")
@@ -146,7 +138,7 @@ def test_interrupt_is_130(call):
 
 def test_a_reader_that_goes_away_is_no_error(call, tmp_path):
     script = tmp_path / "tiny.py"
-    script.write_text(SCRIPT.replace("LAUNCH", str(ROOT / "launch")))
+    script.write_text(SCRIPT.replace("FLAG_DEFINITIONS", FLAG_DEFINITIONS).replace("LAUNCH", str(ROOT / "launch")))
     with subprocess.Popen(
         [sys.executable, str(script), "--workdir=w", "--fault=flood"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:

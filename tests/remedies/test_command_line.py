@@ -9,24 +9,16 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from helpers import ROOT
+from helpers import FLAG_DEFINITIONS, ROOT
 
 # A script as those in launch/. Each command line of stdin is run in a fork of it, so that all of them start fast.
 SCRIPT = """
 import io, json, os, sys, traceback
 sys.argv[0] = "launch/tiny.py"
 sys.path.insert(0, "launch")
-from absl import flags
 import cli
-from ml_collections import config_flags
 import tale_jax.config
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "the recipe")
-WORKDIR = flags.DEFINE_string("workdir", None, "the experiment's folder", required=True)
-TOP_P = flags.DEFINE_float("top_p", 1.0, "nucleus", lower_bound=0.0, upper_bound=1.0)
-SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "which text")
-COUNT = flags.DEFINE_integer("count", 3, "how many")
-JSON = flags.DEFINE_bool("json", False, "one JSON object")
+FLAG_DEFINITIONS
 OUT = cli.define_path("out", "file to write", "a file")
 
 
@@ -44,7 +36,7 @@ for arguments in json.load(sys.stdin):
     os.close(into)
     written = b"".join(iter(lambda: os.read(out, 65536), b"")).decode()
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written], ensure_ascii=False))
-"""
+""".replace("FLAG_DEFINITIONS", FLAG_DEFINITIONS)
 Result = tuple[int, str]
 
 

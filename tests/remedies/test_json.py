@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import build_config, run_script
+from helpers import TINY_FILES, build_config, run_script
 
 from tale_jax.evaluation.scoring import Evaluation, Scorer
 from tale_jax.runs.evaluate import describe, evaluate
@@ -17,19 +17,7 @@ from tale_jax.runs.report import write_report
 from tale_jax.runs.train import train
 from tale_jax.utils.files import json_line, to_json
 
-TINY = {
-    "corpus.name": "files",
-    "corpus.held_out": 0.15,
-    "windows": "stream",
-    "model.mask_documents": False,
-    "model.num_layers": 1,
-    "model.embed_dim": 32,
-    "model.seq_len": 32,
-    "total_steps": 2,
-    "evaluate.max_windows": 4,
-    "sample.max_tokens": 4,
-    "precision": "float32",
-}
+TINY = TINY_FILES | {"model.embed_dim": 32, "total_steps": 2, "sample.max_tokens": 4}
 
 
 def dna() -> str:

@@ -4,25 +4,17 @@ import json
 import random
 
 import pytest
-from helpers import build_config, run_script
+from helpers import TINY_FILES, build_config, run_script
 
 from tale_jax.runs.train import train
 from tale_jax.utils.locks import writer_lock
 
-TINY = {
-    "corpus.name": "files",
-    "corpus.held_out": 0.15,
-    "windows": "stream",
-    "model.mask_documents": False,
-    "model.num_layers": 1,
-    "model.seq_len": 32,
+TINY = TINY_FILES | {
     "total_steps": 4,
     "tokenizer.vocab_size": 400,
-    "evaluate.max_windows": 4,
     "evaluate.every_steps": 2,
     "checkpoint.every_steps": 2,
     "sample.max_tokens": 8,
-    "precision": "float32",
 }
 
 
