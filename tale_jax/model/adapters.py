@@ -112,7 +112,7 @@ def merged(weights: Any) -> Any:
         update = weights.adapters["blocks"].get(module, {}).get(name)
         if update is None:
             continue
-        kernel = jnp.asarray(kernel)
+        kernel, update = jnp.asarray(kernel), {name: jnp.asarray(leaf) for name, leaf in update.items()}
         new = kernel + weights.scale * (update["a"] @ update["b"])
         if "gain" in update:
             new *= (update["gain"] * column_ratio(kernel, update["a"], update["b"], weights.scale))[..., None, :]

@@ -194,8 +194,8 @@ def test_32_bit_tokens_of_an_older_workdir_get_their_marks(trained, tmp_path):
     folder = tmp_path / "old" / "windows"
     plain, manifest = load_tokens(trained, "valid")
     plain.astype(DTYPE).tofile(folder / "valid.bin")
-    values = dataclasses.asdict(manifest) | {"dtype": "<u4"}
-    del values["has_marks"], values["chat"]
+    values = dataclasses.asdict(manifest) | {"dtype": "<u4", "format_version": 1}
+    del values["has_marks"], values["chat"], values["sha256"]
     (folder / "valid.json").write_text(json.dumps(values))
     tokens, _ = load_tokens(tmp_path / "old", "valid")
     assert (token_ids(tokens, MARKED) == plain).all()

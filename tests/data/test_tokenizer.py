@@ -226,6 +226,7 @@ def test_large_vocabularies_have_ids_of_four_bytes(monkeypatch):
     monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "vocab_size", lambda self: 1 << 16)
     monkeypatch.setattr("tale_jax.data.tokenizer._token_bytes", lambda library, index: b"")
     monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "id_to_piece", lambda self, index: "x")
+    monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "is_control", lambda self, index: False)
     assert SentencePieceTokenizer(trained().model).dtype == np.dtype("<u2")
     monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "vocab_size", lambda self: (1 << 16) + 1)
     assert SentencePieceTokenizer(trained().model).dtype == np.dtype("<u4")
