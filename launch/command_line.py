@@ -281,7 +281,9 @@ def _explain_value(message: str, args: list[str]) -> str:
     if kind == "config_literal" or "ConfigDict" in reason:
         return f"--{name}={value}: {name} is a group of settings; set one of them, as --{name}.NAME={value}"
     if choices := getattr(flag.parser, "enum_values", None):
-        return f"--{name}={value} must be one of {', '.join(choices)}{_suggestion(value, list(choices))}"
+        near = difflib.get_close_matches(value, choices, n=1, cutoff=0.6)
+        remedy = f"did you mean {near[0]}?" if near else f"try --{name}={choices[0]}"
+        return f"--{name}={value} must be one of {', '.join(choices)}; {remedy}"
     if kind == "bool":
         return f"--{name}={value} must be true or false"
     if (rule := flag.parser.syntactic_help) and "value other" not in reason and _parse_fails(flag, value):

@@ -33,7 +33,10 @@ def test_out_and_in(trained, tmp_path):
         (["--workdir={trained}", "--to=gguf", "--from=huggingface"], "give one of --to=FORMAT"),
         (["--workdir={trained}", "--to=gguf"], "--out is missing"),
         (["--workdir={tmp}/x", "--from=huggingface"], "--path is missing"),
-        (["--workdir={trained}", "--to=onnx", "--out={tmp}/x"], "--to=onnx must be one of huggingface, peft, gguf, ollama"),
+        (
+            ["--workdir={trained}", "--to=onnx", "--out={tmp}/x"],
+            "--to=onnx must be one of huggingface, peft, gguf, ollama",
+        ),
         (["--workdir={trained}", "--to=gguf", "--out={tmp}"], "must not exist yet"),
         (["--workdir={trained}", "--to=huggingface", "--dtype=q8_0", "--out={tmp}/x"], "--dtype=q8_0 must be one of"),
         (["--workdir={tmp}/nothing", "--to=gguf", "--out={tmp}/x"], "must be a folder, and does not exist"),

@@ -84,6 +84,8 @@ def test_dropout_is_of_what_updates_read_and_of_training_alone():
 
 
 def test_a_rank_above_the_matrix_is_refused_with_one_that_fits():
-    with pytest.raises(ValueError, match=r"lora.rank=40 must not exceed 32, .* key \[32, 32\]; try --config.lora.rank=32"):
+    with pytest.raises(
+        ValueError, match=r"lora.rank=40 must not exceed 32, .* key \[32, 32\]; try --config.lora.rank=32"
+    ):
         tiny_trainer(**LORA | {"lora.rank": 40})
     tiny_trainer(**LORA | {"lora.rank": 32})

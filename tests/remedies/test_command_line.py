@@ -92,7 +92,7 @@ MISTAKES = {
     "no integer": value("--count=1.5", r"the default is (3)"),
     "no truth": value("--json=maybe", r"must be (true) or false"),
     "no choice of these": value("--split=vald", r"did you mean (\w+)\?"),
-    "no choice at all": value("--split=zzzz", r"must be one of (\w+)"),
+    "no choice at all": value("--split=zzzz", r"try --split=(\w+)"),
     "a flag without its value": ([*BASE, "--count"], lambda m: [*BASE, "--count=3"] if "--name=value" in m else []),
     "a stray word": ([*BASE, "stray"], lambda m: BASE if "is not a flag" in m else []),
     "no number for a setting": value("--config.seed=abc", r"the default is (0)"),
