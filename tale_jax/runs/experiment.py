@@ -25,11 +25,12 @@ from tale_jax.model.adapters import Adapted, init_adapters, merged
 from tale_jax.model.transformer import Kernels, Transformer, make_model
 from tale_jax.planning.autotune import num_weights
 from tale_jax.training.checkpoint import SavedParams, check_size
-from tale_jax.utils.files import write_atomically
+from tale_jax.utils.files import check_inside, write_atomically
 from tale_jax.utils.progress import Progress
 from tale_jax.utils.streams import notice
 
 BASE_FILE = "base.json"  # of a fine-tuned workdir: which base it was, by path, step and digest
+MAX_BASE_FILE_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,28 +120,45 @@ def open_base(workdir: Path, config: Config, backend: Kernels, digest: str = "")
     folder, file = base_folder(workdir, config.base), Path(workdir) / BASE_FILE
     if folder.resolve() == Path(workdir).resolve():
         raise ValueError(f"base={config.base} must not be the workdir itself; give another --workdir")
-    known = json.loads(file.read_bytes()) if file.is_file() else {}
+    known = read_base_file(workdir)
     move = f"copy or link it to {Path(workdir) / BASE_FOLDER}"
     if not (folder / "config.json").is_file():
         remedy = move if known else "give a workdir or a Hugging Face folder"
         raise ValueError(f"base={config.base} must hold a model (no config.json there); {remedy}")
     base = open_experiment(folder, backend, known.get("step", 0), weights=known.get("weights", "auto"))
     found = weights_digest(base.params)
-    if (wanted := digest or known.get("digest", found)) != found:
-        raise ValueError(
-            f"base={folder} must be the model of digest {wanted[:12]} that {workdir} was trained on, and has "
-            f"{found[:12]}; if you have that one, {move}"
-        )
+    for wanted in filter(None, (digest, known.get("digest"))):
+        if wanted != found:
+            raise ValueError(
+                f"base={folder} must be the model of digest {wanted[:12]} that {workdir} was trained on, and has "
+                f"{found[:12]}; if you have that one, {move}"
+            )
     if not known:
         known = {"path": str(folder), "step": base.step, "weights": base.weights, "digest": found}
         write_atomically(file, json.dumps(known, indent=2) + "\n")
     return base
 
 
-def base_digest(workdir: Path) -> str:
-    """The digest of the base of a workdir, as `open_base` has written it; "" where there is no base."""
+def read_base_file(workdir: Path) -> dict[str, Any]:
+    """What `open_base` has written of the base of a workdir: path, step, weights and digest; empty where it has not.
+
+    Raises ValueError, in one line, for a file that it has not written.
+    """
     file = Path(workdir) / BASE_FILE
-    return json.loads(file.read_bytes())["digest"] if file.is_file() else ""
+    if not file.exists():
+        return {}
+    check_inside(Path(workdir), file, MAX_BASE_FILE_BYTES)
+    try:
+        known = json.loads(file.read_bytes())
+        if type(known["step"]) is int and all(type(known[name]) is str for name in ("path", "weights", "digest")):
+            return known
+        reason = "path, weights and digest are text, step is a whole number"
+    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise ValueError(
+        f"{file} must name the base as train.py wrote it ({reason}); restore it from a copy, or remove it: the "
+        "checkpoints know the digest of their base"
+    )
 
 
 def weights_digest(params: Any) -> str:

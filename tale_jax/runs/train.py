@@ -37,7 +37,7 @@ from tale_jax.planning.autotune import SHAPE_SETTINGS, autotune
 from tale_jax.planning.memory import memory_budget
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.plan import Plan, check_fits, headline, plan_run, refusal, remedies
-from tale_jax.runs.experiment import base_digest, check_belongs, check_saved_size, check_windows, open_base, run_facts
+from tale_jax.runs.experiment import check_belongs, check_saved_size, check_windows, open_base, read_base_file, run_facts
 from tale_jax.runs.resume import resumed_config
 from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes, read_manifests
 from tale_jax.training.loop import Hooks, fit
@@ -182,7 +182,8 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
                 else:
                     batches.set_state(position)
             if config.base:
-                checkpoints.facts["base"] = base_digest(workdir)
+                known = checkpoints.manifest.get("base") or read_base_file(workdir).get("digest", "")
+                checkpoints.facts["base"] = known
             release_memory()
             record = _run_record(config, prepared, backend, plan, step)
             record |= {"startup_seconds": time.monotonic() - start.time, "was_prepared": start.was_prepared}
