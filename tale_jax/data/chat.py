@@ -50,9 +50,7 @@ def conversation(row: Mapping[str, Any], place: str) -> str:
         messages = [*_as_messages(row["prompt"], "user"), *_as_messages(row[answer], "assistant")]
     kept: dict[str, Any] = {"messages": _checked(messages, place)}
     if tools := _without_none(row.get("tools")):
-        if not isinstance(tools, list):
-            raise ValueError(f"{place}: tools must be an array of objects; correct or remove it")
-        kept["tools"] = tools
+        kept["tools"] = _objects(tools, f"{place}: tools")
     text = json.dumps(kept, ensure_ascii=False, separators=(",", ":"))
     try:
         text.encode()
@@ -77,7 +75,7 @@ def _checked(messages: Any, place: str) -> list[dict[str, Any]]:
         if not isinstance(message, dict):
             raise ValueError(f"{where} must be an object with role and content; correct or remove it")
         role = message.get("role")
-        if role not in FOLLOWS:
+        if not isinstance(role, str) or role not in FOLLOWS:
             raise ValueError(f"{where}: role={_short(role)} must be one of {', '.join(ROLES)}; correct or remove it")
         if before not in FOLLOWS[role]:
             after = f"follow {' or '.join(name or 'nothing' for name in FOLLOWS[role])}"
@@ -85,7 +83,7 @@ def _checked(messages: Any, place: str) -> list[dict[str, Any]]:
                 f"{where}: role={role} must {after}, but {f'follows {before}' if before else 'is the first'}; put the "
                 "messages in order, or remove the row"
             )
-        calls = _without_none(message.get("tool_calls")) or []
+        calls = _objects(_without_none(message.get("tool_calls")) or [], f"{where}: tool_calls")
         content = _text_of(message.get("content"), where)
         if not content.strip() and not calls and role != "tool":
             what = "response" if role == "assistant" else "content"
@@ -110,6 +108,13 @@ def _text_of(content: Any, where: str) -> str:
         if all(isinstance(text, str) for text in texts):
             return "".join(map(str, texts))
     raise ValueError(f"{where}: content must be text; pictures and sound cannot be learned: correct or remove it")
+
+
+def _objects(values: Any, what: str) -> list[Any]:
+    """The values, an array of objects. Raises ValueError, in one line that begins with `what`, for anything else."""
+    if isinstance(values, list) and all(isinstance(value, dict) for value in values):
+        return values
+    raise ValueError(f"{what} must be an array of objects; correct or remove it")
 
 
 def _without_none(value: Any) -> Any:

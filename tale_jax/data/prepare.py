@@ -48,7 +48,7 @@ from tale_jax.data.tokenizer import (
     tokenizer_file,
     train_tokenizer,
 )
-from tale_jax.utils.files import atomic_writer, check_inside
+from tale_jax.utils.files import LINKED, atomic_writer, check_inside
 from tale_jax.utils.locks import writer_lock
 from tale_jax.utils.progress import Progress
 
@@ -60,7 +60,7 @@ TOKEN_DEVIATION, DOCUMENT_DEVIATION = 2.8, 0.2
 MAX_TOKENIZER_BYTES = 1 << 26  # of a file; a vocabulary of 262,144 takes 5 MB
 MIN_TOLD_INTERVAL = 0.03  # nats per token; a smaller half width is not worth a word
 CHANGED_NOTE = "the text has changed: prepared again, with the same tokenizer; the data position starts anew"
-BASE_FOLDER = "base"  # where the base of a fine-tuned workdir is looked for first: a folder in it, or a link there
+BASE_FOLDER = LINKED  # where the base of a fine-tuned workdir is looked for first: a folder in it, or a link there
 CHARACTER_COVERAGE = 0.9995  # share of those characters that SentencePiece gives a token of their own
 
 

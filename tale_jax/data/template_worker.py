@@ -6,9 +6,11 @@ Jinja's sandbox refuses what reaches beyond the template; the limits of this pro
 It imports nothing but Jinja, so that it starts fast and holds little.
 """
 
+import contextlib
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +55,9 @@ def renderer(template: str, special: dict[str, str]) -> Callable[..., str]:
             size += len(part)
             if size > MAX_CHARS:
                 raise Limit(f"it writes more than {MAX_CHARS:,} characters")
-        return "".join(parts)
+        text = "".join(parts)
+        text.encode()  # half a surrogate pair is no text
+        return text
 
     return render
 
@@ -64,13 +68,19 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         render = renderer(request["template"], request["special"])
         return {"texts": [render(*arguments) for arguments in request["renders"]]}
     except Refused as error:
-        return {"refused": str(error)[:300]}
+        return {"refused": _one_line(error, 300)}
     except Limit as error:
         return {"error": str(error)}
     except MemoryError:
         return {"error": f"it takes more than {MAX_BYTES >> 20} MB of memory"}
     except Exception as error:  # whatever the code of a template raises
-        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        return {"error": f"{type(error).__name__}: {_one_line(error, 200)}"}
+
+
+def _one_line(error: Exception, max_chars: int) -> str:
+    """What an error says, by the words of a template perhaps: of one line, and harmless on a terminal."""
+    words = " ".join(str(error)[: 10 * max_chars].split())
+    return "".join(c if c.isprintable() else "\ufffd" for c in words)[:max_chars]
 
 
 def limited(request: dict[str, Any]) -> dict[str, Any]:
@@ -92,15 +102,19 @@ def limited(request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Serves requests until stdin ends."""
-    try:
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not everywhere; time is limited all the same
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
-    except (ImportError, ValueError, OSError):
-        pass  # not everywhere; time is limited all the same
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     for line in sys.stdin:
+        with contextlib.suppress(ImportError, ValueError, OSError):
+            # No signal is handled within one operation, such as 3 ** (10 ** 9): the kernel ends the process then.
+            import resource
+
+            end = int(time.process_time()) + MAX_SECONDS + 2
+            resource.setrlimit(resource.RLIMIT_CPU, (end, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         print(json.dumps(limited(json.loads(line))), flush=True)
 
 

@@ -25,7 +25,7 @@ from tale_jax.model.adapters import Adapted, init_adapters, merged
 from tale_jax.model.transformer import Kernels, Transformer, make_model
 from tale_jax.planning.autotune import num_weights
 from tale_jax.training.checkpoint import SavedParams, check_size
-from tale_jax.utils.files import check_inside, write_atomically
+from tale_jax.utils.files import check_inside, json_object, write_atomically
 from tale_jax.utils.progress import Progress
 from tale_jax.utils.streams import notice
 
@@ -148,17 +148,12 @@ def read_base_file(workdir: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     check_inside(Path(workdir), file, MAX_BASE_FILE_BYTES)
-    try:
-        known = json.loads(file.read_bytes())
-        if type(known["step"]) is int and all(type(known[name]) is str for name in ("path", "weights", "digest")):
-            return known
-        reason = "path, weights and digest are text, step is a whole number"
-    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    raise ValueError(
-        f"{file} must name the base as train.py wrote it ({reason}); restore it from a copy, or remove it: the "
-        "checkpoints know the digest of their base"
-    )
+    remedy = "restore it from a copy, or remove it: the checkpoints know the digest of their base"
+    known = json_object(file.read_bytes(), file, remedy)
+    kinds = {"path": str, "step": int, "weights": str, "digest": str}
+    if any(type(known.get(name)) is not kind for name, kind in kinds.items()):
+        raise ValueError(f"{file} must name the path, step, weights and digest of a base; {remedy}")
+    return known
 
 
 def weights_digest(params: Any) -> str:

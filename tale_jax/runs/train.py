@@ -166,8 +166,6 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
             _open_sinks(config, workdir) as sinks,
         ):
             changed = from_main_process(lambda: _changed_settings(config, workdir, checkpoints))
-            if is_main_process():
-                config.save(workdir)
             if checkpoints.latest is None:
                 with progress.part("drawing initial weights" if not config.base else "reading the base"):
                     state = trainer.init(*_base_params(config, workdir, backend))
@@ -181,6 +179,8 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
                     progress.print("the text has changed: training goes on with the weights, at the start of it")
                 else:
                     batches.set_state(position)
+            if is_main_process():  # what is refused until here leaves the settings as they were
+                config.save(workdir)
             if config.base:
                 known = checkpoints.manifest.get("base") or read_base_file(workdir).get("digest", "")
                 checkpoints.facts["base"] = known

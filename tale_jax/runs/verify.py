@@ -22,7 +22,7 @@ from tale_jax.data.corpus import SPLITS
 from tale_jax.data.prepare import load_tokenizer
 from tale_jax.data.token_files import Manifest, check_tokens, load_manifest, seal_tokens
 from tale_jax.data.tokenizer import Tokenizer
-from tale_jax.runs.experiment import check_belongs, check_windows
+from tale_jax.runs.experiment import BASE_FILE, check_belongs, check_windows, read_base_file
 from tale_jax.training.checkpoint import (
     DAMAGED,
     check_checkpoint,
@@ -73,6 +73,8 @@ def verify(workdir: Path) -> Verification:
     found, folder, writes = Verification(), workdir / "checkpoints", is_locked(workdir)
     config = found.check("config.json", lambda: Config.load(workdir))
     tokenizer = found.check("tokenizer", lambda: load_tokenizer(workdir))
+    if config and config.base:
+        found.check(BASE_FILE, lambda: read_base_file(workdir))
     steps = [step for step in saved_steps(folder) if not (writes and step in unsealed(folder))]
     with Progress("verify", total=len(steps) + len(SPLITS), unit="parts") as progress:
         windows = {}

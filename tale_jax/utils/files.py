@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 MAX_RECORDS_BYTES = 1 << 30  # of a file of records; a million steps take 300 MB
 LONG_FILE, MAX_SPARSENESS = 1 << 28, 1000  # bytes; times that a file is longer than what it takes on disk
+LINKED = "base"  # in a workdir, the base of a fine-tuned model: a folder, or a link to one, which is checked when opened
 MAX_NAME_BYTES = 240  # of a name that still has room for the end of a temporary one
 
 
@@ -80,8 +81,8 @@ def check_inside(folder: Path, path: Path, max_bytes: int = 0) -> None:
 def check_entries(folder: Path) -> None:
     """Raises ValueError, in one line, for what a folder from elsewhere may hold to lead its readers astray.
 
-    That is a link to another place, a pipe or device (which may never end), or a file that claims to be many times as
-    long as what is on disk.
+    That is a link to another place (but for `LINKED`), a pipe or device (which may never end), or a file that claims to
+    be many times as long as what is on disk.
     """
     top, todo = folder.resolve(), [folder]
     while todo:
@@ -89,7 +90,8 @@ def check_entries(folder: Path) -> None:
             for entry in entries:
                 status = entry.stat(follow_symlinks=False)
                 if entry.is_symlink():
-                    check_inside(top, Path(entry.path))
+                    if Path(entry.path) != folder / LINKED:
+                        check_inside(top, Path(entry.path))
                 elif entry.is_dir():
                     todo.append(Path(entry.path))
                 elif not stat.S_ISREG(status.st_mode):

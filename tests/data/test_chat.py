@@ -6,15 +6,17 @@ import json
 import numpy as np
 import pytest
 from helpers import build_config
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from tale_jax.data.chat import conversation
-from tale_jax.data.chat_template import DEFAULT_TEMPLATE, TEMPLATE_FILE
+from tale_jax.data.chat_template import DEFAULT_TEMPLATE, TEMPLATE_FILE, ChatTemplate
 from tale_jax.data.corpus import open_corpus
 from tale_jax.data.encode import Chats, encode, stream_dtype
 from tale_jax.data.marks import DTYPE, FIRST, LEARNED, MARKED, is_learned, token_ids
 from tale_jax.data.prepare import describe, prepare
 from tale_jax.data.token_files import document_starts, iter_documents, load_tokens
-from tale_jax.data.tokenizer import Tokenizer, tokenizer_file
+from tale_jax.data.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
 
 USER, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A fox."}
 
@@ -99,7 +101,10 @@ BAD = [
     ({"messages": [USER | {"content": 3}, ANSWER]}, "content must be text"),
     ({"messages": [USER | {"content": [{"type": "image_url"}]}, ANSWER]}, "content must be text; pictures and sound"),
     ({"messages": [USER | {"content": "\ud83d"}, ANSWER]}, "must not hold half a surrogate pair"),
+    ({"messages": [{"role": ["user"], "content": "x"}, ANSWER]}, r'message 1: role=\["user"\] must be one of'),
     ({"messages": [USER, ANSWER], "tools": "look"}, "tools must be an array"),
+    ({"messages": [USER, ANSWER], "tools": ["look"]}, "tools must be an array of objects"),
+    ({"messages": [USER, {"role": "assistant", "tool_calls": "look"}]}, "message 2: tool_calls must be an array of"),
     ({"prompt": "x", "completion": ""}, "the response of assistant must not be empty"),
     ({"prompt": "x", "response": None}, "the response of assistant must not be empty"),
     ({"question": "x", "answer": "y"}, "must have messages, or prompt and completion .* it has question, answer"),
@@ -115,6 +120,39 @@ def test_what_is_no_conversation_is_named_with_its_line(tmp_path, row, reason):
     assert "\n" not in str(error.value) and "; " in str(error.value)
     write_rows(tmp_path / "rows.jsonl", rows)  # without that row
     assert list(corpus_of(tmp_path / "rows.jsonl").documents("train"))
+
+
+NAMES = st.sampled_from("messages tools prompt completion response role content tool_calls name type text".split())
+WORDS = st.sampled_from(["user", "assistant", "tool", "system", "text", "</s>", "", " ", "é\ud800"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=20,
+)
+MESSAGE = st.fixed_dictionaries({"role": WORDS, "content": WORDS | VALUES}, optional={"tool_calls": VALUES}) | VALUES
+ROWS = st.fixed_dictionaries(
+    {"messages": st.lists(MESSAGE, max_size=3)}, optional={"tools": VALUES}
+) | st.fixed_dictionaries({"prompt": WORDS | VALUES, "completion": WORDS | VALUES})
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [f"Who had coin {number}? Fox {number} had it.\n" for number in range(300)]
+    return train_tokenizer(texts, dataclasses.replace(build_config().tokenizer, vocab_size=300))
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(ROWS)
+@example({"messages": [USER | {"role": {}}]})
+@example({"messages": [USER, ANSWER | {"tool_calls": [{"a": float("nan")}]}]})
+def test_a_row_of_any_shape_is_a_conversation_or_one_line(tokenizer, row):
+    try:
+        document = conversation(row, PLACE)
+    except ValueError as error:
+        assert str(error).startswith(PLACE) and "\n" not in str(error) and len(str(error)) < 400
+    else:
+        [(ids, learned)] = ChatTemplate(tokenizer, DEFAULT_TEMPLATE).learned(**json.loads(document))
+        assert len(ids) == len(learned) and any(learned) and document.encode()
 
 
 def test_a_file_of_text_beside_conversations_is_refused(tmp_path):

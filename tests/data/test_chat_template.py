@@ -121,6 +121,13 @@ def test_the_default_template_in_jinja_is_what_is_written_without_it():
         ("{{ ''.__class__.__base__ }}", "SecurityError"),
         ("{{ cycler.__init__.__globals__.os.system('true') }}", "SecurityError"),
         ("{% set _ = messages.append(1) %}", "SecurityError"),
+        pytest.param(
+            "{% set n = namespace(a=[], b=[]) %}"
+            "{% for i in range(40) %}{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}",
+            "too much time",  # in one operation of Python's, where no signal is handled
+            marks=pytest.mark.slow,
+        ),
+        ("{{ '\\ud800' }}", "UnicodeEncodeError"),
         ("{% include 'x' %}", "no loader"),
         ("{% if %}", "TemplateSyntaxError"),
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
@@ -154,6 +161,9 @@ def test_what_a_template_refuses_is_told_in_its_words(tokenizer):
     pytest.importorskip("jinja2")
     template = "{{ raise_exception('no system, please') }}"
     with pytest.raises(ChatError, match="refuses this conversation: no system, please; correct or remove it"):
+        ChatTemplate(tokenizer, template).prompt(TALK)
+    template = "{{ raise_exception('a\nb\x1b[2J') }}"
+    with pytest.raises(ChatError, match="refuses this conversation: a b\ufffd\\[2J; correct"):
         ChatTemplate(tokenizer, template).prompt(TALK)
     with pytest.raises(ChatError, match="must begin an answer as add_generation_prompt does"):
         ChatTemplate(tokenizer, "{{ add_generation_prompt }}{{ messages | length }}").learned(TALK)

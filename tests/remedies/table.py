@@ -61,6 +61,7 @@ JSON_TOKENIZER = "tests/data/test_json_tokenizer.py::test_files_that_are_none"
 FINETUNE = "tests/runs/test_finetune.py::"
 NO_BASE = f"{FINETUNE}test_what_cannot_be_a_base"
 OTHER_BASE = f"{FINETUNE}test_another_base_is_refused_and_a_moved_one_found"
+BASE_JSON = f"{FINETUNE}test_a_checkpoint_knows_its_base_without_the_file_that_names_it"
 CONVERSATION = "tests/data/test_chat.py::test_what_is_no_conversation_is_named_with_its_line"
 TEMPLATE = "tests/data/test_chat_template.py::"
 REFUSED = f"{TEMPLATE}test_what_a_template_refuses_is_told_in_its_words"
@@ -360,6 +361,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "give a workdir or a Hugging Face folder": f"{FINETUNE}test_a_base_that_is_gone",
         "must hold a model": OTHER_BASE,
         "must be the model of digest": OTHER_BASE,
+        "must name the path, step, weights and digest": BASE_JSON,
         "train first with launch/train.py": f"{RUNS}test_a_workdir_that_is_no_experiment",
         "must be a whole checkpoint of": f"{RUNS}test_weights_are_asked_for_as_it_is_told",
         "restore config.json from a copy": COPY,

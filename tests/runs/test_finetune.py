@@ -14,9 +14,12 @@ from tale_jax.convert.formats import export_model, import_base, with_base
 from tale_jax.data.tales import grammar
 from tale_jax.data.token_files import load_tokens
 from tale_jax.runs.evaluate import evaluate
-from tale_jax.runs.experiment import open_base, open_experiment
+from tale_jax.runs.experiment import open_base, open_experiment, weights_digest
 from tale_jax.runs.records import read_metrics
 from tale_jax.runs.train import train
+from tale_jax.runs.verify import verify
+from tale_jax.training.checkpoint import SavedParams
+from tale_jax.utils.manifests import read_manifest
 
 STEPS = {"total_steps": 6, "batch_size": 4, "evaluate.every_steps": 3, "checkpoint.every_steps": 3}
 STEPS |= {"evaluate.max_windows": 4, "sample.num_samples": 1, "sample.max_tokens": 4, "precision": "float32"}
@@ -33,6 +36,10 @@ def config_of(variant, base, text, workdir="", **changes):
     values = finetune.get_config(variant)
     values.update_from_flattened_dict(STEPS | {"base": str(base), "corpus.path": str(text)} | changes)
     return with_base(Config.build(values), workdir, set(changes))
+
+
+def longer(config):
+    return change(config, {"total_steps": config.total_steps + 2})
 
 
 @pytest.mark.parametrize(
@@ -74,10 +81,42 @@ def test_another_base_is_refused_and_a_moved_one_found(trained, text, tmp_path, 
         open_experiment(workdir, cpu)
     (workdir / "base").symlink_to(tmp_path / "moved")
     assert_trees_equal(open_experiment(workdir, cpu).params, before)
-    known = json.loads((workdir / "base.json").read_text())
-    (workdir / "base.json").write_text(json.dumps(known | {"digest": "0" * 64}))
+    _, written = open_experiment(workdir, cpu), json.loads((workdir / "base.json").read_text())
+    (workdir / "base.json").write_text(json.dumps(written | {"digest": "0" * 64}))
     with pytest.raises(ValueError, match=r"base=.* must be the model of digest 000000000000 .* has [0-9a-f]{12}; "):
         open_experiment(workdir, cpu)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_knows_its_base_without_the_file_that_names_it(trained, text, tmp_path, cpu):
+    base, workdir = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(trained, base)
+    config = config_of("lora", base, text, total_steps=2)
+    train(config, workdir, cpu)
+    before, file = open_experiment(workdir, cpu), workdir / "base.json"
+    written = json.loads(file.read_bytes())
+    digest = weights_digest(open_experiment(trained, cpu).params)
+    assert read_manifest(workdir / "checkpoints" / "2")["base"] == written["digest"] == digest
+
+    for content in ("{", "[]", "{}", json.dumps(written | {"step": "2"}), "[" * 60_000, json.dumps({"path": "x"})):
+        file.write_text(content)
+        for read in (lambda: open_experiment(workdir, cpu), lambda: train(longer(config), workdir, cpu)):
+            with pytest.raises(ValueError, match=r"^\S*base\.json must .*; restore it from a copy, or remove it: .*$"):
+                read()
+        assert any(line.startswith("base.json") for line in verify(workdir).bad)
+    file.unlink()  # as it is told
+    assert_trees_equal(open_experiment(workdir, cpu).params, before.params)
+    assert json.loads(file.read_bytes()) == written and not verify(workdir).bad
+
+    # Another model in its place: another checkpoint of the same run, here.
+    step = next(step for step in SavedParams(base).steps if step != written["step"])
+    for change_file in (lambda: file.unlink(), lambda: file.write_text(json.dumps(written | {"step": step}))):
+        shutil.rmtree(base / "checkpoints" / str(written["step"]), ignore_errors=True)
+        change_file()
+        other = weights_digest(open_experiment(base, cpu).params)[:12]
+        for read in (lambda: open_experiment(workdir, cpu), lambda: train(longer(config), workdir, cpu)):
+            with pytest.raises(ValueError, match=f"must be the model of digest {digest[:12]} .* has {other}; if you"):
+                read()
 
 
 @pytest.mark.slow
@@ -139,7 +178,7 @@ def test_what_cannot_be_a_base(trained, text, tmp_path, cpu):
         train(config_of("lora", trained, text, **{"optimizer.name": "muon"}), tmp_path / "x", cpu)
     with pytest.raises(ValueError, match=r"minutes=2.0 must be 0 with a base, .*; set --config.minutes=0"):
         train(config_of("lora", trained, text, minutes=2.0), tmp_path / "x", cpu)
-    with pytest.raises(ValueError, match=r"lora.rank=999 must not exceed \d+, .*; try --config.lora.rank=\d+$"):
+    with pytest.raises(ValueError, match=r"lora.rank=999 must not exceed \d+, .*; try --config.lora.rank=\d+"):
         train(config_of("lora", trained, text, **{"lora.rank": 999}), tmp_path / "z", cpu)
     shutil.copytree(trained, tmp_path / "bare")
     shutil.rmtree(tmp_path / "bare" / "tokenizer")
@@ -150,5 +189,6 @@ def test_what_cannot_be_a_base(trained, text, tmp_path, cpu):
     own = config_of("lora", trained, text)
     with pytest.raises(ValueError, match=r"base=.* must not be the workdir itself; give another --workdir"):
         open_base(trained, own, cpu)
+    (tmp_path / "y").mkdir()  # what was refused left nothing
     assert open_base(tmp_path / "y", own, cpu).step  # each corrected as it is told
     assert finetune.get_config("full").lora.rank == 0
