@@ -70,3 +70,20 @@ def test_an_extra_whose_marker_is_false_asks_for_nothing_more(extra, python):
 def test_an_extra_brings_one_plugin(extra):
     plugins = {"jax-mps", "jax-metal", "metaljax", "jax-graft"}
     assert len(plugins & {requirement.name for requirement in wanted(extra, "3.12")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("constraints", "extras"),
+    [
+        ("py311", "wandb tensorboard hub serve convert eval clients dev"),
+        ("py312", "wandb tensorboard hub serve convert eval clients dev"),
+        ("interop", "convert eval dev interop"),
+    ],
+)
+def test_what_an_extra_asks_for_is_pinned(constraints, extras):
+    """Otherwise the environment of tomorrow is not the one that was tested."""
+    text = (ROOT / ".ci" / "constraints" / f"{constraints}.txt").read_text()
+    pinned = {name.lower().replace("_", "-") for name in re.findall(r"^([\w.-]+)==", text, flags=re.MULTILINE)}
+    for extra in extras.split():
+        asked = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"][extra]]
+        assert not {Requirement(line).name.lower().replace("_", "-") for line in asked} - pinned, extra

@@ -108,6 +108,9 @@ def make_lm(sampler: Sampler, likelihoods: Likelihoods) -> Any:
             ids = tokenizer.encode(string).tolist()
             return ids if add_special_tokens is False else [*bos, *ids]
 
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[Scored]:
+            return super().loglikelihood(requests, disable_tqdm=True)  # a bar of its own
+
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[Scored]:
             return likelihoods([(context, continuation) for _, context, continuation in requests])
 
@@ -147,6 +150,7 @@ def run_tasks(
       ValueError: one line, for a task that is not known or whose data cannot be had, and without the library.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # a bar for each task, beside our own
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -205,7 +209,7 @@ def _measures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         numbers = {
             name.removesuffix(",none").replace("_stderr,none", "_stderr"): value
             for name, value in values.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name != "sample_len" and isinstance(value, (int, float)) and not isinstance(value, bool)
         }
         samples = found.get("samples", {}).get(task, [])
         if ties := sum(map(_is_tie, samples)):
