@@ -4,8 +4,13 @@ Weights come from numpy's generator, so that they are the same in every environm
 made of them is stored in `tests/convert/agreement.json` (see `tests/interop`).
 """
 
+import dataclasses
 import functools
+import json
+import os
 import random
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -15,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import build_config
 
-from tale_jax.config import TokenizerConfig
+from tale_jax.config import Config, TokenizerConfig
 from tale_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
+from tale_jax.model.adapters import Adapted, init_adapters, merged
 from tale_jax.model.transformer import Transformer
 from tale_jax.runs.experiment import Experiment
 
@@ -40,6 +46,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama grouped": LLAMA | {"model.num_kv_heads": 2},
     "llama scaled positions": LLAMA | PLAIN | {"model.rope_scaling": 8.0, "model.rope_original_len": 32},
     "llama uneven": LLAMA | UNTIED | {"model.embed_dim": 72, "model.num_heads": 3, "model.mlp_dim": 100},
+}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"lora.rank": 4, "lora.alpha": 8.0},
+    "rslora, some": {"lora.rank": 4, "lora.rank_stabilized": True, "lora.matrices": "query,down", "lora.dropout": 0.1},
+    "dora": {"lora.rank": 4, "lora.dora": True},
 }
 SPECIAL_TEXTS = ("<s>", "</s>", "<unk>", "<pad>", "<0x41>", "<|endoftext|>", "<|im_start|>", "<s", "[INST]")
 EMOJI = ("🧙", "🧙🏽‍♀️", "👨‍👩‍👧‍👦", "🇩🇪", "1️⃣", "❤️", "🏴‍☠️")
@@ -66,6 +77,21 @@ def make_experiment(workdir: Path, tokenizer: Tokenizer | None = None, seed: int
 
     params = jax.tree_util.tree_map_with_path(draw, shapes)
     return Experiment(workdir, config, 7, "last", tokenizer, model, params)
+
+
+def adapted(experiment: Experiment, **changes: Any) -> Experiment:
+    """The model with random updates to it; `changes` are settings of `lora`."""
+    values = experiment.config.to_config_dict()
+    values.update_from_flattened_dict(changes)
+    config = Config.build(values)
+    adapters = init_adapters(experiment.params, config.lora, jax.random.PRNGKey(1))
+    rng = np.random.default_rng(0)
+    noisy = [
+        np.asarray(x + 0.05 * rng.standard_normal(x.shape), np.float32) for x in jax.tree_util.tree_leaves(adapters)
+    ]
+    adapters = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(adapters), noisy)
+    both = Adapted(experiment.params, adapters, config.lora.scale)
+    return dataclasses.replace(experiment, config=config, params=merged(both), adapted=both)
 
 
 def logits_of(experiment: Experiment, ids: list[int]) -> np.ndarray:
@@ -159,3 +185,22 @@ def greedy_ids(experiment: Experiment, ids: list[int], count: int) -> list[int]:
         logits[list(NEVER)] = -np.inf
         tokens[0, place] = logits.argmax()
     return tokens[0, length:].tolist()
+
+
+# Versions of transformers that can be asked, and what goes before the rest of the path.
+TRANSFORMERS = {"4.57": str(Path(sys.prefix) / "transformers4"), "5": ""}
+
+
+def ask_transformers(version: str, requests: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """The `version`, and the `answers` to the requests (see `tests/interop/transformers_side.py`), by a process of its
+    own; files are written in `folder`."""
+    (folder / "requests.json").write_text(json.dumps(requests))
+    command = [sys.executable, str(Path(__file__).parent / "interop" / "transformers_side.py")]
+    path = filter(None, [TRANSFORMERS[version], os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
+    command += [str(folder / "requests.json"), str(folder / "answers.json")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((folder / "answers.json").read_text())
+    assert result["version"].startswith(version)
+    return result

@@ -1,38 +1,19 @@
 """An adapter as PEFT has it: names, shapes and, by its own formula, the same weights as ours merged."""
 
-import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
+from interchange import ADAPTERS, adapted
 
-from tale_jax.config import Config
 from tale_jax.convert.formats import export_model
 from tale_jax.convert.huggingface import export_huggingface
 from tale_jax.convert.safetensors_files import open_safetensors, read_header
-from tale_jax.model.adapters import Adapted, init_adapters, merged
 from tale_jax.runs.experiment import open_experiment
-
-VARIANTS = {
-    "lora": {"lora.rank": 4, "lora.alpha": 8.0},
-    "rslora, some": {"lora.rank": 4, "lora.rank_stabilized": True, "lora.matrices": "query,down", "lora.dropout": 0.1},
-    "dora": {"lora.rank": 4, "lora.dora": True},
-}
 
 
 def adapted_experiment(trained, cpu, **changes):
-    """The trained model with random updates to it."""
-    experiment = open_experiment(trained, cpu)
-    values = experiment.config.to_config_dict()
-    values.update_from_flattened_dict(changes)
-    config = Config.build(values)
-    adapters = init_adapters(experiment.params, config.lora, jax.random.PRNGKey(1))
-    leaves, tree = jax.tree_util.tree_flatten(adapters)
-    rng = np.random.default_rng(0)
-    noisy = [np.asarray(x + 0.05 * rng.standard_normal(x.shape), np.float32) for x in leaves]
-    adapted = Adapted(experiment.params, jax.tree_util.tree_unflatten(tree, noisy), config.lora.scale)
-    return dataclasses.replace(experiment, config=config, params=merged(adapted), adapted=adapted)
+    return adapted(open_experiment(trained, cpu), **changes)
 
 
 def peft_merged(base, settings, tensors, name):
@@ -49,9 +30,9 @@ def peft_merged(base, settings, tensors, name):
     return tensors.read(f"{module}.lora_magnitude_vector")[:, None] * weight / np.linalg.norm(weight, axis=1)[:, None]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ADAPTERS)
 def test_an_adapter_on_the_exported_base_is_the_merged_model(trained, tmp_path, cpu, variant):
-    experiment = adapted_experiment(trained, cpu, **VARIANTS[variant])
+    experiment = adapted_experiment(trained, cpu, **ADAPTERS[variant])
     export_model(experiment, "peft", tmp_path / "adapter")
     export_huggingface(open_experiment(trained, cpu), tmp_path / "base")
     export_huggingface(experiment, tmp_path / "merged")
@@ -70,7 +51,7 @@ def test_what_cannot_be_an_adapter(trained, tmp_path, cpu):
     with pytest.raises(ValueError, match=r"--to=peft needs adapters, and workdir=.* all weights; use --to=huggingface"):
         export_model(experiment, "peft", tmp_path / "x")
     assert not (tmp_path / "x").exists()
-    adapted = adapted_experiment(trained, cpu, **VARIANTS["lora"])
+    adapted = adapted_experiment(trained, cpu, **ADAPTERS["lora"])
     with pytest.raises(ValueError, match=r"--dtype=q8_0 must be one of float32, float16, bfloat16 for peft"):
         export_model(adapted, "peft", tmp_path / "x", "q8_0")
     export_model(adapted, "peft", tmp_path / "x", "bfloat16")

@@ -5,9 +5,6 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +12,9 @@ import pytest
 from helpers import ROOT
 from interchange import (
     NEVER,
+    TRANSFORMERS,
     VARIANTS,
+    ask_transformers,
     byte_level_tokenizer,
     greedy_ids,
     hard_texts,
@@ -33,7 +32,6 @@ pytestmark = pytest.mark.interop
 GREEDY = 200
 STORED = ROOT / "tests" / "convert" / "agreement.json"
 DTYPES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}  # largest difference of a logit
-VERSIONS = {"4.57": str(Path(sys.prefix) / "transformers4"), "5": ""}  # what goes before the rest of the path
 KINDS = ("gpt-2", "smollm", "qwen2")
 
 
@@ -52,7 +50,7 @@ def experiments(tmp_path_factory) -> dict[str, Experiment]:
     return made
 
 
-@pytest.fixture(scope="session", params=VERSIONS)
+@pytest.fixture(scope="session", params=TRANSFORMERS)
 def answers(request, experiments, tmp_path_factory) -> dict[tuple[str, str], Any]:
     """What one version says of each model in each dtype."""
     folder = tmp_path_factory.mktemp("transformers")
@@ -68,14 +66,7 @@ def answers(request, experiments, tmp_path_factory) -> dict[tuple[str, str], Any
                 one |= {"texts": hard_texts()}
             requests.append(one)
             keys.append((name, dtype))
-    (folder / "requests.json").write_text(json.dumps(requests))
-    command = [sys.executable, str(Path(__file__).with_name("transformers_side.py"))]
-    env = {**os.environ, "PYTHONPATH": VERSIONS[request.param], "HF_HUB_OFFLINE": "1"}
-    command += [str(folder / "requests.json"), str(folder / "answers.json")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((folder / "answers.json").read_text())
-    assert result["version"].startswith(request.param)
+    result = ask_transformers(request.param, requests, folder)
     return {"version": result["version"], **dict(zip(keys, result["answers"], strict=True))}
 
 

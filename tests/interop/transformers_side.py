@@ -12,9 +12,13 @@ import transformers
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """For a folder: logits of `ids`, the greedy tokens after them, and the ids of texts."""
+    """For a folder (and an adapter): logits of `ids`, the greedy tokens after them, and the ids of texts."""
     folder = request["folder"]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if request.get("adapter"):
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, request["adapter"]).eval()
     result: dict[str, Any] = {"class": type(model).__name__, "tied": model.config.tie_word_embeddings}
     with torch.no_grad():
         ids = torch.tensor([request["ids"]])
