@@ -46,7 +46,7 @@ test-core: env ## the quick tests without the launch scripts, for another set of
 
 # llama.cpp is built from its sources, some ten minutes on two cores the first time.
 test-interop: ## exported and imported models beside transformers 4 and 5 and llama.cpp, in .venv-interop
-	@python=$$(.ci/find-python 3.11) && VENV=.venv-interop PYTHON="$$python" EXTRAS=dev,interop \
+	@python=$$(.ci/find-python 3.11) && VENV=.venv-interop PYTHON="$$python" EXTRAS=dev,eval,interop \
 	    CONSTRAINTS=.ci/constraints/interop.txt .ci/make-env
 	@.venv-interop/bin/python -m pip install -q --no-input --disable-pip-version-check --no-deps --upgrade \
 	    --target .venv-interop/transformers4 -r .ci/constraints/transformers4.txt

@@ -52,7 +52,7 @@ def peft_config(experiment: Experiment) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": lora.alpha,
+        "lora_alpha": lora.scale * lora.rank,  # as plain LoRA has it: not every reader knows of rsLoRA
         "lora_dropout": lora.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
@@ -60,7 +60,7 @@ def peft_config(experiment: Experiment) -> dict[str, Any]:
         "target_modules": modules,
         "task_type": "CAUSAL_LM",
         "use_dora": lora.dora,
-        "use_rslora": lora.rank_stabilized,
+        "use_rslora": False,
     }
 
 

@@ -37,7 +37,14 @@ from tale_jax.planning.autotune import SHAPE_SETTINGS, autotune
 from tale_jax.planning.memory import memory_budget
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.plan import Plan, check_fits, headline, plan_run, refusal, remedies
-from tale_jax.runs.experiment import check_belongs, check_saved_size, check_windows, open_base, read_base_file, run_facts
+from tale_jax.runs.experiment import (
+    check_belongs,
+    check_saved_size,
+    check_windows,
+    open_base,
+    read_base_file,
+    run_facts,
+)
 from tale_jax.runs.resume import resumed_config
 from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes, read_manifests
 from tale_jax.training.loop import Hooks, fit

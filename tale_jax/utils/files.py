@@ -21,7 +21,9 @@ from typing import Any, BinaryIO
 
 MAX_RECORDS_BYTES = 1 << 30  # of a file of records; a million steps take 300 MB
 LONG_FILE, MAX_SPARSENESS = 1 << 28, 1000  # bytes; times that a file is longer than what it takes on disk
-LINKED = "base"  # in a workdir, the base of a fine-tuned model: a folder, or a link to one, which is checked when opened
+LINKED = (
+    "base"  # in a workdir, the base of a fine-tuned model: a folder, or a link to one, which is checked when opened
+)
 MAX_NAME_BYTES = 240  # of a name that still has room for the end of a temporary one
 
 

@@ -23,7 +23,8 @@ def peft_merged(base, settings, tensors, name):
         return weight
     a, b = (tensors.read(f"{module}.lora_{letter}.weight") for letter in "AB")
     assert a.shape == (settings["r"], weight.shape[1]) and b.shape == (weight.shape[0], settings["r"])
-    scale = settings["lora_alpha"] / (settings["r"] ** 0.5 if settings["use_rslora"] else settings["r"])
+    assert not settings["use_rslora"]  # which llama.cpp takes no notice of
+    scale = settings["lora_alpha"] / settings["r"]
     weight = weight + scale * b @ a
     if not settings["use_dora"]:
         return weight

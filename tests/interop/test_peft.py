@@ -62,7 +62,7 @@ def test_peft_gives_the_logits_of_the_merged_model(pairs, answers, name, kind, t
 
 
 def write_gguf_adapter(path, experiment, folder):
-    """What llama.cpp's convert_lora_to_gguf.py makes of our PEFT folder. It refuses DoRA, and knows no rsLoRA."""
+    """What llama.cpp's convert_lora_to_gguf.py makes of our PEFT folder; it refuses DoRA."""
     import gguf
 
     c = experiment.config.model
@@ -87,10 +87,11 @@ def write_gguf_adapter(path, experiment, folder):
     writer.close()
 
 
+@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind != "dora"])
 @pytest.mark.parametrize("name", MODELS)
-def test_llama_cpp_gives_the_logits_of_the_merged_model(pairs, tmp_path, name, table):
+def test_llama_cpp_gives_the_logits_of_the_merged_model(pairs, tmp_path, name, kind, table):
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs the interop extra: make test-interop")
-    base, experiment, _ = pairs[name, "lora"]
+    base, experiment, _ = pairs[name, kind]
     ids = some_ids(base)
     export_model(base, "gguf", tmp_path / "base.gguf")
     export_model(experiment, "peft", tmp_path / "adapter")
@@ -99,5 +100,5 @@ def test_llama_cpp_gives_the_logits_of_the_merged_model(pairs, tmp_path, name, t
     model = llama_cpp.Llama(str(tmp_path / "base.gguf"), lora_path=str(tmp_path / "adapter.gguf"), **options)
     model.eval(ids)
     difference = abs(np.array(model.scores[: len(ids)]) - logits_of(experiment, ids))
-    table("adapters in llama.cpp", model=name, max=float(difference.max()), mean=float(difference.mean()))
+    table("adapters in llama.cpp", model=name, adapter=kind, max=float(difference.max()), mean=float(difference.mean()))
     assert difference.max() < 1e-3
