@@ -83,6 +83,7 @@ class App:
         self.inspectors = {m.name: Inspector(m, m.sampler.never_sampled) for m in models}
         self.metrics, self.draining, self.max_body_bytes = Metrics(), False, max_body_bytes
         self._looks = asyncio.Semaphore(2)  # forward passes for /inspect at a time
+        self._chats = asyncio.Semaphore(1)  # templates at a time; each has a limit, and who waits holds no thread
         self._page = {path.relative_to(PAGE).as_posix(): path for path in PAGE.rglob("*") if path.is_file()}
         post = functools.partial(functools.partial, self._answer)
         routes = [
@@ -141,7 +142,8 @@ class App:
             )
         if values["top_logprobs"] is not None and not values["logprobs"]:
             raise Invalid("top_logprobs must be left out without logprobs=true", "top_logprobs")
-        ids = await asyncio.to_thread(encode_chat, model.template, values["messages"], model.tokenizer)
+        async with self._chats:
+            ids = await asyncio.to_thread(encode_chat, model.template, values["messages"], model.tokenizer)
         self._check_length(model, ids, "messages")
         room = model.context - len(ids)
         limit = values["max_completion_tokens"]

@@ -25,6 +25,7 @@ const DEFAULTS = {
   trained: 0, // checkpoint of "Through training"
   model2: "",
   step2: 0,
+  talk: "", // the conversation of "Chat"
 };
 
 export const SAMPLING = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"];

@@ -37,7 +37,7 @@ export class TextTree {
   async write() {
     this.clear();
     const start = this.nodes.length;
-    for (let i = 0; i < state.n; i++) this.#add({ parent: -1, at: 0, tokens: [] });
+    for (let i = 0; i < state.n; i++) this.#add({ parent: -1, at: 0, tokens: [], writing: true });
     set({ run: true });
     await this.#run(start, { prompt: state.prompt, n: state.n }, 0);
   }
@@ -47,7 +47,7 @@ export class TextTree {
     const kept = this.nodes[parent].tokens.slice(0, at);
     const known = this.nodes[parent].tokens[at]?.top.find((other) => other.id === token.id);
     const taken = { ...token, ...known, top: this.nodes[parent].tokens[at]?.top ?? [] };
-    const index = this.#add({ parent, at, tokens: [...kept, taken] });
+    const index = this.#add({ parent, at, tokens: [...kept, taken], writing: true });
     const step = `${parent}.${at}.${token.id}`;
     set({ tree: state.tree ? `${state.tree}_${step}` : step, node: index });
     this.told("new", index, this.nodes[index].tokens);
@@ -87,7 +87,6 @@ export class TextTree {
     const details = { logprobs: 20, token_details: true };
     const mine = this.nodes.slice(start, start + more.n);
     const left = mine.map(() => skip); // tokens of the prompt that the node has already
-    mine.forEach((node) => (node.writing = true));
     if (!skip) mine.forEach((node, i) => this.told("new", start + i, node.tokens));
     try {
       for await (const chunk of stream("/v1/completions", { ...body, ...details, ...more }, this.controller.signal)) {

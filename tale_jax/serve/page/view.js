@@ -1,5 +1,7 @@
 // Pieces of the page: elements, tokens of a text, bars of a distribution, a heat map, a loss curve.
 
+import { hold, release } from "./api.js";
+
 export function el(tag, attributes = {}, ...children) {
   const svg = ["svg", "polyline", "line", "circle", "text", "title"].includes(tag);
   const element = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
@@ -194,9 +196,17 @@ export function slider(name, label, { min, max, step, value, change }) {
 
 // The last of many calls, a moment after it.
 export function debounced(act, ms = 120) {
-  let timer;
+  let timer = null;
   return (...values) => {
+    if (timer === null) hold();
     clearTimeout(timer);
-    timer = setTimeout(() => act(...values), ms);
+    timer = setTimeout(() => {
+      timer = null;
+      try {
+        act(...values);
+      } finally {
+        release();
+      }
+    }, ms);
   };
 }
