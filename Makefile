@@ -52,9 +52,9 @@ test-interop: ## exported and imported models beside transformers 4 and 5 and ll
 	    --target .venv-interop/transformers4 -r .ci/constraints/transformers4.txt
 	@.venv-interop/bin/python -m pytest -q -m interop $(PYTEST_ARGS) tests/interop
 
-test-clients: ## the server with OpenAI's client, schemathesis, and Chromium if it is on PATH, in .venv-clients
+test-clients: ## the server with OpenAI's client, schemathesis and, where it is on PATH, Chromium, in .venv-clients
 	@EXTRAS=dev,clients VENV=.venv-clients PYTHON='$(PYTHON)' .ci/make-env
-	@.venv-clients/bin/python -m pytest -q -m 'not hub' $(PYTEST_ARGS) tests/serve
+	@.venv-clients/bin/python -m pytest -q -m 'browser or clients' $(PYTEST_ARGS) tests/serve
 
 lint: env ## ruff and pyright
 	@$(PY) -m ruff check .

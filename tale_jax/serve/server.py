@@ -143,6 +143,8 @@ class App:
         if values["top_logprobs"] is not None and not values["logprobs"]:
             raise Invalid("top_logprobs must be left out without logprobs=true", "top_logprobs")
         async with self._chats:
+            if await request.is_disconnected():
+                raise ClientDisconnect
             ids = await asyncio.to_thread(encode_chat, model.template, values["messages"], model.tokenizer)
         self._check_length(model, ids, "messages")
         room = model.context - len(ids)

@@ -129,6 +129,7 @@ def test_markup_comes_back_as_text(client):
 
 
 @pytest.mark.slow
+@pytest.mark.clients
 def test_the_document_holds_under_schemathesis(model):
     """Requests made from the document: none is answered with a 5xx, and every answer is one that it names."""
     schemathesis = pytest.importorskip("schemathesis", reason="needs the extra clients")

@@ -93,6 +93,7 @@ def test_a_body_that_does_not_end_or_is_too_large(url):
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
 
 
+@pytest.mark.clients
 def test_openai_s_client(url):
     openai = pytest.importorskip("openai", reason="needs the extra clients")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)

@@ -1,5 +1,6 @@
 """The API as clients see it: shapes, streams, scores, refusals, and what happens when someone leaves."""
 
+import concurrent.futures
 import functools
 import itertools
 import json
@@ -12,6 +13,8 @@ from starlette.testclient import TestClient
 from tale_jax.data.token_files import load_tokens
 from tale_jax.evaluation.scoring import Scorer, Span
 from tale_jax.inference.sampler import SampleSettings
+from tale_jax.serve import server
+from tale_jax.serve.chat import encode_chat
 from tale_jax.serve.engine import Job
 from tale_jax.serve.schema import MAX_NEW_TOKENS
 from tale_jax.serve.server import App, _is_local, _read_keys
@@ -183,8 +186,6 @@ def test_chat(client, model):
     longer = client.post("/v1/chat/completions", json={"messages": messages, "max_completion_tokens": 3}).json()
     assert longer["usage"]["completion_tokens"] <= 3
     # The template's end marks are tokens, the text's are text; the whole is a prompt like another.
-    from tale_jax.serve.chat import encode_chat
-
     ids = encode_chat(model.template, messages, model.tokenizer)
     assert ids.count(model.tokenizer.eos_id) == 2 and ids.count(model.tokenizer.bos_id) == 1 and ids[0] == 1
     [same] = complete(client, prompt=ids, max_tokens=20, seed=1)["choices"]
@@ -214,6 +215,35 @@ def test_no_chat_without_a_template(client, model, monkeypatch):
     monkeypatch.setattr(model, "template", "")
     error = refused(client, "/v1/chat/completions", messages=[{"role": "user", "content": "x"}])
     assert "chat template" in error["message"]
+
+
+@pytest.mark.slow
+def test_a_template_that_does_not_end_holds_nobody_up(client, model, monkeypatch):
+    """Each render has its limit; one at a time is under way, so that those who wait hold no thread of the server."""
+    under_way, most = 0, 0
+
+    def counted(*arguments):
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            return encode_chat(*arguments)
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(server, "encode_chat", counted)
+    loops = "".join(f"{{% for a{i} in range(90000) %}}" for i in range(4)) + "{% endfor %}" * 4
+    messages = [{"role": "user", "content": "x"}]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool, monkeypatch.context() as other:
+        other.setattr(model, "template", loops)
+        chats = [pool.submit(refused, client, "/v1/chat/completions", messages=messages) for _ in range(4)]
+        assert complete(client, prompt=PROMPT, max_tokens=3)["choices"]
+        assert client.post("/tokenize", json={"prompt": PROMPT}).status_code == 200
+        assert not all(chat.done() for chat in chats)
+        assert all("it takes more than" in chat.result()["message"] for chat in chats)
+    assert most == 1
+    done = client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
+    assert done.status_code == 200, done.text
 
 
 # Refusals.
