@@ -177,7 +177,7 @@ class Checkpoints:
                 write_atomically(self.folder / BEGUN, str(step))
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         self._losses[step] = loss
-        self._sealing = self._sealer.submit(self._seal, step, {"step": step, LOSS: loss} | facts | self.facts)
+        self._sealing = self._sealer.submit(self._seal, step, {"step": step, LOSS: loss, **facts} | self.facts)
 
     def _seal(self, step: int, facts: Mapping[str, Any]) -> None:
         """Waits until the arrays are on disk, and writes the manifest: from now on the checkpoint exists."""
