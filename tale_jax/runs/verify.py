@@ -34,7 +34,7 @@ from tale_jax.training.checkpoint import (
     set_aside,
     unsealed,
 )
-from tale_jax.utils.files import iter_lines, write_atomically
+from tale_jax.utils.files import check_entries, iter_lines, write_atomically
 from tale_jax.utils.locks import is_locked, writer_lock
 from tale_jax.utils.manifests import files_below, write_manifest
 from tale_jax.utils.progress import Progress
@@ -68,8 +68,13 @@ class Verification:
 def verify(workdir: Path) -> Verification:
     """Looks at every file of a workdir.
 
-    Beside a run that is training, what it is writing at this moment is left out.
+    Beside a run that is training, what it is writing at this moment is left out. Of a workdir with links out of it, or
+    with what is no file, only that is told: reading it may never end.
     """
+    try:
+        check_entries(workdir)
+    except ValueError as error:
+        return Verification(0, [str(error)])
     found, folder, writes = Verification(), workdir / "checkpoints", is_locked(workdir)
     config = found.check("config.json", lambda: Config.load(workdir))
     tokenizer = found.check("tokenizer", lambda: load_tokenizer(workdir))
