@@ -103,7 +103,8 @@ class Checkpoints:
             elif step == begun:
                 shutil.rmtree(self.folder / str(step))
         (self.folder / BEGUN).unlink(missing_ok=True)
-        for step in sorted((*read_manifests(self.folder), *unsealed(self.folder)), reverse=True):
+        # All that have no manifest, and of the others the newest until one is whole: reading more would take too long.
+        for step in (*unsealed(self.folder), *sorted(read_manifests(self.folder), reverse=True)):
             try:
                 check_checkpoint(self.folder, step)
             except ValueError as error:
