@@ -150,7 +150,14 @@ class Sampler:
     """
 
     def __init__(
-        self, model: Transformer, params: Any, tokenizer: Tokenizer, *, batch_size: int = 32, donate: bool = False
+        self,
+        model: Transformer,
+        params: Any,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int = 32,
+        donate: bool = False,
+        earlier_step: int = 0,
     ):
         # The same function as the model, in the form that is fastest for a few rows; `_load` prepares its weights.
         config = dataclasses.replace(model.config, scan_layers=False, tie_embeddings=False)
@@ -158,6 +165,7 @@ class Sampler:
         # XLA on CPU multiplies one row of bfloat16 by converting all weights to float32, for two it has a product.
         self.min_rows = 2 if model.dtype == jnp.bfloat16 else 1
         self.tokenizer, self.batch_size, self.context = tokenizer, batch_size, config.seq_len
+        self._earlier_step = earlier_step
         ids, special = np.arange(model.vocab_size), (tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id)
         self.never_sampled = (np.isin(ids, special) & (ids != tokenizer.eos_id)) | (ids >= tokenizer.vocab_size)
         self.load = jax.jit(self._load)
@@ -472,9 +480,9 @@ class Generation:
             tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
             seconds = time.perf_counter() - start_time
             if not np.isfinite(logprobs).all():
-                raise ValueError(
-                    "params must give finite logits, and do not: the training has diverged; try an earlier --step"
-                )
+                earlier = sampler._earlier_step
+                remedy = f"try --step={earlier}" if earlier else "train with a smaller optimizer.learning_rate"
+                raise ValueError(f"params must give finite logits, and do not: the training has diverged; {remedy}")
             for row in unfinished:
                 column = row.number - group[0].number
                 row.add_tokens(tokens[:, column].tolist(), logprobs[:, column].tolist())

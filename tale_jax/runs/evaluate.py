@@ -86,13 +86,13 @@ def evaluate(
     result |= {"step": experiment.step, "weights": experiment.weights, "params": count_parameters(experiment.params)}
     if evaluation.manifest.corpus["name"] == "tales" and num_samples:
         with Progress("judge samples", total=num_samples, unit="tales", log=log) as progress:
-            sampler = Sampler(experiment.model, experiment.params, tokenizer)
+            sampler = Sampler(experiment.model, experiment.params, tokenizer, earlier_step=experiment.earlier_step)
             result |= judge_samples(
                 sampler, experiment.workdir, num_samples, sample_temperature, seed, progress.advance
             )
     if manifest.corpus["name"] == "tales_chat" and num_samples:
         with Progress("judge answers", total=num_samples, unit="questions", log=log) as progress:
-            sampler = Sampler(experiment.model, experiment.params, tokenizer)
+            sampler = Sampler(experiment.model, experiment.params, tokenizer, earlier_step=experiment.earlier_step)
             template = ChatTemplate(tokenizer, read_template(experiment.workdir, tokenizer))
             documents = open_corpus(config.corpus, config.seed).documents(split)
             result |= judge_answers(sampler, template, documents, num_samples, progress.advance)
@@ -133,7 +133,8 @@ def describe_tasks(result: Mapping[str, Any]) -> str:
 
 def _sample_quality(experiment: Experiment, split: str, seed: int) -> list[dict[str, Any]]:
     """All measures of `text_quality.py` of samples beside a split; the samples are written to `quality.jsonl`."""
-    sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, batch_size=BATCH_SIZE)
+    parts = experiment.model, experiment.params, experiment.tokenizer
+    sampler = Sampler(*parts, batch_size=BATCH_SIZE, earlier_step=experiment.earlier_step)
     streams = (load_tokens(experiment.workdir, name)[0] for name in ("train", split))
     train, held_out = (token_ids(stream, bos_or_marked(stream, experiment.tokenizer.bos_id)) for stream in streams)
     with Progress("sample", unit="texts", log=experiment.workdir / "log.txt") as progress:

@@ -40,7 +40,7 @@ class Experiment:
     `weights` says what `params` are: last (as `step` left them), ema (their moving average), or mean:K (the mean of the
     K checkpoints up to `step`). Where adapters of a base were trained, they are merged into `params`, and `adapted` has
     both apart. `windows` are digests of the token windows that it was trained beside, by split; none where an earlier
-    version saved it.
+    version saved it. `earlier_step`: of the newest checkpoint before this one, 0 where there is none.
     """
 
     workdir: Path
@@ -52,6 +52,7 @@ class Experiment:
     params: Any
     adapted: Adapted | None = None
     windows: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    earlier_step: int = 0
 
     def check_windows(self, manifest: Manifest) -> None:
         """Raises ValueError, in one line, when a split is not the one that this model was trained beside."""
@@ -106,8 +107,8 @@ def open_experiment(
     if not step and not count and saved.steps[-1] != chosen[-1] == saved.by_loss()[0]:
         notice(f"checkpoint of step {chosen[-1]}, the best by validation loss; the last is of step {saved.steps[-1]}")
     adapted = Adapted(base, params, config.lora.scale) if config.lora.rank else None
-    windows = manifest.get("windows", {})
-    return Experiment(workdir, config, chosen[-1], kind, tokenizer, model, merged(adapted or params), adapted, windows)
+    facts = (manifest.get("windows", {}), max((each for each in saved.steps if each < chosen[0]), default=0))
+    return Experiment(workdir, config, chosen[-1], kind, tokenizer, model, merged(adapted or params), adapted, *facts)
 
 
 def open_base(workdir: Path, config: Config, backend: Kernels, digest: str = "") -> Experiment:

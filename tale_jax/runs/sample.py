@@ -47,7 +47,9 @@ def sample(
     backend = start_backend("auto")
     dtype = choose_precision(backend, precision)[0]
     experiment = open_experiment(workdir, backend, step, dtype, weights)
-    sampler = Sampler(experiment.model, experiment.params, experiment.tokenizer, donate=backend.donate)
+    earlier = experiment.earlier_step
+    parts = experiment.model, experiment.params, experiment.tokenizer
+    sampler = Sampler(*parts, donate=backend.donate, earlier_step=earlier)
     facts = {"step": experiment.step, "weights": experiment.weights}
     if chat:
         talk = open_conversation(sampler, experiment.workdir, system, num_samples, **facts)

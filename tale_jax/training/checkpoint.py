@@ -149,10 +149,14 @@ class Checkpoints:
         self.wait()
         arrays = _arrays(state)
         if bad := _first_not_finite(arrays):
-            raise ValueError(
-                f"{bad} is not finite at step {step}, so nothing of it is saved; the checkpoint before is intact: go "
-                "on from there with a smaller optimizer.learning_rate"
+            kept = (
+                f"checkpoint {self.latest} is whole, and the same command goes on from there"
+                if self.latest
+                else ("no checkpoint was saved before, and the same command begins anew")
             )
+            rate = self.facts.get("settings", {}).get("optimizer", {}).get("learning_rate", 0.0)
+            smaller = f"--config.optimizer.learning_rate={rate / 2:g}" if rate else "a smaller optimizer.learning_rate"
+            raise ValueError(f"{bad} is not finite at step {step}, so nothing of it is saved; {kept} with {smaller}")
         self._prune()
         facts = {"data": dict(data), "arrays": digests(arrays)}
         self._begin(step, loss, arrays, facts | _saved_scale(state.scale), data=ocp.args.JsonSave(facts["data"]))

@@ -108,9 +108,7 @@ def test_workdirs_from_elsewhere_are_read_or_refused(tmp_path):
             slowest = max(slowest, seconds)
             if outcome.startswith("failed"):
                 faults.append(f"{workdir} ({what}): {name} {outcome}")
-        faults += [
-            f"{workdir} ({what}): {fault}" for fault in [*answer.get("seen", []), answer.get("fault")] if fault
-        ]
+        faults += [f"{workdir} ({what}): {fault}" for fault in [*answer.get("seen", []), answer.get("fault")] if fault]
         if canary.exists():
             faults.append(f"{workdir} ({what}): code was run")
             canary.unlink()

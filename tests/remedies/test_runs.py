@@ -417,9 +417,13 @@ def test_samples_are_asked_for_as_it_is_told(opened):
 
 def test_weights_that_are_no_numbers_and_an_earlier_step(opened, run, cpu):
     broken = jax.tree_util.tree_map(lambda x: x * float("nan"), opened.params)
-    sampler = Sampler(opened.model, broken, opened.tokenizer)
-    assert refusal(sampler.sample, "", SampleSettings(max_tokens=2)).endswith("try an earlier --step")
-    earlier = open_experiment(run, cpu, step=10)
+    few = SampleSettings(max_tokens=2)
+    assert refusal(Sampler(opened.model, broken, opened.tokenizer).sample, "", few).endswith("optimizer.learning_rate")
+    assert open_experiment(run, cpu, step=10).earlier_step == 0
+    sampler = Sampler(opened.model, broken, opened.tokenizer, earlier_step=opened.earlier_step)
+    told = re.search(r"try --step=(\d+)$", refusal(sampler.sample, "", few))
+    assert told
+    earlier = open_experiment(run, cpu, step=int(told[1]))
     assert Sampler(earlier.model, earlier.params, earlier.tokenizer).sample("", SampleSettings(max_tokens=2))
 
 

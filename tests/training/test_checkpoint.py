@@ -200,10 +200,15 @@ def test_a_checkpoint_of_before_is_taken_once_and_given_a_manifest(tmp_path, cap
 
 def test_nothing_that_is_not_finite_is_saved(tmp_path):
     _, state = save(tmp_path, 2, [1.0])
-    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints = Checkpoints(tmp_path, 2, facts={"settings": {"optimizer": {"learning_rate": 3e-3}}})
     bad = state.replace(params=state.params | {"embedding": state.params["embedding"].at[3, 4].set(np.inf)})
-    with pytest.raises(ValueError, match=r"params\.embedding is not finite at step 2, so nothing of it is saved"):
+    with pytest.raises(
+        ValueError, match=r"params\.embedding is not finite at step 2, so nothing of it is saved"
+    ) as error:
         checkpoints.save(2, bad, {}, None)
+    assert str(error.value).endswith(
+        "checkpoint 1 is whole, and the same command goes on from there with --config.optimizer.learning_rate=0.0015"
+    )
     checkpoints.close()
     assert kept(tmp_path) == [1]
 
