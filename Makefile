@@ -39,7 +39,7 @@ test-slow: env ## the tests that take longer
 	@$(PYTEST) -m 'slow and not hub and not faults'
 
 test-faults: env ## kills, signals and damage, with real processes (FAULTS=5: 50 kills, 200 corruptions)
-	@$(PY) -m pytest -q -s -m faults tests/faults
+	@$(PYTEST) -m faults tests/faults
 
 test-core: env ## the quick tests without the launch scripts, for another set of versions (VENV, PYTHON, CONSTRAINTS)
 	@$(PYTEST) --ignore=tests/launch --ignore=tests/test_house.py

@@ -1,7 +1,7 @@
 """One run that nothing happened to, and how many moments it has."""
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -21,3 +21,17 @@ def counted(tmp_path_factory) -> tuple[Path, Mapping[str, int]]:
 def whole(counted) -> Path:
     """A workdir after the whole recipe. Not to be written to."""
     return counted[0]
+
+
+@pytest.fixture
+def tell(request) -> Callable[[str], None]:
+    """A line to be shown after all tests, also where they run in several processes: what was tried, and how it went."""
+    return lambda line: request.node.user_properties.append(("faults", line))
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [report for each in terminalreporter.stats.values() for report in each if hasattr(report, "when")]
+    told = [pair for report in reports if report.when == "call" for pair in report.user_properties]
+    if lines := [line for name, line in told if name == "faults"]:
+        terminalreporter.write_sep("=", "faults that were tried")
+        terminalreporter.write_line("\n".join(lines))

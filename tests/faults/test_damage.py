@@ -56,7 +56,7 @@ def measured(stdout):
     return json.dumps(result.get("nats_per_token") or [sample["text"] for sample in result["samples"]])
 
 
-def test_no_damage_is_believed(whole, tmp_path):
+def test_no_damage_is_believed(whole, tmp_path, tell):
     rng, counts, kinds = random.Random(1), collections.Counter(), collections.Counter()
     right = {}
     for name in ("evaluate", "sample"):
@@ -89,4 +89,4 @@ def test_no_damage_is_believed(whole, tmp_path):
             assert measured(done.stdout) in right[name], f"silently wrong: {what}"
         kinds[kind] += 1
         shutil.rmtree(workdir)
-    print(f"\n{kinds.total()} damages of {dict(kinds)}: {dict(counts)}, silently wrong: 0")
+    tell(f"{kinds.total()} damages of {dict(kinds)}: {dict(counts)}, silently wrong: 0")

@@ -80,7 +80,7 @@ class Reader:
         self._process.communicate()
 
 
-def test_workdirs_from_elsewhere_are_read_or_refused(tmp_path):
+def test_workdirs_from_elsewhere_are_read_or_refused(tmp_path, tell):
     base, secret, canary = tmp_path / "base", tmp_path / "secret", tmp_path / "canary"
     tiny = ("num_layers=1", "embed_dim=16", "num_heads=2", "mlp_dim=16", "seq_len=32")
     done = run_script(
@@ -117,5 +117,5 @@ def test_workdirs_from_elsewhere_are_read_or_refused(tmp_path):
         if not any(line.startswith(f"{workdir} ") for line in faults):
             shutil.rmtree(workdir, ignore_errors=True)
     reader.stop()
-    print(f"\n{dict(counts)}; the slowest took {slowest} s of CPU time")
+    tell(f"{round(200 * SCALE)} hostile workdirs: readers {dict(counts)}; the slowest took {slowest} s of CPU time")
     assert not faults, "\n".join([f"{len(faults)} faults:", *faults])

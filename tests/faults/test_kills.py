@@ -22,7 +22,7 @@ KILLS_OF_A_RUN = 5
 PARTS = ("preparing", "stepping", "saving", "saving", "deleting")
 
 
-def test_kills_at_random_moments_lose_at_most_one_interval(counted, tmp_path):
+def test_kills_at_random_moments_lose_at_most_one_interval(counted, tmp_path, tell):
     """While preparing, stepping, saving and deleting; at the end every bit is that of a run left alone."""
     whole, moments = counted
     saves = 40 // EVERY_STEPS
@@ -48,4 +48,4 @@ def test_kills_at_random_moments_lose_at_most_one_interval(counted, tmp_path):
         lost = [before - after for before, after in itertools.pairwise(steps) if after < before]
         assert max(lost, default=0) <= EVERY_STEPS + 1, lost  # an interval, and the step that is told one late
         shutil.rmtree(workdir)
-    print(f"\n{counts.total()} kills ({dict(counts)} of {moments}): all went on, all equal to the bit")
+    tell(f"{counts.total()} kills ({dict(counts)} of {moments}): all went on, all equal to the bit")

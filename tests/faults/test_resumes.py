@@ -48,15 +48,8 @@ def go(trainer, state, batches, steps, each=lambda step, state: None):
     return state, taken, rows
 
 
-@pytest.fixture(scope="module")
-def table():
-    rows = []
-    yield rows
-    print("\nresumes that are equal to the bit, of the cuts after 1 to 19 steps: " + ", ".join(rows))
-
-
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_cut_goes_on_to_the_same_bits(tmp_path, table, name):
+def test_every_cut_goes_on_to_the_same_bits(tmp_path, tell, name):
     trainer, batches = tiny_trainer(**{"total_steps": STEPS} | OPTIONS[name]), make_batches()
 
     def save(step, state):
@@ -75,7 +68,7 @@ def test_every_cut_goes_on_to_the_same_bits(tmp_path, table, name):
         assert_trees_equal((windows, rows), (all_windows[cut:], all_rows[cut:]))
         assert_trees_equal(state, whole)
         equal += 1
-    table.append(f"{name} {equal}/{STEPS - 1}")
+    tell(f"resumes that are equal to the bit, {name}: {equal} of the cuts after 1 to {STEPS - 1} steps")
 
 
 def test_another_number_of_devices_reads_the_same_windows_and_takes_nearly_the_same_steps(tmp_path):

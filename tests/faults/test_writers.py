@@ -60,7 +60,7 @@ def test_readers_beside_half_a_save_read_what_is_whole(whole, tmp_path, moment):
     assert newest_digests(workdir) == newest_digests(whole)
 
 
-def test_a_reader_beside_a_writer_for_200_steps_never_sees_half_a_file(whole, tmp_path, cpu):
+def test_a_reader_beside_a_writer_for_200_steps_never_sees_half_a_file(whole, tmp_path, cpu, tell):
     workdir, reads, steps = tmp_path / "run", 0, set()
     open_experiment(whole, cpu)  # what is compiled for reading is compiled now
     writer = start("train", *RECIPE, "--config.total_steps=200", f"--workdir={workdir}")
@@ -79,4 +79,4 @@ def test_a_reader_beside_a_writer_for_200_steps_never_sees_half_a_file(whole, tm
         _, stderr = writer.communicate()
     assert writer.returncode == 0, stderr
     assert newest_digests(workdir)[0] == 200 and not verify(workdir).bad and reads
-    print(f"\n{reads} reads of {len(steps)} steps beside a run of 200 steps: all whole")
+    tell(f"{reads} reads of {len(steps)} steps beside a run of 200 steps: all whole")
