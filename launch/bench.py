@@ -5,6 +5,7 @@ python launch/bench.py --config=configs/m2_air.py --only=train --sweep=model.emb
 python launch/bench.py --config=configs/m2_air.py --only=train --peer='python other_program.py' --rounds=3
 python launch/bench.py --config=configs/m2_air.py --profile
 python launch/bench.py --config=configs/tales.py --startup
+python launch/bench.py --config=configs/m2_air.py --saving
 """
 
 import sys
@@ -24,6 +25,7 @@ flags.DEFINE_multi_string("sweep", [], "NAME=VALUE,VALUE: a setting and its valu
 flags.DEFINE_string("peer", "", "command of another benchmark, to take turns with; it prints JSON objects")
 flags.DEFINE_integer("rounds", 3, "turns with the peer", lower_bound=1)
 flags.DEFINE_bool("profile", False, "what part of a training step is products, attention, head and loss, optimizer, …")
+flags.DEFINE_bool("saving", False, "time of a save, and how much of it its checks (digests, sums of files) take")
 flags.DEFINE_bool("startup", False, "time to the first step and to the first sampled text; this prepares the corpus")
 PLOT = define_path("plot", "file to write", "file for a plot of the rates: .png, .svg or .pdf")
 flags.DEFINE_bool("json", False, "print one JSON object as the last line")
@@ -42,6 +44,7 @@ def main(_: list[str]) -> None:
         rounds=FLAGS.rounds,
         profile=FLAGS.profile,
         startup=FLAGS.startup,
+        saving=FLAGS.saving,
         flags=tuple(arg for arg in sys.argv[1:] if arg.startswith(("--config", "--only", "--seconds"))),
     )
     record = bench(Config.build(CONFIG.value), request, PLOT.value, quiet=FLAGS.json)

@@ -8,6 +8,7 @@ import rich.console
 
 from tale_jax.bench.compare import compare, startup, sweep, sweep_variants
 from tale_jax.bench.profile import profile
+from tale_jax.bench.saving import saving
 from tale_jax.bench.throughput import Bench, describe_record, measure, num_streams, tables
 from tale_jax.config import Config
 from tale_jax.hardware.backend import start_backend
@@ -26,10 +27,12 @@ class BenchRequest:
     rounds: int = 3
     profile: bool = False
     startup: bool = False
+    saving: bool = False
     flags: tuple[str, ...] = ()
 
     def __post_init__(self):
         flags = {"sweep": self.sweeps, "peer": self.peer, "profile": self.profile, "startup": self.startup}
+        flags |= {"saving": self.saving}
         chosen = sorted(flag for flag, value in flags.items() if value)
         if len(chosen) > 1:
             raise ValueError(f"--{' and --'.join(chosen)} cannot be measured together; give one of them")
@@ -40,7 +43,7 @@ class BenchRequest:
 
 def bench(config: Config, request: BenchRequest, plot: Path | None = None, quiet: bool = False) -> dict[str, Any]:
     """Measures as requested, prints tables unless `quiet`, draws `plot`, and returns the record for JSON."""
-    if plot is not None and (request.peer or request.profile or request.startup):
+    if plot is not None and (request.peer or request.profile or request.startup or request.saving):
         raise ValueError(f"--plot={plot} shows rates of a config or of a --sweep; leave it out here")
     out = table_console(quiet)
     if request.startup:
@@ -57,6 +60,10 @@ def bench(config: Config, request: BenchRequest, plot: Path | None = None, quiet
             return _show(out, compare(subject, request.peer, request.rounds, request.seconds, request.kinds))
         if request.profile:
             return _show(out, profile(subject))
+        if request.saving:
+            with Progress("saving, and its checks"):
+                cost = saving(subject)
+            return _show(out, cost)
         record = measure(subject, request.kinds, request.seconds).record()
         records = {"": record}
         out.print(describe_record(record))

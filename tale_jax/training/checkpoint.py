@@ -148,7 +148,7 @@ class Checkpoints:
             return
         self.wait()
         arrays = _arrays(state)
-        if bad := _first_not_finite(arrays):
+        if bad := first_not_finite(arrays):
             kept = (
                 f"checkpoint {self.latest} is whole, and the same command goes on from there"
                 if self.latest
@@ -526,7 +526,8 @@ def _finite_arrays(tree: Any) -> Any:
     return jax.tree_util.tree_map(lambda x: jnp.isfinite(x).all(), tree)
 
 
-def _first_not_finite(tree: Any) -> str:
+def first_not_finite(tree: Any) -> str:
+    """The dotted name of the first array with a number that is not finite; "" where there is none."""
     paths = jax.tree_util.tree_flatten_with_path(jax.device_get(_finite_arrays(tree)))[0]
     return next((".".join(_key_name(key) for key in path) for path, finite in paths if not finite), "")
 
