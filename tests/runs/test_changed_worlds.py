@@ -2,12 +2,15 @@
 
 import json
 import random
+import shutil
 
 import pytest
 from helpers import TINY_FILES, build_config, run_script
 
+from tale_jax.config import Config, change
 from tale_jax.runs.train import train
 from tale_jax.utils.locks import writer_lock
+from tale_jax.utils.manifests import read_manifest, write_manifest
 
 TINY = TINY_FILES | {
     "total_steps": 4,
@@ -60,3 +63,19 @@ def test_text_without_words_has_no_word_perplexity_and_training_goes_on(tmp_path
     done = run_script("evaluate", f"--workdir={tmp_path / 'run'}", "--json")
     result = json.loads(done.stdout.splitlines()[-1], parse_constant=lambda name: pytest.fail(name))
     assert result["bits_per_byte"] > 0 and (result["word_perplexity"] is None or result["word_perplexity"] > 0)
+
+
+@pytest.mark.slow
+def test_auto_precision_is_decided_once_a_run(trained, tmp_path, cpu):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    folder, config = workdir / "checkpoints" / "20", change(Config.load(workdir), {"total_steps": 22})
+    facts = {name: value for name, value in read_manifest(folder).items() if name != "files"}
+    before = facts["precision"]
+    other = "bfloat16" if before == "float32" else "float32"
+    write_manifest(folder, facts | {"precision": other})  # as on another machine
+    assert train(change(config, {"precision": "auto"}), workdir, cpu).step == 22
+    assert read_manifest(workdir / "checkpoints" / "22")["precision"] == other
+    longer = change(config, {"total_steps": 24, "precision": before})  # what is asked for by name is done
+    assert train(longer, workdir, cpu).step == 24
+    assert read_manifest(workdir / "checkpoints" / "24")["precision"] == before

@@ -1,9 +1,12 @@
 """What is saved comes back: exactly, on other devices, and with a clear line when it cannot."""
 
+import concurrent.futures
+import errno
 import json
 import os
 import re
 import shutil
+import threading
 
 import jax
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 from helpers import assert_trees_close, assert_trees_equal, take_steps, tiny_batches, tiny_trainer
 
 from tale_jax.training import checkpoint as checkpoint_module
-from tale_jax.training.checkpoint import Checkpoints, SavedParams, check_checkpoint, max_concurrent_bytes
+from tale_jax.training.checkpoint import Checkpoints, SavedParams, check_checkpoint, max_concurrent_bytes, num_bytes
 
 
 def save(folder, keep, losses, **more):
@@ -238,6 +241,42 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_the_checkpoints_before(tmp_p
     monkeypatch.undo()
     checkpoints.close()
     assert restored(tmp_path, trainer)[1] == {"examples": 8}
+
+
+def test_a_save_that_fails_in_the_background_is_told_at_the_next_step(tmp_path, monkeypatch):
+    trainer = tiny_trainer()
+    checkpoints, state, may_fail = Checkpoints(tmp_path, 2), trainer.init(), threading.Event()
+    checkpoints.save(1, state, {"examples": 8}, None)
+
+    def fail():
+        may_fail.wait()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+    checkpoints.save(2, state, {"examples": 16}, None)
+    checkpoints.poll()  # does not wait for it
+    may_fail.set()
+    concurrent.futures.wait([checkpoints._sealing])
+    with pytest.raises(OSError, match=r"the checkpoint could not be written \(the disk is full; make room"):
+        checkpoints.poll()
+    monkeypatch.undo()
+    checkpoints.close()
+    assert restored(tmp_path, trainer)[1] == {"examples": 8}
+
+
+def test_room_for_all_that_is_kept_and_one_more_is_looked_for_at_the_start(tmp_path, monkeypatch):
+    state, checkpoints = tiny_trainer().abstract_state, Checkpoints(tmp_path, keep=2)
+    needed = 3 * num_bytes(state)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    checkpoints.check_space(state)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(OSError, match=r"are needed and .* are free: the disk is full; make room, or keep fewer"):
+        checkpoints.check_space(state)
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)  # what is there already need not fit again
+    (tmp_path / "checkpoints" / "7" / "file").write_bytes(b"0")
+    checkpoints.check_space(state)
+    checkpoints.close()
 
 
 def test_saved_weights_are_read_alone_and_averaged(tmp_path):
