@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from tale_jax.config import Config, ModelConfig
 from tale_jax.convert.dtypes import DTYPES, cast
-from tale_jax.convert.safetensors_files import Tensors, open_safetensors, write_safetensors
+from tale_jax.convert.safetensors_files import MAX_JSON_BYTES, Tensors, open_safetensors, write_safetensors
 from tale_jax.convert.tokenizer_json import huggingface_tokenizer, tokenizer_json
 from tale_jax.convert.weights import huggingface_weights, our_weights, places
 from tale_jax.data.chat_template import TEMPLATE_FILE, read_template
@@ -34,7 +34,7 @@ from tale_jax.model.attention import FAST_TURNS, SLOW_TURNS
 from tale_jax.model.transformer import Transformer
 from tale_jax.runs.experiment import Experiment, run_facts
 from tale_jax.training.checkpoint import save_params
-from tale_jax.utils.files import json_object
+from tale_jax.utils.files import check_length, json_object
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # What a config.json of theirs may say and ours has no place for: field → the values that change nothing.
@@ -143,6 +143,7 @@ def import_huggingface(path: Path, workdir: Path) -> None:
     (workdir / "tokenizer").mkdir(parents=True)
     files.save(workdir / "tokenizer")
     if (path / TEMPLATE_FILE).is_file():
+        check_length(path / TEMPLATE_FILE, MAX_JSON_BYTES)
         shutil.copy(path / TEMPLATE_FILE, workdir / "tokenizer" / TEMPLATE_FILE)
     save_params(workdir, 0, params, run_facts(config, files, {}, "float32"))
     config.save(workdir)
@@ -240,6 +241,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of their folder. Raises ValueError, in one line, when it is missing or none."""
     if not path.is_file():
         raise ValueError(f"{path.parent} must be a Hugging Face folder (no {path.name} there); give --path=FOLDER")
+    check_length(path, MAX_JSON_BYTES)
     return json_object(path.read_bytes(), path, "copy it again")
 
 
@@ -249,9 +251,11 @@ def _read_tokenizer(path: Path, theirs: Mapping[str, Any]) -> JsonTokenizer:
     settings = read_json(beside) if beside.is_file() else {}
     if (path / JSON_FILE).is_file():
         name = path / JSON_FILE
+        check_length(name, MAX_JSON_BYTES)
         specification = name.read_bytes()
     elif (path / MODEL_FILE).is_file():
         name = path / MODEL_FILE
+        check_length(name, MAX_JSON_BYTES)
         ours = SentencePieceTokenizer(name.read_bytes(), str(name))
         specification = tokenizer_json(ours.model, ours.bos_id, prefix=ours.adds_space, name=str(name)).encode()
     else:

@@ -22,9 +22,11 @@ import numpy as np
 from jaxtyping import Float
 
 from tale_jax.utils.extras import missing_extra
+from tale_jax.utils.files import check_length
 
 MAX_HEADER = 100_000_000  # bytes, as the library of the format has it
 MAX_RANK = 8
+MAX_JSON_BYTES = 1 << 28  # of a file beside the weights; tokenizers of 250,000 tokens have 33 MB
 READABLE = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 SIZES |= {"U64": 8, "U32": 4, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -68,6 +70,7 @@ def open_safetensors(folder: Path) -> Tensors:
         return Tensors(read_header(folder / SINGLE))
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} must hold {SINGLE}, or {INDEX} and its shards; download them again")
+    check_length(folder / INDEX, MAX_JSON_BYTES)
     try:
         shard_of = json.loads((folder / INDEX).read_bytes())["weight_map"]
         shards = sorted(set(shard_of.values()))

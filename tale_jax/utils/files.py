@@ -76,7 +76,13 @@ def check_inside(folder: Path, path: Path, max_bytes: int = 0) -> None:
     """
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path} must lie in {folder}, and is a link to another place; put the file itself there")
-    if max_bytes and path.stat().st_size > max_bytes:
+    if max_bytes:
+        check_length(path, max_bytes)
+
+
+def check_length(path: Path, max_bytes: int) -> None:
+    """Raises ValueError, in one line, for a file that is too long to be what it is read as."""
+    if path.stat().st_size > max_bytes:
         raise ValueError(f"{path} must have at most {max_bytes:,} bytes, and has {path.stat().st_size:,}; restore it")
 
 

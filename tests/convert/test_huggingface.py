@@ -256,6 +256,18 @@ def test_a_folder_that_lacks_something(tmp_path, missing, part):
     assert read_huggingface(folder)[0].model.num_layers == 2
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_a_file_that_claims_a_length_no_memory_holds(tmp_path, name):
+    folder = exported(tmp_path)
+    if name.startswith("model"):
+        (folder / "model.safetensors").unlink()
+    with (folder / name).open("wb") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(ValueError, match=rf"{name} must have at most 268,435,456 bytes, and has .*; restore it"):
+        import_model("huggingface", folder, tmp_path / "workdir")
+    assert not (tmp_path / "workdir").exists()
+
+
 def test_marks_are_found_where_the_tokenizer_does_not_name_them(tmp_path):
     folder = exported(tmp_path)
     (folder / "tokenizer_config.json").unlink()

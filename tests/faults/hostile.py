@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+HUGGINGFACE = "huggingface"  # folder of a workdir with the same model in Hugging Face's format
 MEMORY = 1 << 30  # bytes that readers may take beyond what a sound workdir takes
 
 # Making one.
@@ -94,6 +95,14 @@ def mutate_bytes(content: bytes, rng: random.Random, canary: Path) -> bytes:
     else:
         changed += pickle.dumps(Payload(canary))
     return bytes(changed)
+
+
+def mutate_safetensors(content: bytes, rng: random.Random) -> bytes:
+    """A header that lies, before the same arrays."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = mutate_json(content[8:end].decode(errors="replace"), rng).encode("utf-8", "surrogatepass")
+    claimed = rng.choice([*[len(header)] * 6, 0, len(header) - 1, 1 << 20, 1 << 40, (1 << 64) - 1])
+    return max(0, claimed).to_bytes(8, "little") + header + content[end:]
 
 
 def varint(number: int) -> bytes:
@@ -195,6 +204,8 @@ def mutate(workdir: Path, rng: random.Random, secret: Path, canary: Path) -> str
                 number = rng.randrange(len(lines))
                 lines[number] = mutate_json(lines[number], rng)
                 path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+            elif path.suffix == ".safetensors" and rng.random() < 0.7:
+                path.write_bytes(mutate_safetensors(content, rng))
             else:
                 path.write_bytes(mutate_bytes(content, rng, canary))
         done.append(str(path.relative_to(workdir)))
@@ -212,6 +223,7 @@ RUNS_CODE = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "sub
 def readers(base: Path) -> dict[str, Callable[[Path], Any]]:
     """Everything that reads a workdir, as the scripts call it."""
     from tale_jax.config import Config
+    from tale_jax.convert.huggingface import read_huggingface
     from tale_jax.data.prepare import prepare
     from tale_jax.hardware.backend import start_backend
     from tale_jax.inference.sampler import Sampler, SampleSettings
@@ -256,6 +268,7 @@ def readers(base: Path) -> dict[str, Callable[[Path], Any]]:
         "sample": sample,
         "evaluate": score,
         "report": lambda workdir: write_report([workdir]),
+        "import": lambda workdir: read_huggingface(workdir / HUGGINGFACE),
         "verify": verify,
         "resume": resume,
         "repair": lambda workdir: list(repair(workdir)),
@@ -265,7 +278,7 @@ def readers(base: Path) -> dict[str, Callable[[Path], Any]]:
 
 def main(base: Path, secret: Path) -> None:
     seen: list[str] = []
-    watched = False
+    watched = follows_links = False  # a folder of Hugging Face's cache is made of links to blobs
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if not watched:
@@ -274,7 +287,9 @@ def main(base: Path, secret: Path) -> None:
             seen.append(f"{event} {arguments!r:.80}")
         elif event == "open" and isinstance(arguments[0], str | bytes):
             path = os.fsdecode(arguments[0])
-            if not path.startswith(("/proc", "/sys")) and os.path.realpath(path).startswith(str(secret)):
+            if follows_links or path.startswith(("/proc", "/sys")):
+                return
+            if os.path.realpath(path).startswith(str(secret)):
                 seen.append(f"opens {path}")
 
     found = readers(base)
@@ -290,7 +305,7 @@ def main(base: Path, secret: Path) -> None:
     for line in sys.stdin:
         said = {}
         for name, read in found.items():
-            start, watched = time.process_time(), True
+            start, watched, follows_links = time.process_time(), True, name == "import"
             try:
                 read(Path(line.rstrip("\n")))
                 outcome = "read"

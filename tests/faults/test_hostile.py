@@ -94,6 +94,8 @@ def test_workdirs_from_elsewhere_are_read_or_refused(tmp_path, tell):
     )
     assert done.returncode == 0, done.stderr
     run_script("evaluate", f"--workdir={base}", "--num_samples=0")
+    done = run_script("convert", f"--workdir={base}", "--to=huggingface", f"--out={base / hostile.HUGGINGFACE}")
+    assert done.returncode == 0, done.stderr
     (secret / "folder").mkdir(parents=True)
     (secret / "file").write_text("{}\n")
     counts, faults, slowest = collections.Counter(), [], 0.0
