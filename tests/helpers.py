@@ -3,16 +3,18 @@
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import pty
 import re
 import select
+import shutil
 import struct
 import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,16 @@ def assert_trees_equal(found: Any, wanted: Any) -> None:
 def assert_trees_close(found: Any, wanted: Any, **tolerance: float) -> None:
     """Every array equal, within `rtol` and `atol`."""
     jax.tree_util.tree_map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), found, wanted)
+
+
+def local_tasks(folder: Path, texts: Sequence[str], choices: Sequence[dict[str, str]]) -> Path:
+    """A folder of the two lm-eval tasks of tests/evaluation/tasks, with their data."""
+    shutil.copytree(ROOT / "tests" / "evaluation" / "tasks", folder)
+    for task in folder.glob("*.yaml"):
+        task.write_text(task.read_text().replace("__FOLDER__", str(folder)))
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "choices.jsonl").write_text("".join(json.dumps(choice) + "\n" for choice in choices))
+    return folder
 
 
 def start_script(name: str, *flags: str, cwd: Path = ROOT) -> subprocess.Popen:

@@ -323,6 +323,8 @@ class _Block:
         self.key: Hashable = None
         self.weights: Any = None
         self.state: Any = None
+        self.used = 0  # rows with a text
+        self._numbers_there: Any = None  # the device's copies of what follows, until a row changes
         self._keys = np.zeros((size, 2), np.uint32)
         self._numbers = np.zeros(size, np.int32)
         self._sampling = {  # of each row, as SamplingParams
@@ -336,10 +338,6 @@ class _Block:
             "logit_bias": np.zeros((size, engine.vocab_size), np.float32),
         }
 
-    @property
-    def used(self) -> int:
-        return sum(text is not None for text in self.texts)
-
     def reserve(self, job: Job) -> "_RowText":
         """A free row, with the job's numbers."""
         if not self.used:
@@ -349,6 +347,7 @@ class _Block:
         row = self.texts.index(None)
         limits = dataclasses.replace(job.limits, top_k=min(job.limits.top_k, self.engine.vocab_size))
         text = self.texts[row] = _RowText(row, job, self.engine.sampler)
+        self.used, self._numbers_there = self.used + 1, None
         self._keys[row] = job.seed >> 32 & 0xFFFFFFFF, job.seed & 0xFFFFFFFF
         self._numbers[row] = job.number
         for name, array in self._sampling.items():
@@ -363,6 +362,7 @@ class _Block:
     def release(self, text: "_RowText") -> None:
         """A row that nobody uses goes on greedily, which costs least."""
         self.texts[text.row] = None
+        self.used, self._numbers_there = self.used - 1, None
         for name, value in (("temperature", 0), ("top_k", 0), ("top_p", 1), ("min_p", 0), ("repetition_penalty", 1)):
             self._sampling[name][text.row] = value
 
@@ -374,20 +374,22 @@ class _Block:
                 _tell(text.job, Failure(message))
 
     def decode(self, weights: Any) -> Any:
-        """Starts a chunk, and returns what will be its results. The device has copies of the rows' numbers."""
-        wanted = any(text and text.job.top is not None for text in self.texts)
-        keys, numbers, sampling = jax.tree_util.tree_map(np.array, (self._keys, self._numbers, self._sampling))
-        self.state, *results = self.engine.sampler.decode_with_top(
+        """Starts a chunk, and returns what will be its results: the likeliest tokens only where a text wants them."""
+        if self._numbers_there is None:  # copies, which do not change with the rows while a chunk is under way
+            here = np.bool_(any(text and text.job.top is not None for text in self.texts)), self._keys, self._numbers
+            self._numbers_there = jax.device_put(jax.tree_util.tree_map(np.array, (*here, self._sampling))), here[0]
+        (wanted, keys, numbers, sampling), is_wanted = self._numbers_there
+        self.state, tokens, logprobs, likeliest = self.engine.sampler.decode_with_top(
             weights,
             self.state,
             keys,
             numbers,
             SamplingParams(**sampling),
-            wanted=np.bool_(wanted),
+            wanted=wanted,
             chunk=CHUNK,
             top=self.engine.top,
         )
-        return results
+        return tokens, logprobs, likeliest if is_wanted else None
 
     def collect(self, results: Any) -> None:
         """Passes a chunk's tokens on."""

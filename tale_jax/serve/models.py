@@ -139,7 +139,7 @@ def open_model(
         return open_experiment(workdir, backend, step, dtype, weights)
 
     def engine_of(sampler: Sampler, weights_of: Callable[[Any], Any]) -> Engine:
-        size = block_rows or (4 if backend.platform == "cpu" else rows)
+        size = block_rows or (2 if backend.platform == "cpu" else rows)
         size = min(rows, max(size, sampler.min_rows))
         return Engine(sampler, weights_of, rows=rows, block_rows=size, max_queue=max_queue)
 

@@ -3,13 +3,12 @@
 import itertools
 import json
 import math
-import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import local_tasks
 
 from tale_jax.data.token_files import iter_documents, load_tokens
 from tale_jax.evaluation.lm_eval import Likelihoods, run_tasks
@@ -17,8 +16,6 @@ from tale_jax.evaluation.scoring import Scorer, stream_spans
 from tale_jax.inference.sampler import Sampler
 from tale_jax.runs.evaluate import describe_tasks, evaluate_tasks
 from tale_jax.runs.experiment import open_experiment
-
-TASKS = Path(__file__).parent / "tasks"
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +64,6 @@ def test_a_whole_text_is_scored_as_evaluate_scores_a_document(experiment, likeli
     assert counts.sum() == len(stream) - 1
     found = likelihoods.of_text(stream[1:].tolist(), int(stream[0]))
     assert found == pytest.approx(-nats.sum(), rel=1e-5)
-
-
-def local_tasks(folder, texts, choices):
-    """The two tasks of this folder, with their data."""
-    shutil.copytree(TASKS, folder)
-    for task in folder.glob("*.yaml"):
-        task.write_text(task.read_text().replace("__FOLDER__", str(folder)))
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (folder / "choices.jsonl").write_text("".join(json.dumps(choice) + "\n" for choice in choices))
-    return folder
 
 
 def test_tasks_of_lm_eval_agree_with_our_own_numbers(experiment, likelihoods, tmp_path):
