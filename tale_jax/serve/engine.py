@@ -426,13 +426,13 @@ class _RowText:
     def num_tokens(self) -> int:
         return self._text.tokens
 
-    def add(self, tokens: Any, logprobs: Any, likeliest: TopTokens) -> Delta | None:
+    def add(self, tokens: Any, logprobs: Any, likeliest: TopTokens | None) -> Delta | None:
         """The delta that a chunk of tokens brings, if any."""
         top = self.job.top
         for index, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
             self._text.add_tokens([token], [logprob])
             after, others = None, ()
-            if top is not None:
+            if top is not None and likeliest is not None:
                 after = float(likeliest.chosen_after[index, self.row])
                 columns = (x[index, self.row, :top].tolist() for x in likeliest[:3])
                 others = tuple(zip(*columns, strict=True))

@@ -11,6 +11,7 @@ ends at once.
 
 import asyncio
 import contextlib
+import errno
 import functools
 import hmac
 import importlib.metadata
@@ -739,6 +740,10 @@ def _listen(host: str, port: int) -> socket.socket:
         if listener is not None:
             listener.close()
         reason = error.strerror or str(error)
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise ValueError(
+                f"--host={host} must be a name or an address of this machine ({reason}); try --host=127.0.0.1"
+            ) from None
         raise ValueError(f"--host={host} --port={port} must be free to listen on ({reason}); try --port=0") from None
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     return listener

@@ -561,6 +561,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "{} is not JSON": BODY,
         "--api_key_file={} must hold": f"{SERVE}test_a_file_of_keys_that_is_corrected_as_told_is_read",
         "must be free to listen on": f"{SERVE}test_a_port_that_is_taken_and_one_that_is_free",
+        "must be a name or an address of this machine": f"{SERVE}test_a_host_that_is_not_this_machine_and_one_that_is",
     },
     "tale_jax/serve/settings.py": {
         "must {}; try --{}={}": f"{SERVE}test_a_setting_that_is_corrected_as_told_serves",

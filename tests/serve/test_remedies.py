@@ -257,8 +257,14 @@ def test_a_port_that_is_taken_and_one_that_is_free():
             _listen("127.0.0.1", port)
         with _listen("127.0.0.1", 0) as free:
             assert free.getsockname()[1] != port
-    with pytest.raises(ValueError, match=r"--host=no.such.host.invalid"):
-        _listen("no.such.host.invalid", 0)
+
+
+def test_a_host_that_is_not_this_machine_and_one_that_is():
+    for host in ("no.such.host.invalid", "192.0.2.1"):  # no name; an address kept for documents
+        with pytest.raises(ValueError, match=rf"^--host={host} must be a name or an .* \(.*\); try --host=127.0.0.1$"):
+            _listen(host, 0)
+    with _listen("127.0.0.1", 0) as found:
+        assert found.getsockname()[0] == "127.0.0.1"
 
 
 def test_the_extra_that_is_missing_is_named(monkeypatch):

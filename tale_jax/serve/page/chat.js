@@ -123,6 +123,6 @@ export function render(panel, page) {
     stop.disabled = !controller;
     if (talk.at(-1)?.role !== "assistant") draw();
   };
-  panel.replaceChildren(log, details, form);
+  panel.replaceChildren(log, form, details);
   draw();
 }
