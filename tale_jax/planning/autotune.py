@@ -3,8 +3,9 @@
     python launch/train.py --config=configs/files.py --config.corpus.path=my-texts/ --config.minutes=30 --workdir=…
 
 A large model sees little text in the time, a small one learns little from much. So for each size of SHAPES it is
-computed how often it could read the text, and a law of losses predicts which of them ends lowest. Speeds come from a
-few real steps: of the size that looks best, until the one that looks best was measured.
+computed how often it could read the text, and a law of losses predicts which of them ends lowest: that of this text,
+where a ladder (`runs/ladder.py`) has found one. Speeds come from a few real steps: of the size that looks best, until
+the one that looks best was measured.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from tale_jax.model.transformer import flops_per_token
 from tale_jax.planning.memory import measure_memory, memory_budget
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.programs import UntrainedTokenizer
+from tale_jax.planning.scaling_law import LossLaw, known_law
 from tale_jax.planning.timing import time_steps
 from tale_jax.training.step import make_trainer
 from tale_jax.utils.format import format_duration
@@ -33,35 +35,6 @@ SHAPES = ((4, 128), (5, 192), (6, 256), (6, 320), (6, 384), (8, 512), (10, 640),
 HEAD_DIM = 64
 MIN_STEPS = 50
 MAX_MEASURED_SIZES = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class LossLaw:
-    """Bits per byte of held-out text after training N million weights on D megabytes of text:
-
-        floor + size / N ** size_power + text / D ** text_power
-
-    The form is that of Hoffmann et al. 2022. The numbers were fitted to four runs of configs/files.py on children's
-    books, of 1.1 and 5.3 million weights and 1.3 to 4.1 megabytes (off by 0.02 at most), with powers near those
-    published. Another text has another floor, which changes no choice.
-
-    Text that is read again is worth less and less (Muennighoff et al. 2023): after about `repeats` passes more, nearly
-    nothing. They found 15 for larger models and texts; ours, with ten weights for a token of text, memorise it sooner.
-    """
-
-    floor: float = 0.93
-    size: float = 0.25
-    size_power: float = 0.34
-    text: float = 0.87
-    text_power: float = 0.3
-    repeats: float = 5.0
-
-    def predict(self, num_weights: float | int, read_bytes: float | int, text_bytes: float | int) -> float:
-        """Bits per byte after reading `read_bytes` of a text of `text_bytes`, which repeats where it is shorter."""
-        repeats = max(0.0, read_bytes / text_bytes - 1)
-        worth = min(read_bytes, text_bytes) + text_bytes * self.repeats * (1 - math.exp(-repeats / self.repeats))
-        size_term = self.size / (num_weights / 1e6) ** self.size_power
-        return self.floor + size_term + self.text / (worth / 1e6) ** self.text_power
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +72,6 @@ class Regularisation(NamedTuple):
     weight_decay: float
 
 
-LOSS_LAW = LossLaw()
 TIME_MODEL = TimeModel()
 # In 7 passes over 0.23 MB a model of 1.0 million weights came to 2.24 bits/byte without dropout (and 1.11 on the text
 # itself), to 2.10 with the third row.
@@ -202,12 +174,15 @@ def find_best(
     end_time: float,
     overrides: Collection[str] = (),
     spent: Mapping[str, float] = MappingProxyType({}),
+    law: LossLaw | None = None,
 ) -> tuple[Candidate, list[Candidate], str]:
     """The best run that ends by `end_time` (of `time.monotonic()`), those of the other sizes, and a note where there is
     time for few steps only: then the smallest size is trained.
 
-    `spent`: seconds that went into what was before, by name. Raises ValueError, in one line, where no step fits.
+    `spent`: seconds that went into what was before, by name. `law`: of losses; None: the best known for this text.
+    Raises ValueError, in one line, where no step fits.
     """
+    law = law or known_law(prepared.manifests["train"].corpus).law
     begin_time = time.monotonic()
     dtype, _ = choose_precision(backend, config.precision)
     shapes = [{}] if any(name in overrides for name in SHAPE_SETTINGS) else [_shape(*shape) for shape in SHAPES]
@@ -224,12 +199,12 @@ def find_best(
                 work = step_flops(size) / step_flops(sizes[nearest])
                 cost = StepCost(measured[nearest].step_seconds * work, measured[nearest].compile_seconds)
             num_steps = count_steps(size, seconds_left, cost)
-            runs.append(make_candidate(size, num_steps, cost.step_seconds, prepared, overrides))
+            runs.append(make_candidate(size, num_steps, cost.step_seconds, prepared, law, overrides))
         choice = measured if len(measured) == MAX_MEASURED_SIZES else range(len(runs))
         best = min(choice, key=lambda i: runs[i].bits_per_byte)
         if best in measured:
             break
-        cost = _measure(runs[best].config, backend, dtype)
+        cost = measure_cost(runs[best].config, backend, dtype)
         if cost is None and best:  # it does not fit into memory, and so does none that is larger
             del sizes[best:]
         else:
@@ -274,7 +249,12 @@ def count_steps(config: Config, seconds_left: float | int, cost: StepCost) -> in
 
 
 def make_candidate(
-    config: Config, num_steps: int, step_seconds: float, prepared: Prepared, overrides: Collection[str] = ()
+    config: Config,
+    num_steps: int,
+    step_seconds: float,
+    prepared: Prepared,
+    law: LossLaw,
+    overrides: Collection[str] = (),
 ) -> Candidate:
     """A run of `num_steps`, with all settings that follow from its length."""
     text = prepared.manifests["train"]
@@ -289,7 +269,7 @@ def make_candidate(
         "checkpoint.every_steps": every_steps,
     }
     config = change(config, {name: value for name, value in settings.items() if name not in overrides})
-    bits = LOSS_LAW.predict(num_weights(config), passes * text.bytes, text.bytes) if num_steps else math.inf
+    bits = law.predict(num_weights(config), passes * text.bytes, text.bytes) if num_steps else math.inf
     return Candidate(config, step_seconds, passes, bits)
 
 
@@ -308,7 +288,7 @@ def step_flops(config: Config) -> float:
 
 
 def explain(best: Candidate, others: list[Candidate], prepared: Prepared) -> list[str]:
-    """What was chosen and why, in two lines."""
+    """What was chosen and why, in a few lines."""
     config, text = best.config, prepared.manifests["train"]
     tokens, speed = config.total_steps * config.tokens_per_step, config.tokens_per_step / best.step_seconds
 
@@ -325,6 +305,7 @@ def explain(best: Candidate, others: list[Candidate], prepared: Prepared) -> lis
         f"{millions(best)} parameters, {config.model.num_layers} layers of {config.model.embed_dim}: {speed:,.0f} "
         f"tokens/s measured, {tokens / 1e6:.1f}M tokens in {format_duration(tokens / speed)}, {best.passes:.1f} "
         f"passes, predicted {best.bits_per_byte:.3f} bits/byte{alternatives}",
+        f"by the law of losses of {known_law(text.corpus).source}",
         f"dropout {config.model.dropout:g}, weight decay {config.optimizer.weight_decay:g}: what suits "
         f"{best.passes:.1f} passes over {text.tokens:,} tokens",
     ]
@@ -334,7 +315,7 @@ def _shape(num_layers: int, embed_dim: int) -> dict[str, Any]:
     return dict(zip(SHAPE_SETTINGS, (num_layers, embed_dim, embed_dim // HEAD_DIM, 0, 0, 0), strict=True))
 
 
-def _measure(config: Config, backend: Backend, dtype: Any) -> StepCost | None:
+def measure_cost(config: Config, backend: Backend, dtype: Any) -> StepCost | None:
     """What a step costs; None where the run does not fit into memory."""
     config, start_time = config.with_total_steps(), time.monotonic()
     trainer = make_trainer(config, backend, dtype, UntrainedTokenizer.bos_id)

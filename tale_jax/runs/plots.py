@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,39 @@ def plot_rates(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.set_ylabel("tokens per second")
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def plot_ladder(ladder: Mapping[str, Any], path: Path) -> None:
+    """Draws the rungs of a ladder (see `runs/ladder.py`), and what they predict, into a PNG file.
+
+    Work (weights times tokens) from left to right, bits per byte upwards; intervals as bars.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+
+    def works(runs: Iterable[Mapping[str, Any]]) -> list[float]:
+        return [run["num_weights"] * run["tokens"] for run in runs]
+
+    rungs = sorted(ladder["rungs"].values(), key=lambda run: run["num_weights"] * run["tokens"])
+    axes.plot(works(rungs), [run["predicted"] for run in rungs], "_", color="#888888", ms=14, label="law")
+    axes.plot(works(rungs), [run["bits_per_byte"] for run in rungs], "o", color="#4878a8", label="rungs")
+    answer = ladder["answer"]
+    for run, middle, color, label in (
+        (answer, answer["bits_per_byte"], "#b0562c", f"predicted for {ladder['minutes']:g} minutes"),
+        *([(ladder["check"], ladder["check"]["predicted"], "#5a8f4a", "predicted before")] if ladder["check"] else []),
+    ):
+        spread = [[middle - run["lower"]], [run["upper"] - middle]]
+        axes.errorbar(works([run]), [middle], yerr=spread, fmt="_", ms=14, color=color, capsize=4, label=label)
+    if ladder["check"]:
+        axes.plot(works([ladder["check"]]), [ladder["check"]["bits_per_byte"]], "o", color="#5a8f4a", label="measured")
+    axes.set_xscale("log")
+    axes.set_xlabel("weights × tokens")
+    axes.set_ylabel("bits per byte, validation")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 

@@ -21,6 +21,7 @@ PREPARED = f"{DATA}test_prepared_text_goes_on_as_it_is_told"
 TOKENIZER = f"{DATA}test_a_tokenizer_that_cannot_be_used_is_replaced_as_told"
 VOCABULARY = "tests/data/test_tokenizer.py::test_the_vocabulary_that_an_error_advises_works"
 LOADER = f"{DATA}test_batches_of_the_size_that_is_advised"
+LADDER = "tests/runs/test_ladder.py::"
 RUNS = "tests/remedies/test_runs.py::"
 WORKDIRS = "tests/remedies/test_workdirs.py::"
 FITS_NOT = f"{WORKDIRS}test_a_checkpoint_of_files_that_fit_but_arrays_that_do_not_is_removed_as_told"
@@ -355,6 +356,19 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "tale_jax/runs/evaluate.py": {
         "leave --quality out": f"{FINETUNE}test_a_base_learns_to_answer",
         "try --sample_temperature": f"{RUNS}test_an_evaluation_is_refused_before_it_scores_and_goes_as_told",
+    },
+    "tale_jax/planning/scaling_law.py": {
+        "remove it": "tests/planning/test_scaling_law.py::test_a_file_without_a_law_is_one_line"
+    },
+    "tale_jax/runs/ladder.py": {
+        "is what a ladder chooses": f"{LADDER}test_sizes_and_lengths_are_not_given",
+        "try --share=0.15": f"{LADDER}test_shares_and_minutes_that_cannot_be",
+        "try --minutes=480": f"{LADDER}test_shares_and_minutes_that_cannot_be",
+        "give another --out": f"{LADDER}test_a_ladder_from_start_to_answer",
+        "leave each rung {} steps": f"{LADDER}test_minutes_that_are_too_few_name_enough",
+        "minutes; try --minutes={}": f"{LADDER}test_minutes_that_are_too_few_name_enough",
+        "fit the smallest model into memory": f"{LADDER}test_a_model_that_fits_into_no_memory",
+        "and the rung is scored again": f"{LADDER}test_a_ladder_from_start_to_answer",
     },
     "tale_jax/runs/experiment.py": {
         "must not be the workdir itself": NO_BASE,
