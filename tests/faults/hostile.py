@@ -155,24 +155,32 @@ def add_entry(workdir: Path, rng: random.Random, secret: Path) -> None:
             path.mkdir()
 
 
+def is_plain(path: Path) -> bool:
+    """Whether signing can read it: no link (it would be written through), no pipe (which waits), no file of terabytes."""
+    return path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 28
+
+
 def sign(workdir: Path) -> None:
     """Gives everything the digests that fit it, as its maker can."""
     from tale_jax.utils.manifests import digest_of, write_manifest
 
     for path in (workdir / "config.json", *(workdir / "windows").glob("*.json")):
         with contextlib.suppress(Exception):
-            if path.is_symlink():
-                continue  # it would be written through
+            if not is_plain(path):
+                continue
             values = json.loads(path.read_text())
             if path.parent.name == "windows":
                 from tale_jax.utils.manifests import hash_file
 
-                values["sha256"] = hash_file(path.with_suffix(".bin"))[0]
+                if is_plain(path.with_suffix(".bin")):
+                    values["sha256"] = hash_file(path.with_suffix(".bin"))[0]
             values.pop("digest", None)
             path.write_text(json.dumps(values | {"digest": digest_of(values)}))
     for folder in (workdir / "checkpoints").glob("[0-9]*"):
         with contextlib.suppress(Exception):
-            if any(path.is_symlink() for path in (folder.parent, folder, folder / "manifest.json")):
+            if folder.parent.is_symlink() or folder.is_symlink():
+                continue
+            if not all(is_plain(path) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()):
                 continue
             facts = json.loads((folder / "manifest.json").read_text())
             facts = {name: value for name, value in facts.items() if name not in ("files", "sha256")}
