@@ -156,7 +156,7 @@ def add_entry(workdir: Path, rng: random.Random, secret: Path) -> None:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether signing can read it: no link (it would be written through), no pipe (which waits), no file of terabytes."""
+    """Whether signing can read it: no link (which would be written through), no pipe (which waits), nothing huge."""
     return path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 28
 
 
