@@ -149,11 +149,7 @@ class Checkpoints:
         self.wait()
         arrays = _arrays(state)
         if bad := first_not_finite(arrays):
-            kept = (
-                f"checkpoint {self.latest} is whole, and the same command goes on from there"
-                if self.latest
-                else ("no checkpoint was saved before, and the same command begins anew")
-            )
+            kept = f"checkpoint {self.latest} is whole; go on from there" if self.latest else "begin anew"
             rate = self.facts.get("settings", {}).get("optimizer", {}).get("learning_rate", 0.0)
             smaller = f"--config.optimizer.learning_rate={rate / 2:g}" if rate else "a smaller optimizer.learning_rate"
             raise ValueError(f"{bad} is not finite at step {step}, so nothing of it is saved; {kept} with {smaller}")

@@ -210,7 +210,7 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path):
     ) as error:
         checkpoints.save(2, bad, {}, None)
     assert str(error.value).endswith(
-        "checkpoint 1 is whole, and the same command goes on from there with --config.optimizer.learning_rate=0.0015"
+        "checkpoint 1 is whole; go on from there with --config.optimizer.learning_rate=0.0015"
     )
     checkpoints.close()
     assert kept(tmp_path) == [1]
