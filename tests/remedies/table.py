@@ -321,6 +321,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "leave it out to start a document": f"{RUNS}test_samples_are_asked_for_as_it_is_told",
         "--long_prompt=window": f"{RUNS}test_samples_are_asked_for_as_it_is_told",
         "params must give finite logits": f"{RUNS}test_weights_that_are_no_numbers_and_an_earlier_step",
+        "try --step={}": f"{RUNS}test_weights_that_are_no_numbers_and_an_earlier_step",
     },
     "tale_jax/planning/autotune.py": {
         "must not be given where minutes": f"{RUNS}test_minutes_are_given_as_it_is_told",
