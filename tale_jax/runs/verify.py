@@ -88,13 +88,15 @@ def verify(workdir: Path) -> Verification:
             windows[split] = found.check(f"windows/{split}", look, files=2)
             progress.advance()
         for step in steps:
-            what, files = f"checkpoints/{step}", len(files_below(folder / str(step))) + 1
+            what, files, before = f"checkpoints/{step}", len(files_below(folder / str(step))) + 1, len(found.bad)
             manifest = found.check(what, functools.partial(_check_checkpoint, folder, step), files)
             if manifest and config and tokenizer:
                 found.check(what, functools.partial(check_belongs, what, manifest, config, tokenizer), files=0)
             for split in filter(None, windows.values()):
                 beside = manifest.get("windows", {}) if manifest else {}
                 found.check(what, functools.partial(check_windows, what, beside, split), files=0)
+            if writes and not (folder / str(step)).exists():  # the run let go of it since
+                del found.bad[before:]
             progress.advance()
     if not writes:
         found.bad += [f"checkpoints/{path.name}: half-written, by a save that was killed" for path in leftovers(folder)]
