@@ -48,7 +48,7 @@ from tale_jax.data.tokenizer import (
     tokenizer_file,
     train_tokenizer,
 )
-from tale_jax.utils.files import LINKED, atomic_writer, check_inside
+from tale_jax.utils.files import LINKED, atomic_writer, check_inside, json_object
 from tale_jax.utils.locks import writer_lock
 from tale_jax.utils.progress import Progress
 
@@ -61,6 +61,8 @@ MAX_TOKENIZER_BYTES = 1 << 26  # of a file; a vocabulary of 262,144 takes 5 MB
 MIN_TOLD_INTERVAL = 0.03  # nats per token; a smaller half width is not worth a word
 CHANGED_NOTE = "the text has changed: prepared again, with the same tokenizer; the data position starts anew"
 BASE_FOLDER = LINKED  # where the base of a fine-tuned workdir is looked for first: a folder in it, or a link there
+BASE_FILE = "base.json"  # of a fine-tuned workdir: which base it was, by path, step and digest
+MAX_BASE_FILE_BYTES = 1 << 16
 CHARACTER_COVERAGE = 0.9995  # share of those characters that SentencePiece gives a token of their own
 
 
@@ -164,9 +166,30 @@ def _prepare(config: Config, workdir: Path, log: Path | None) -> Prepared:
 
 
 def base_folder(workdir: Path, base: str) -> Path:
-    """Where the base of a fine-tuned workdir lies: in it, or at the path that the setting `base` names."""
+    """Where the base of a fine-tuned workdir lies: in it, at the path that the setting `base` names, or where it was,
+    since that path may be of another current folder."""
     inside = Path(workdir) / BASE_FOLDER
-    return inside if inside.exists() else expand(base, "base")
+    if inside.exists():
+        return inside
+    named = expand(base, "base")
+    return named if named.exists() else Path(read_base_file(workdir).get("path", named))
+
+
+def read_base_file(workdir: Path) -> dict[str, Any]:
+    """What `open_base` has written of the base of a workdir: path, step, weights and digest; empty where it has not.
+
+    Raises ValueError, in one line, for a file that it has not written.
+    """
+    file = Path(workdir) / BASE_FILE
+    if not file.exists():
+        return {}
+    check_inside(Path(workdir), file, MAX_BASE_FILE_BYTES)
+    remedy = "restore it from a copy, or remove it: the checkpoints know the digest of their base"
+    known = json_object(file.read_bytes(), file, remedy)
+    kinds = {"path": str, "step": int, "weights": str, "digest": str}
+    if any(type(known.get(name)) is not kind for name, kind in kinds.items()):
+        raise ValueError(f"{file} must name the path, step, weights and digest of a base; {remedy}")
+    return known
 
 
 def _copy_tokenizer(base: Path, workdir: Path) -> None:

@@ -18,19 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from tale_jax.config import Config
-from tale_jax.data.prepare import BASE_FOLDER, base_folder, load_tokenizer
+from tale_jax.data.prepare import BASE_FILE, BASE_FOLDER, base_folder, load_tokenizer, read_base_file
 from tale_jax.data.token_files import Manifest
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.model.adapters import Adapted, init_adapters, merged
 from tale_jax.model.transformer import Kernels, Transformer, make_model
 from tale_jax.planning.autotune import num_weights
 from tale_jax.training.checkpoint import SavedParams, check_size
-from tale_jax.utils.files import check_inside, json_object, write_atomically
+from tale_jax.utils.files import write_atomically
 from tale_jax.utils.progress import Progress
 from tale_jax.utils.streams import notice
-
-BASE_FILE = "base.json"  # of a fine-tuned workdir: which base it was, by path, step and digest
-MAX_BASE_FILE_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,26 +132,9 @@ def open_base(workdir: Path, config: Config, backend: Kernels, digest: str = "")
                 f"{found[:12]}; if you have that one, {move}"
             )
     if not known:
-        known = {"path": str(folder), "step": base.step, "weights": base.weights, "digest": found}
+        known = {"path": str(folder.resolve()), "step": base.step, "weights": base.weights, "digest": found}
         write_atomically(file, json.dumps(known, indent=2) + "\n")
     return base
-
-
-def read_base_file(workdir: Path) -> dict[str, Any]:
-    """What `open_base` has written of the base of a workdir: path, step, weights and digest; empty where it has not.
-
-    Raises ValueError, in one line, for a file that it has not written.
-    """
-    file = Path(workdir) / BASE_FILE
-    if not file.exists():
-        return {}
-    check_inside(Path(workdir), file, MAX_BASE_FILE_BYTES)
-    remedy = "restore it from a copy, or remove it: the checkpoints know the digest of their base"
-    known = json_object(file.read_bytes(), file, remedy)
-    kinds = {"path": str, "step": int, "weights": str, "digest": str}
-    if any(type(known.get(name)) is not kind for name, kind in kinds.items()):
-        raise ValueError(f"{file} must name the path, step, weights and digest of a base; {remedy}")
-    return known
 
 
 def weights_digest(params: Any) -> str:

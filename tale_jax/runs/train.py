@@ -23,7 +23,7 @@ from tale_jax.data.corpus import SPLITS, open_corpus
 from tale_jax.data.loader import Batches
 from tale_jax.data.marks import ALL_LEARNED, MARKED, bos_or_marked
 from tale_jax.data.packing import PackedWindows, training_windows
-from tale_jax.data.prepare import Prepared, base_folder, of_worth, prepare
+from tale_jax.data.prepare import Prepared, base_folder, of_worth, prepare, read_base_file
 from tale_jax.data.token_files import load_tokens, seal_tokens
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans, per
@@ -37,14 +37,7 @@ from tale_jax.planning.autotune import SHAPE_SETTINGS, autotune
 from tale_jax.planning.memory import memory_budget
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.plan import Plan, check_fits, headline, plan_run, refusal, remedies
-from tale_jax.runs.experiment import (
-    check_belongs,
-    check_saved_size,
-    check_windows,
-    open_base,
-    read_base_file,
-    run_facts,
-)
+from tale_jax.runs.experiment import check_belongs, check_saved_size, check_windows, open_base, run_facts
 from tale_jax.runs.resume import resumed_config
 from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes, read_manifests
 from tale_jax.training.loop import Hooks, fit

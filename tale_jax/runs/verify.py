@@ -19,10 +19,10 @@ from typing import Any
 
 from tale_jax.config import Config
 from tale_jax.data.corpus import SPLITS
-from tale_jax.data.prepare import load_tokenizer
+from tale_jax.data.prepare import BASE_FILE, load_tokenizer, read_base_file
 from tale_jax.data.token_files import Manifest, check_tokens, load_manifest, seal_tokens
 from tale_jax.data.tokenizer import Tokenizer
-from tale_jax.runs.experiment import BASE_FILE, check_belongs, check_windows, read_base_file
+from tale_jax.runs.experiment import check_belongs, check_windows
 from tale_jax.training.checkpoint import (
     DAMAGED,
     check_checkpoint,

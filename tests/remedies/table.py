@@ -181,6 +181,8 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "tale_jax/data/prepare.py": {
         "must hold a tokenizer (none in": NO_BASE,
+        "must name the path, step, weights and digest": BASE_JSON,
+        "restore it from a copy, or remove it": BASE_JSON,
         "was prepared with; restore it": "tests/data/test_chat.py::test_conversations_are_prepared_with_marks",
         "must not exceed the windows of": PREPARED,
         "choose a new --workdir": PREPARED,
@@ -376,7 +378,6 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "give a workdir or a Hugging Face folder": f"{FINETUNE}test_a_base_that_is_gone",
         "must hold a model": OTHER_BASE,
         "must be the model of digest": OTHER_BASE,
-        "must name the path, step, weights and digest": BASE_JSON,
         "train first with launch/train.py": f"{RUNS}test_a_workdir_that_is_no_experiment",
         "must be a whole checkpoint of": f"{RUNS}test_weights_are_asked_for_as_it_is_told",
         "restore config.json from a copy": COPY,

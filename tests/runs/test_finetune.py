@@ -71,11 +71,14 @@ def test_a_base_is_fine_tuned_and_resumes_to_the_bit(variant, trained, text, tmp
 
 
 @pytest.mark.slow
-def test_another_base_is_refused_and_a_moved_one_found(trained, text, tmp_path, cpu):
+def test_another_base_is_refused_and_a_moved_one_found(trained, text, tmp_path, cpu, monkeypatch):
     base, workdir = tmp_path / "bases" / "one", tmp_path / "run"
     shutil.copytree(trained, base)
-    train(config_of("lora", base, text, total_steps=2), workdir, cpu)
+    monkeypatch.chdir(base.parent)
+    train(config_of("lora", "one", text, total_steps=2), workdir, cpu)
     before = open_experiment(workdir, cpu).params
+    monkeypatch.chdir(tmp_path)
+    assert_trees_equal(open_experiment(workdir, cpu).params, before)
     shutil.move(base, tmp_path / "moved")
     with pytest.raises(ValueError, match=r"base=.* must hold a model .* copy or link it to .*/run/base"):
         open_experiment(workdir, cpu)
