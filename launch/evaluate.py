@@ -32,7 +32,7 @@ JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line"
 def main(_: list[str]) -> None:
     from tale_jax.hardware.backend import start_backend
     from tale_jax.planning.numerics import choose_precision
-    from tale_jax.runs.evaluate import describe, describe_tasks, evaluate, evaluate_tasks
+    from tale_jax.runs.evaluate import describe, describe_tasks, evaluate, evaluate_tasks, keep
     from tale_jax.runs.experiment import open_experiment
     from tale_jax.utils.files import json_line
     from tale_jax.utils.streams import say
@@ -42,13 +42,15 @@ def main(_: list[str]) -> None:
     experiment = open_experiment(WORKDIR.value, backend, STEP.value, dtype, WEIGHTS.value)
     if TASKS.value:
         result = evaluate_tasks(experiment, TASKS.value, FEWSHOT.value, LIMIT.value)
+        keep(WORKDIR.value, result)
         return print(json_line(result)) if JSON.value else say(describe_tasks(result))
     options = {flag.name: flag.value for flag in (SPLIT, STRIDE, NUM_SAMPLES, TEMPERATURE, SEED)}
     result = evaluate(experiment, with_quality=QUALITY.value, **options)
+    is_kept = keep(WORKDIR.value, result)
     if JSON.value:
-        print(json_line(result))
-    else:
-        say(describe(result))
+        return print(json_line(result))
+    say(describe(result))
+    if is_kept:
         say(f"The result is kept in {WORKDIR.value}/evaluations.jsonl")
 
 

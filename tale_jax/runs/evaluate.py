@@ -6,7 +6,8 @@ python launch/evaluate.py --workdir=experiments/wikitext2 --quality
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from tale_jax.data.chat_template import ChatTemplate, read_template
@@ -23,6 +24,7 @@ from tale_jax.model.transformer import count_parameters
 from tale_jax.runs.experiment import Experiment
 from tale_jax.utils.files import JsonLines
 from tale_jax.utils.progress import Progress, stdout_width
+from tale_jax.utils.streams import notice
 
 STANDARD_ERROR = "_stderr"  # at the end of the name of a measure's standard error
 NAME_WIDTH = 29
@@ -40,7 +42,7 @@ def evaluate(
     seed: int = 0,
     with_quality: bool = False,
 ) -> dict[str, Any]:
-    """All measures of a split, as `evaluate.py --json` prints them; `evaluations.jsonl` keeps them.
+    """All measures of a split, as `evaluate.py --json` prints them.
 
     Losses are in nats per token, where EOS counts and BOS does not; `bits_per_byte` is per byte of UTF-8. `params` is
     the number of weights.
@@ -98,14 +100,13 @@ def evaluate(
             result |= judge_answers(sampler, template, documents, num_samples, progress.advance)
     if with_quality:
         result["quality"] = _sample_quality(experiment, split, seed)
-    JsonLines(experiment.workdir / "evaluations.jsonl").append(result | {"time": time.time()})
     return result
 
 
 def evaluate_tasks(
     experiment: Experiment, tasks: str, num_fewshot: int | None = None, limit: int = 0
 ) -> dict[str, Any]:
-    """The measures of lm-eval's tasks, see `lm_eval.py`; `evaluations.jsonl` keeps them.
+    """The measures of lm-eval's tasks, see `lm_eval.py`.
 
     Raises:
       ValueError: one line, for a task that cannot be run.
@@ -116,8 +117,23 @@ def evaluate_tasks(
         measures = run_tasks(sampler, likelihoods, tasks, num_fewshot, limit)
     result = {"tasks": measures, "num_fewshot": num_fewshot, "limit": limit}
     result |= {"step": experiment.step, "weights": experiment.weights}
-    JsonLines(experiment.workdir / "evaluations.jsonl").append(result | {"time": time.time()})
     return result
+
+
+def keep(workdir: Path, result: Mapping[str, Any]) -> bool:
+    """Appends a result to `evaluations.jsonl`; False, with a note, where the disk does not let it."""
+    path = workdir / "evaluations.jsonl"
+    return _is_written(path, lambda: JsonLines(path).append(dict(result) | {"time": time.time()}))
+
+
+def _is_written(path: Path, write: Callable[[], None]) -> bool:
+    """Calls `write`; a full or read-only disk is told, and takes no result from who waited for it."""
+    try:
+        write()
+    except OSError as error:
+        notice(f"{path} does not keep the result: {error.strerror or error}")
+        return False
+    return True
 
 
 def describe_tasks(result: Mapping[str, Any]) -> str:
@@ -140,7 +156,8 @@ def _sample_quality(experiment: Experiment, split: str, seed: int) -> list[dict[
     with Progress("sample", unit="texts", log=experiment.workdir / "log.txt") as progress:
         results, records = measure_quality(sampler, train, held_out, seed=seed, advance=progress.advance)
     origin = {"split": split, "step": experiment.step}
-    write_samples(experiment.workdir / "quality.jsonl", [record | origin for record in records])
+    path = experiment.workdir / "quality.jsonl"
+    _is_written(path, lambda: write_samples(path, [record | origin for record in records]))
     return results
 
 

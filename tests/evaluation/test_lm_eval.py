@@ -14,7 +14,7 @@ from tale_jax.data.token_files import iter_documents, load_tokens
 from tale_jax.evaluation.lm_eval import Likelihoods, run_tasks
 from tale_jax.evaluation.scoring import Scorer, stream_spans
 from tale_jax.inference.sampler import Sampler
-from tale_jax.runs.evaluate import describe_tasks, evaluate_tasks
+from tale_jax.runs.evaluate import describe_tasks, evaluate_tasks, keep
 from tale_jax.runs.experiment import open_experiment
 
 
@@ -92,6 +92,7 @@ def test_tasks_of_lm_eval_agree_with_our_own_numbers(experiment, likelihoods, tm
     found = result["tasks"]["fox_choices"]
     assert found["acc"] == pytest.approx(right / len(choices)) and found["ties"] == 1
     assert "fox_choices (12 documents)" in describe_tasks(result) and "bits_per_byte" in describe_tasks(result)
+    assert keep(experiment.workdir, result)
     kept = (experiment.workdir / "evaluations.jsonl").read_text().splitlines()[-1]
     assert json.loads(kept)["tasks"] == result["tasks"]
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tale_jax.model.transformer import count_parameters
-from tale_jax.runs.evaluate import describe, evaluate
+from tale_jax.runs.evaluate import describe, evaluate, keep
 from tale_jax.runs.experiment import open_experiment
 
 FIELDS = (
@@ -35,11 +35,21 @@ def test_result_is_complete_and_consistent(experiment):
     )
     for share in ("accepted_share", "consistent_share", "copied_share"):
         assert 0 <= result[share] <= 1
+    assert keep(experiment.workdir, result)
     last = (experiment.workdir / "evaluations.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["nats_per_token"] == result["nats_per_token"]
     assert 0 < result["nats_per_token_stderr"] < 0.1 * result["nats_per_token"]
     assert result["windows"] >= result["documents"] == result["texts"] == manifest["documents"]
     assert result["params"] == count_parameters(experiment.params) and result["step"] == experiment.step
+
+
+def test_a_result_that_cannot_be_kept_is_told_and_not_lost(tmp_path, capfd):
+    (tmp_path / "evaluations.jsonl").mkdir()
+    assert not keep(tmp_path, {"step": 1})
+    told = capfd.readouterr().err
+    assert (
+        told.startswith("note: ") and "evaluations.jsonl does not keep the result: " in told and told.count("\n") == 1
+    )
 
 
 def test_no_tales_are_sampled_where_none_are_asked_for(experiment):
