@@ -24,7 +24,8 @@ from faults.processes import EVERY_STEPS, RECIPE, go_on, held, newest_digests, r
 from tale_jax.runs.verify import verify
 from tale_jax.training.checkpoint import check_checkpoint, read_manifests
 
-pytestmark = pytest.mark.faults
+# JAX warns of every fork of a process that has threads; between fork and exec only a capability is dropped here.
+pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")]
 
 DISK_BYTES = 16 << 20
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2

@@ -24,7 +24,7 @@ BAD = 35  # step that is spoiled, after enough losses to know a spike by
 # What the loss of that step is multiplied by, and what the run says of it. 1e37 leaves the loss a number in float32,
 # and the square of its gradient none.
 SPOILED = {"nan": "the loss is nan", "100": "is far above those before", "1e37": "the gradient norm is inf"}
-MAX_DIFFERENCE = 0.05  # nats per token, of the losses after that step to those of a run in which nothing was spoiled
+MAX_DIFFERENCE = 0.02  # nats per token, of the losses after that step to those of a run in which nothing was spoiled
 
 
 def spoiled_run(steps, factor, workdir, *flags):
@@ -67,16 +67,17 @@ def test_a_run_that_diverges_ends_and_goes_on_as_it_says(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     line = done.stderr.splitlines()[-1]
     assert line.startswith("error: the loss is nan at step 32, the 10th update in a row that was left out"), line
-    assert "the last good checkpoint is that of step 22" in line and not verify(workdir).bad
-    assert max(read_manifests(workdir / "checkpoints")) == 22
+    # The weights of step 22 are finite, but no step after them counted: they may be where it went wrong.
+    assert "the last good checkpoint is that of step 20" in line and not verify(workdir).bad, line
+    assert max(read_manifests(workdir / "checkpoints")) == 20
     remedy = re.search(r"--config\.optimizer\.learning_rate=\S+(?=;)", line)
     assert remedy, line
     done = run("train", *RECIPE, f"--workdir={workdir}", remedy[0])
-    assert done.returncode == 0 and "resumes at step 22" in done.stderr, done.stderr
+    assert done.returncode == 0 and "resumes at step 20" in done.stderr, done.stderr
     assert newest_digests(workdir)[0] == 40 and not verify(workdir).bad
-    losses = [record["loss"] for step, record in records(workdir, "train").items() if step > 22]
-    assert len(losses) == 18 and all(isinstance(loss, float) for loss in losses)
-    assert "optimizer.learning_rate" in records(workdir, "run")[22]["changed"]
+    losses = [record["loss"] for step, record in records(workdir, "train").items() if step > 20]
+    assert len(losses) == 20 and all(isinstance(loss, float) for loss in losses)
+    assert "optimizer.learning_rate" in records(workdir, "run")[20]["changed"]
 
 
 def test_a_spike_stops_a_run_that_wants_it(tmp_path):
