@@ -63,7 +63,7 @@ def test_minutes_that_are_too_few_name_enough(tmp_path, cpu):
 
 @pytest.mark.slow
 def test_a_model_that_fits_into_no_memory(tmp_path, cpu):
-    config = build_config(**{"precision": "float32", "batch_size": 4096})
+    config = build_config(precision="float32", batch_size=4096)
     small = dataclasses.replace(cpu, memory=1 << 30)
     with pytest.raises(ValueError, match=r"^batch_size=4096 must fit .* memory; try --config\.batch_size=1$"):
         run_ladder(config, tmp_path / "out", small)
