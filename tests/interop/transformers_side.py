@@ -11,9 +11,21 @@ import torch
 import transformers
 
 
+def make(request: dict[str, Any]) -> None:
+    """Writes a model with random weights: `make` are the settings of its config.json, `shard` the size of a file."""
+    settings = dict(request["make"])
+    config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = model.to(getattr(torch, request["dtype"]))  # the buffers of its positions lose precision: read it again
+    model.save_pretrained(request["folder"], max_shard_size=request["shard"])
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """For a folder (and an adapter): logits of `ids`, the greedy tokens after them, and the ids of texts."""
     folder = request["folder"]
+    if request.get("make"):
+        make(request)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if request.get("adapter"):
         import peft
