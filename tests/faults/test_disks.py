@@ -151,7 +151,7 @@ def check_told(code, stderr, fault, what):
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_disk_that_takes_no_more_loses_no_step_and_is_named(request, counted, workdir, name):
+def test_a_disk_that_takes_no_more_loses_no_step_and_is_named(request, counted, workdir, tell, name):
     whole, moments = counted
     fault, saves, before = FAULTS[name], 40 // EVERY_STEPS, None
     if name == "full":
@@ -180,4 +180,4 @@ def test_a_disk_that_takes_no_more_loses_no_step_and_is_named(request, counted, 
     done = run("train", *RECIPE, f"--workdir={workdir}", before=before)
     assert done.returncode == 0, done.stderr
     assert newest_digests(workdir) == newest_digests(whole) and not verify(workdir).bad
-    print(f"\n{name} while {', '.join(numbers)}: told, nothing lost, equal to the bit afterwards")
+    tell(f"{name} while {', '.join(numbers)}: told, nothing lost, equal to the bit afterwards")

@@ -39,7 +39,7 @@ def records(workdir, kind):
     return {record["step"]: record for record in lines if record["kind"] == kind}
 
 
-def test_a_spoiled_step_is_left_out_told_and_leaves_the_losses_what_they_were(whole, tmp_path):
+def test_a_spoiled_step_is_left_out_told_and_leaves_the_losses_what_they_were(whole, tmp_path, tell):
     ends = {}
     for factor, reason in SPOILED.items():
         workdir = tmp_path / factor
@@ -56,7 +56,7 @@ def test_a_spoiled_step_is_left_out_told_and_leaves_the_losses_what_they_were(wh
         before = [[records(each, "train")[step]["loss"] for step in range(1, BAD)] for each in (workdir, whole)]
         np.testing.assert_allclose(*before, rtol=1e-5)  # two programs, of one meaning
         worst = float(np.max(np.abs(np.subtract(mine, theirs))))
-        print(f"\nloss × {factor} at step {BAD}: the {len(mine)} losses afterwards differ by at most {worst:.4f}")
+        tell(f"loss × {factor} at step {BAD}: the {len(mine)} losses afterwards differ by at most {worst:.4f}")
         assert worst < MAX_DIFFERENCE
     assert ends["nan"] == ends["100"] == ends["1e37"]  # however bad it was, nothing of it is left
 
