@@ -47,7 +47,8 @@ class SavingCost:
     @property
     def share_of_run(self) -> float:
         """0 where a run saves at its end only."""
-        return self.check_seconds / (self.every_steps * self.step.median + self.save.median) if self.every_steps else 0
+        interval = self.every_steps * self.step.median + self.save.median
+        return self.check_seconds / interval if self.every_steps else 0.0
 
     def record(self) -> dict[str, Any]:
         return {
