@@ -171,7 +171,8 @@ def our_config(theirs: Mapping[str, Any], path: Path) -> Config:
         if theirs.get(field) not in allowed:
             rule = f"must be {_said(allowed[0])}, and no other is supported"
             raise ValueError(f"{name}: {field}={_said(theirs[field])} {rule}; bring another model")
-    if any(kind != "full_attention" for kind in theirs.get("layer_types") or ()):
+    layers = theirs.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         raise ValueError(f"{name}: layer_types must all be full_attention; bring a model without sliding windows")
     heads = _number(theirs, "num_attention_heads", name)
     default_head_dim = 128 if family == "qwen3" else 0
@@ -205,8 +206,8 @@ def our_config(theirs: Mapping[str, Any], path: Path) -> Config:
 
 def _rope(theirs: Mapping[str, Any], name: Path) -> tuple[float, float, int]:
     """Base, factor of Llama 3's scaling (0: none) and the context before it, as transformers 4 or 5 wrote them."""
-    parameters = dict(theirs.get("rope_parameters") or {})
-    scaling = dict(theirs.get("rope_scaling") or {}) or parameters
+    parameters = _object(theirs, "rope_parameters", name)
+    scaling = _object(theirs, "rope_scaling", name) or parameters
     base = parameters.get("rope_theta") or scaling.get("rope_theta") or theirs.get("rope_theta") or 10_000.0
     if not isinstance(base, int | float) or not 0 < base < math.inf:
         raise ValueError(f"{name}: rope_theta={_said(base)} must be a number above 0; copy the file again")
@@ -229,6 +230,13 @@ def _number(values: Mapping[str, Any], field: str, name: Path, default: Any = No
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | kind):
         raise ValueError(f"{name}: {field}={_said(value)} must be a number; copy the file again")
+    return value
+
+
+def _object(values: Mapping[str, Any], field: str, name: Path) -> Mapping[str, Any]:
+    value = values.get(field) or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}: {field}={_said(value)} must be an object; copy the file again")
     return value
 
 

@@ -29,6 +29,8 @@ from tale_jax.utils.files import write_atomically
 from tale_jax.utils.progress import Progress
 from tale_jax.utils.streams import notice
 
+MAX_TRIES = 5  # to read a checkpoint beside a run that lets go of old ones
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -72,9 +74,20 @@ def open_experiment(
     Raises:
       ValueError: in one line, when there is no experiment, no checkpoint, not that one, or not those weights.
     """
-    workdir, count = Path(workdir), _count_of_mean(weights)
-    config = Config.load(workdir)
-    saved = SavedParams(workdir)
+    workdir = Path(workdir)
+    for _ in range(MAX_TRIES):
+        saved = SavedParams(workdir)
+        try:
+            return _open(workdir, saved, backend, step, dtype, weights)
+        except (ValueError, OSError):
+            if all(map(saved.is_there, saved.steps)):
+                raise
+        # A run beside this one has let go of a checkpoint meanwhile: it is chosen anew.
+    return _open(workdir, SavedParams(workdir), backend, step, dtype, weights)
+
+
+def _open(workdir: Path, saved: SavedParams, backend: Kernels, step: int, dtype: Any, weights: str) -> Experiment:
+    config, count = Config.load(workdir), _count_of_mean(weights)
     if not saved.steps:
         why = ", ".join(f"{step}: {fault}" for step, fault in saved.faults.items()) or "none"
         raise ValueError(
@@ -205,7 +218,8 @@ def _choose(saved: SavedParams, step: int, count: int, weights: str) -> list[int
                 others = [s for s in saved.steps if s != step]
                 remedy = f"try --step={others[-1]}" if others else "restore it from a copy"
                 raise ValueError(f"checkpoint {step} of {saved.folder} is damaged: {error}; {remedy}") from None
-            notice(f"checkpoint {candidate} is not used: {error}")
+            if saved.is_there(candidate):
+                notice(f"checkpoint {candidate} is not used: {error}")
             continue
         whole.append(candidate)
         if len(whole) == max(1, count):

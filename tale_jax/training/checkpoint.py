@@ -342,6 +342,10 @@ class SavedParams:
         by_loss = [-step for _, step in known]
         return by_loss + [step for step in reversed(self.steps) if step not in by_loss]
 
+    def is_there(self, step: int) -> bool:
+        """Whether the run has not let go of a checkpoint since."""
+        return (self.folder / str(step)).is_dir()
+
     def has_ema(self, step: int) -> bool:
         """Whether the moving average of the weights was saved at that step."""
         files = self.manifests[step].get("files")

@@ -170,6 +170,9 @@ def test_config_json_of_transformers_4_and_of_5(tmp_path):
         ({"hidden_act": "gelu"}, 'hidden_act="gelu" must be "silu"'),
         ({"use_sliding_window": True}, "use_sliding_window=true must be false"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must all be full_attention"),
+        ({"layer_types": 0.5}, "layer_types must all be full_attention"),
+        ({"rope_scaling": 1e308}, "rope_scaling=1e+308 must be an object"),
+        ({"rope_parameters": ["a"]}, 'rope_parameters=["a"] must be an object'),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}},

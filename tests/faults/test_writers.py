@@ -13,9 +13,11 @@ from tale_jax.training.checkpoint import digests, read_manifests
 pytestmark = pytest.mark.faults
 
 
-@pytest.mark.parametrize("moment", ["preparing:3", "stepping:3", "saving:20"])
-@pytest.mark.parametrize("second", ["train", "prepare"])
-def test_a_second_writer_is_refused_whatever_the_first_does(whole, tmp_path, moment, second):
+@pytest.mark.parametrize(
+    ("second", "moment"),
+    [("train", "preparing:3"), ("train", "stepping:3"), ("train", "saving:20"), ("prepare", "preparing:3")],
+)
+def test_a_second_writer_is_refused_whatever_the_first_does(whole, tmp_path, second, moment):
     workdir = tmp_path / "run"
     with held(moment, "train", *RECIPE, f"--workdir={workdir}") as first:
         done = run(second, *RECIPE, f"--workdir={workdir}")

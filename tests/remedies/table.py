@@ -473,6 +473,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "rope_theta={} must be": THEIRS,
         "rope scaling": THEIRS,
         "must be a number; copy the file again": THEIRS,
+        "must be an object; copy the file again": THEIRS,
         "must be a Hugging Face folder": FOLDER,
         "must hold a tokenizer": FOLDER,
         "must have a token for": (
