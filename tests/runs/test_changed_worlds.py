@@ -76,6 +76,6 @@ def test_auto_precision_is_decided_once_a_run(trained, tmp_path, cpu):
     write_manifest(folder, facts | {"precision": other})  # as on another machine
     assert train(change(config, {"precision": "auto"}), workdir, cpu).step == 22
     assert read_manifest(workdir / "checkpoints" / "22")["precision"] == other
-    longer = change(config, {"total_steps": 24, "precision": before})  # what is asked for by name is done
-    assert train(longer, workdir, cpu).step == 24
-    assert read_manifest(workdir / "checkpoints" / "24")["precision"] == before
+    longer = change(config, {"total_steps": 24, "precision": other})
+    with pytest.raises(ValueError, match=r'precision="\w+" must be "auto" to go on'):
+        train(longer, workdir, cpu)

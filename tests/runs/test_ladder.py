@@ -73,7 +73,7 @@ def test_a_model_that_fits_into_no_memory(tmp_path, cpu):
 def test_a_ladder_from_start_to_answer(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "ladder"
-    flags = [*RECIPE, *SHORT, f"--out={out}", "--minutes=2"]
+    flags = [*RECIPE, *SHORT, f"--out={out}", "--minutes=6"]
     process = start_script("ladder", *flags, "--json")
     deadline = time.monotonic() + 300
     while not (list(out.glob("rungs/*/rung.json")) and list(out.glob("rungs/*/metrics.jsonl"))[1:]):
@@ -107,7 +107,7 @@ def test_a_ladder_from_start_to_answer(tmp_path, monkeypatch):
     assert json.loads((out / "ladder.json").read_text()) == ladder
 
     again = run_script("ladder", *flags)  # nothing is trained again, and people get a table
-    assert again.returncode == 0 and "Rungs" in again.stdout and "In 2 min on this machine" in again.stdout
+    assert again.returncode == 0 and "Rungs" in again.stdout and "In 6 min on this machine" in again.stdout
     assert "note: rung" not in again.stderr
     [rung, *_] = out.glob("rungs/*/rung.json")
     whole = rung.read_bytes()
