@@ -29,6 +29,7 @@ from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans, per
 from tale_jax.hardware.backend import Backend
 from tale_jax.hardware.distributed import any_process, from_main_process, is_main_process, wait_for_processes
+from tale_jax.hardware.joining import tell_error
 from tale_jax.hardware.machine import release_memory
 from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, keep_peak, matmul_peak_of_all
 from tale_jax.inference.sampler import Sampler, SampleSettings
@@ -619,6 +620,7 @@ def _errors_after_saving(plan: Plan, config: Config, checkpoints: Checkpoints) -
     try:
         yield
     except BaseException as error:
+        tell_error(error)
         with suppress(OSError):
             checkpoints.wait()
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
