@@ -38,31 +38,19 @@ def main(_: list[str]) -> None:
     config = Config.build(CONFIG.value, given)
     from tale_jax.convert.formats import import_base, with_base
     from tale_jax.hardware.backend import start_backend  # JAX is imported when the config is known to be right
-    from tale_jax.hardware.distributed import from_main_process, is_main_process
+    from tale_jax.hardware.distributed import from_main_process
     from tale_jax.hardware.joining import find_place, joined
-    from tale_jax.runs.train import train
-    from tale_jax.utils.paths import quoted
+    from tale_jax.runs.train import describe, train
     from tale_jax.utils.streams import say
 
     config = with_base(config, workdir, given)
-    with joined(config.mesh.processes, workdir, find_place(ADDRESS.value, COUNT.value, INDEX.value)):
+    with joined(config.mesh.processes, workdir, find_place(ADDRESS.value, COUNT.value, INDEX.value)) as is_main:
         backend = start_backend(config.backend.platform)
         from_main_process(lambda: import_base(config, workdir))
         outcome = train(config, workdir, backend, given, START_TIME)
-        is_main = is_main_process()
-    if outcome.signal:
-        sys.exit(128 + outcome.signal)
-    if not is_main:
-        return
-    say(f"{workdir} has finished its {outcome.total_steps} steps; the model: {workdir}/checkpoints/{outcome.step}")
-    if outcome.best_step != outcome.step:
-        best = f"{workdir}/checkpoints/{outcome.best_step}"
-        say(
-            f"the best by validation loss, which sample.py and evaluate.py take, is of step {outcome.best_step}: {best}"
-        )
-    if outcome.first_step == outcome.step:
-        longer = f"--workdir={quoted(workdir)} --config.total_steps={2 * outcome.total_steps}"
-        say(f"nothing was left to do; to train longer: python launch/train.py {longer}")
+    if outcome.signal or not is_main:
+        sys.exit(outcome.signal and 128 + outcome.signal)
+    say(describe(outcome, workdir))
 
 
 if __name__ == "__main__":

@@ -153,10 +153,10 @@ def check_count(wanted: int, place: Place | None, environ: Mapping[str, str] = o
 
 
 @contextmanager
-def joined(wanted: int, workdir: Path, place: Place | None) -> Iterator[None]:
+def joined(wanted: int, workdir: Path, place: Place | None) -> Iterator[bool]:
     """Inside it the processes of a run are connected (where `place` says that there are several), and end together.
 
-    Call it before anything starts a backend of JAX.
+    Call it before anything starts a backend of JAX. It yields whether this process tells of the results.
 
     Args:
       wanted: how many there must be, as `mesh.processes` says; 0: as many as there are.
@@ -168,14 +168,14 @@ def joined(wanted: int, workdir: Path, place: Place | None) -> Iterator[None]:
     """
     check_count(wanted, place)
     if place is None or place.count == 1:
-        yield
+        yield True
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # the default of JAX since 0.5
     _connect(place)
     with _Watch(place, workdir) as watch:
         _current.append(watch)
         try:
-            yield
+            yield place.index == 0
             wait_for_processes()
         except SystemExit:  # the end that all came to
             wait_for_processes()
@@ -221,7 +221,8 @@ class _Watch:
     """The thread that says that this process is there, and ends it when another one is not."""
 
     def __init__(self, place: Place, workdir: Path):
-        self._place, self._workdir, self._client = place, workdir, distributed.global_state.client
+        self._place, self._workdir = place, workdir
+        self._client: Any = distributed.global_state.client
         self._stop, self._told = threading.Event(), ""
         self._seen: dict[int, tuple[str, int]] = {}  # process → its last beat, and looks since it changed
         self._failures = self._since_told = 0

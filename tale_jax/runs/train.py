@@ -80,6 +80,19 @@ class Outcome:
     best_step: int
 
 
+def describe(outcome: Outcome, workdir: Path) -> str:
+    """Where the model lies that a finished run has made, in lines for people."""
+    finished = f"{workdir} has finished its {outcome.total_steps} steps"
+    lines = [f"{finished}; the model: {workdir}/checkpoints/{outcome.step}"]
+    if outcome.best_step != outcome.step:
+        best = f"step {outcome.best_step}: {workdir}/checkpoints/{outcome.best_step}"
+        lines.append(f"the best by validation loss, which sample.py and evaluate.py take, is of {best}")
+    if outcome.first_step == outcome.step:
+        longer = f"--workdir={quoted(workdir)} --config.total_steps={2 * outcome.total_steps}"
+        lines.append(f"nothing was left to do; to train longer: python launch/train.py {longer}")
+    return "\n".join(lines)
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """What was there when the command was given: `time.monotonic()`, whether the text was prepared, and what is to be

@@ -1,7 +1,10 @@
 """Where a process finds its place among others, and how many there must be. Processes that train: test_processes.py."""
 
+import socket
+
 import pytest
 
+from tale_jax.hardware.coordinator import Coordinator
 from tale_jax.hardware.joining import Place, check_count, find_place
 
 FLAGS = {"address": "node1:8476", "count": 3, "index": 1}
@@ -51,7 +54,7 @@ def test_a_number_that_is_none_is_named_with_its_variable():
 
 def test_an_open_mpi_without_a_machine_takes_an_address():
     environ = OPEN_MPI | {"PMIX_NAMESPACE": "job"}
-    with pytest.raises(ValueError, match="not where process 0 runs .*; give --coordinator_address"):
+    with pytest.raises(ValueError, match=r"not where process 0 runs .*; give --coordinator_address"):
         find_place(environ=environ)
     environ["JAX_COORDINATOR_ADDRESS"] = "a:1"
     assert find_place(environ=environ) == Place("a:1", 4, 2, "Open MPI")
@@ -59,7 +62,7 @@ def test_an_open_mpi_without_a_machine_takes_an_address():
 
 def test_fewer_or_more_than_stated_are_refused():
     for place, count in ((None, 1), (Place("a:1", 4, 0, "Slurm"), 4)):
-        with pytest.raises(ValueError, match=rf"mesh.processes=3 must be the number .*, which is {count}.*={count}"):
+        with pytest.raises(ValueError, match=rf"mesh\.processes=3 must be the number .*, which is {count}.*={count}"):
             check_count(3, place, {})
         check_count(count, place, {})
 
@@ -75,3 +78,22 @@ def test_a_job_of_several_never_becomes_a_smaller_run(environ, message):
     with pytest.raises(ValueError, match=message):
         check_count(0, None, environ)
     check_count(1, None, environ)
+
+
+def test_a_launcher_that_is_not_understood_is_done_without(monkeypatch):
+    for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID"):
+        monkeypatch.setenv(f"SLURM_{name}", "none")
+    with pytest.raises(ValueError, match=r"launcher's processes are not found .*; give --coordinator_address"):
+        find_place()
+    assert find_place(**FLAGS) == Place("node1:8476", 3, 1, "--num_processes")
+
+
+def test_a_port_that_is_taken_is_named_and_another_one_serves():
+    with socket.socket(socket.AF_INET6) as taken, socket.socket() as free:
+        taken.bind(("::", 0))
+        taken.listen()
+        with pytest.raises(ValueError, match=r"coordinator_address=127.0.0.1:\d+ must have a port that is free"):
+            Coordinator(f"127.0.0.1:{taken.getsockname()[1]}", 2)
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    Coordinator(f"127.0.0.1:{port}", 2).shutdown()
