@@ -39,16 +39,18 @@ def losses(workdir):
     return {r["step"]: r["loss"] for r in read_metrics(workdir)["train"]}
 
 
+# Muon's orthogonalisation enlarges what sums in another order leave: 1.3e-6 was seen after 24 steps of it.
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_train_as_one_and_one_goes_on(tmp_path, count):
-    length = ("--config.total_steps=30", "--config.optimizer.eps=1e-4")
+    settings = ("--config.optimizer.name=adamw", "--config.optimizer.eps=1e-4")
+    length = ("--config.total_steps=30", *settings)
     assert run_script("train", *TINY, *length, f"--workdir={tmp_path / 'one'}").returncode == 0
     with processes(tmp_path / "more", count, *length, f"--config.mesh.processes={count}") as started:
         assert [code for _, code in ends(started)] == [0] * count
     one, more = losses(tmp_path / "one"), losses(tmp_path / "more")
     assert one.keys() == more.keys() and len(one) == 30
     np.testing.assert_allclose(list(more.values()), [one[step] for step in more], rtol=1e-6)
-    longer = ("--config.total_steps=32", "--config.optimizer.eps=1e-4")
+    longer = ("--config.total_steps=32", *settings)
     done = run_script("train", *TINY, *longer, f"--workdir={tmp_path / 'more'}")
     assert done.returncode == 0 and max(losses(tmp_path / "more")) == 32, done.stderr
 
