@@ -25,7 +25,8 @@ def processes(workdir, count, *flags, start=None):
         started = []
         for index in range(count if start is None else start):
             place = (address, f"--num_processes={count}", f"--process_id={index}")
-            started.append(start_script("train", *TINY, f"--workdir={workdir}", *place, *flags))
+            process = start_script("train", *TINY, f"--workdir={workdir}", *place, *flags)
+            started.append(stack.enter_context(process))  # its pipes are closed at the end
             stack.callback(started[-1].kill)
         yield started
 
