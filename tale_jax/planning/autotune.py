@@ -185,7 +185,7 @@ def find_best(
     law = law or known_law(prepared.manifests["train"].corpus).law
     begin_time = time.monotonic()
     dtype, _ = choose_precision(backend, config.precision)
-    shapes = [{}] if any(name in overrides for name in SHAPE_SETTINGS) else [_shape(*shape) for shape in SHAPES]
+    shapes = [{}] if any(name in overrides for name in SHAPE_SETTINGS) else [shape_settings(*shape) for shape in SHAPES]
     sizes = [change(config, shape) for shape in shapes]
     assumed_flops = TIME_MODEL.peak_share * matmul_peak(dtype) * len(backend.devices)  # per second
     measured: dict[int, StepCost] = {}  # by index into `sizes`
@@ -311,8 +311,9 @@ def explain(best: Candidate, others: list[Candidate], prepared: Prepared) -> lis
     ]
 
 
-def _shape(num_layers: int, embed_dim: int) -> dict[str, Any]:
-    return dict(zip(SHAPE_SETTINGS, (num_layers, embed_dim, embed_dim // HEAD_DIM, 0, 0, 0), strict=True))
+def shape_settings(num_layers: int, embed_dim: int) -> dict[str, Any]:
+    """The settings of a model's size, with two heads at least: one may be for copying alone."""
+    return dict(zip(SHAPE_SETTINGS, (num_layers, embed_dim, max(2, embed_dim // HEAD_DIM), 0, 0, 0), strict=True))
 
 
 def measure_cost(config: Config, backend: Backend, dtype: Any) -> StepCost | None:

@@ -89,11 +89,11 @@ def fit(rungs: Sequence[Rung], start: LossLaw, noise: float = NOISE) -> LossLaw:
     spreads = np.array(dataclasses.astuple(SPREADS))
     measured = np.log([rung.bits_per_byte for rung in rungs])
 
-    def residuals(logs: Float[np.ndarray, " 6"]) -> Float[np.ndarray, " N"]:
+    def deviations(logs: Float[np.ndarray, " 6"]) -> Float[np.ndarray, " N"]:
         predicted = np.log([_law(logs).predict(*rung[:3]) for rung in rungs])
         return np.concatenate([(predicted - measured) / noise, (logs - center) / spreads])
 
-    return _law(least_squares(residuals, center).x)
+    return _law(least_squares(deviations, center).x)
 
 
 def residuals(law: LossLaw, rungs: Sequence[Rung]) -> Float[np.ndarray, " N"]:

@@ -32,7 +32,6 @@ from tale_jax.config import Config, change, leaves
 from tale_jax.data.prepare import Prepared, prepare, with_vocab_size
 from tale_jax.hardware.backend import Backend
 from tale_jax.planning.autotune import (
-    HEAD_DIM,
     MIN_STEPS,
     SHAPE_SETTINGS,
     SHAPES,
@@ -41,6 +40,7 @@ from tale_jax.planning.autotune import (
     make_candidate,
     measure_cost,
     num_weights,
+    shape_settings,
     step_flops,
 )
 from tale_jax.planning.numerics import choose_precision
@@ -105,7 +105,7 @@ class _Context:
 
     def config_of(self, rung: Mapping[str, Any]) -> Config:
         """The config of a rung: its size and length, and what follows from these."""
-        sized = change(self.config, {"minutes": 0.0} | _shape(rung["num_layers"], rung["embed_dim"]))
+        sized = change(self.config, {"minutes": 0.0} | shape_settings(rung["num_layers"], rung["embed_dim"]))
         config = make_candidate(
             sized, rung["total_steps"], 0.0, self.prepared, default_law().law, self.overrides
         ).config
@@ -200,7 +200,7 @@ def _plan(
         config, reason = with_vocab_size(config, text)
         notice(reason)
     context = _Context(config, out, prepare(config, text), backend, overrides)
-    timed = change(config, _shape(*SHAPES[0]) | {"total_steps": MIN_STEPS})
+    timed = change(config, shape_settings(*SHAPES[0]) | {"total_steps": MIN_STEPS})
     cost = measure_cost(timed, backend, choose_precision(backend, config.precision)[0])
     if cost is None:
         raise mistake(
@@ -228,7 +228,7 @@ def _best_sizes(
     """
     runs = []
     for num_layers, embed_dim in RUNG_SHAPES:
-        config = change(context.config, _shape(num_layers, embed_dim))
+        config = change(context.config, shape_settings(num_layers, embed_dim))
         steps = int(seconds / (plan["seconds_per_flop"] * step_flops(config)))
         loss = make_candidate(config, steps, 0.0, context.prepared, law).bits_per_byte
         runs.append((loss, {"num_layers": num_layers, "embed_dim": embed_dim, "total_steps": steps}))
@@ -322,10 +322,6 @@ def _keep(context: _Context, known: KnownLaw) -> None:
         if (path := law_file(context.text.corpus)) is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_law(path, known)
-
-
-def _shape(num_layers: int, embed_dim: int) -> dict[str, Any]:
-    return dict(zip(SHAPE_SETTINGS, (num_layers, embed_dim, max(2, embed_dim // HEAD_DIM), 0, 0, 0), strict=True))
 
 
 def _name(rung: Mapping[str, Any]) -> str:

@@ -100,12 +100,8 @@ def judge(text: str) -> Verdict:
     kind "world": they are a sentence of the tales, but it does not agree with what was told before.
     Works on any string, well within a millisecond or two. Space around a tale is not part of it: strip it first.
     """
-    parser = _Parser(text)
-    story = Story(parser)
-    try:
-        _tale(story)
-        parser.finish()
-    except _Refusal:
+    story, parser, is_told = _read(text)
+    if not is_told:
         kind, reason = _explain(text, story, parser)
         return Verdict(False, kind, f"{kind}: {reason}", -math.inf)
     return Verdict(True, "", "", parser.logprob)
@@ -113,14 +109,22 @@ def judge(text: str) -> Verdict:
 
 def retold(text: str) -> "Story":
     """The cast and the world of a tale, when it has been told. Raises ValueError for a text that is no tale."""
+    story, _, is_told = _read(text)
+    if not is_told:
+        raise ValueError(f"text {text[:40]!r} must be a tale of the grammar; take one of `tell`")
+    return story
+
+
+def _read(text: str) -> tuple["Story", "_Parser", bool]:
+    """What was read of a text, as far as it is a tale, and whether it is one to its end."""
     parser = _Parser(text)
     story = Story(parser)
     try:
         _tale(story)
         parser.finish()
     except _Refusal:
-        raise ValueError(f"text {text[:40]!r} must be a tale of the grammar; take one of `tell`") from None
-    return story
+        return story, parser, False
+    return story, parser, True
 
 
 def entropy(num_tales: int = 2000, seed: int = 0, count: Callable[[str], int] | None = None) -> Entropy:
