@@ -139,8 +139,8 @@ def refreshed(shown: Sequence[str], printed: Sequence[str], options: dict[str, s
 
 
 def _words(line: str) -> str:
-    """The line without its numbers, and one space for many."""
-    return " ".join(NUMBER.sub("#", line).split())
+    """The line without its numbers, with one space for many and one dash for the rule of a table."""
+    return " ".join(re.sub("─+", "─", NUMBER.sub("#", line)).split())
 
 
 def _numbers(line: str) -> list[float]:

@@ -408,6 +408,12 @@ def test_samples_are_asked_for_as_it_is_told(opened):
     for name, value in (("num_samples", 0), ("seed", 1 << 32), ("seed", -1)):
         told = re.search(rf"try --{name}=(\d+)$", refusal(sampler.stream, "", few, **{name: value}))
         assert told and sampler.sample("", few, **{name: int(told[1])})
+    settings = {"max_tokens": 0, "temperature": float("nan"), "top_k": -1, "top_p": 0.0, "min_p": 2.0}
+    for name, value in (settings | {"repetition_penalty": 0.0}).items():
+        told = re.search(rf"try --{name}=([\d.]+)$", refusal(SampleSettings, **{name: value}))
+        assert told and SampleSettings(**{name: type(value)(told[1])})
+    told = re.search(r"try --stop='(.+)'$", refusal(SampleSettings, stop=["", "."]))
+    assert told and SampleSettings(stop=[told[1]])
     assert "leave it out to start a document" in refusal(sampler.stream, " \n", few)
     long = "Once upon a time " * 200
     told = re.search(r"--(long_prompt)=(\w+)$", refusal(sampler.stream, long, few))
