@@ -7,11 +7,17 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/tale_jax/xla-tests"))
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
+
+# Programs that tests start inherit what is ignored: Ctrl-C in a script's background job, hang-ups under nohup.
+for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 hypothesis.settings.register_profile("tale_jax", deadline=None)  # no test asserts a time
 hypothesis.settings.load_profile("tale_jax")

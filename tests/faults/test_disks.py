@@ -1,17 +1,21 @@
-"""A disk that fills, turns read-only or takes no more writes from this user, while a run prepares, steps and saves.
+"""A disk that fills, turns read-only, takes no more writes from this user or dies, while a run prepares, steps, saves.
 
 Each fault comes while the process stands at a moment that it has reached by itself, and is a real one: a tmpfs without
-a free page, a read-only mount over the workdir, folders without the bit to write. The run ends with exit code 2 and one
-line that names the cause; the last good step is whole and can be read under the fault; when the cause is gone the same
-command goes on to the bits of a run that nothing happened to. An I/O error would need a device of its own
-(device-mapper): that one is not tried here.
+a free page, a read-only mount over the workdir, folders without the bit to write, and an ext4 file system that is shut
+down without its journal, as the kernel does with one whose device fails: from then on every call there is an I/O error,
+and what had not been synced is lost. The run ends with exit code 2 and one line that names the cause; the last good
+step is whole, and can be read under the fault where anything can; when the cause is gone the same command goes on to
+the bits of a run that nothing happened to.
 """
 
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import os
+import shutil
+import struct
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -22,12 +26,13 @@ import pytest
 from faults.processes import EVERY_STEPS, RECIPE, go_on, held, newest_digests, run
 
 from tale_jax.runs.verify import verify
-from tale_jax.training.checkpoint import check_checkpoint, read_manifests
+from tale_jax.training.checkpoint import BEGUN, check_checkpoint, read_manifests
 
 # JAX warns of every fork of a process that has threads; between fork and exec only a capability is dropped here.
 pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")]
 
 DISK_BYTES = 16 << 20
+EXT4_IOC_SHUTDOWN, NOLOGFLUSH = 0x8004587D, 2  # of Linux, fs/ext4/ext4.h: at once, with what the journal holds lost
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -90,17 +95,35 @@ def forbidden(workdir):
                 path.chmod(mode)
 
 
+@contextmanager
+def dead(workdir):
+    """The disk of the workdir answers everything with an I/O error; at the end it is plugged in again."""
+    disk = workdir.parent
+    folder = os.open(disk, os.O_RDONLY)
+    try:
+        fcntl.ioctl(folder, EXT4_IOC_SHUTDOWN, struct.pack("I", NOLOGFLUSH))
+    finally:
+        os.close(folder)
+    try:
+        yield
+    finally:
+        unmount(disk)
+        mount("-o", "loop", disk.parent / "image", disk)
+
+
 @dataclass(frozen=True)
 class Fault:
     begin: object
     number: int  # errno
     cause: str  # in the words of a save that failed
+    is_readable: bool = True
 
 
 FAULTS = {
     "full": Fault(full, errno.ENOSPC, "the disk is full"),
     "read-only": Fault(read_only, errno.EROFS, "the file system is read-only"),
     "forbidden": Fault(forbidden, errno.EACCES, "no permission to write"),
+    "dead": Fault(dead, errno.EIO, "the disk has an I/O error", is_readable=False),
 }
 
 
@@ -117,6 +140,20 @@ def small_disk(workdir):
     if sys.platform != "linux":
         pytest.skip("needs a tmpfs")
     mount("-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", workdir.parent)
+    yield
+    unmount(workdir.parent)
+
+
+@pytest.fixture
+def ext4_disk(workdir):
+    make = shutil.which("mkfs.ext4", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if not make:
+        pytest.skip("needs mkfs.ext4")
+    image = workdir.parent.parent / "image"
+    with image.open("wb") as file:
+        file.truncate(2 * DISK_BYTES)
+    subprocess.run([make, "-q", str(image)], check=True)
+    mount("-o", "loop", image, workdir.parent)
     yield
     unmount(workdir.parent)
 
@@ -143,11 +180,29 @@ def whole_steps(workdir: Path) -> list[int]:
     return whole
 
 
+def saved_steps(workdir: Path) -> list[int]:
+    """Whole steps that the run counts: one that it is still saving may not be synced yet."""
+    with contextlib.suppress(OSError):
+        begun = int((workdir / "checkpoints" / BEGUN).read_text())
+        return [step for step in whole_steps(workdir) if step != begun]
+    return whole_steps(workdir)
+
+
 def check_told(code, stderr, fault, what):
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and "Traceback" not in stderr, f"{what}: {code}, {stderr}"
     assert stderr.splitlines()[-1] == errors[0], f"{what}: {stderr}"
     assert fault.cause in errors[0] or os.strerror(fault.number) in errors[0], f"{what}: {errors[0]}"
+
+
+def check_read(workdir, fault, before):
+    """A reader under the fault takes the newest whole step, or says why nothing can be read."""
+    read = run("evaluate", f"--workdir={workdir}", "--num_samples=0", "--json", before=before)
+    if fault.is_readable:
+        assert read.returncode == 0 and "Traceback" not in read.stderr, read.stderr
+        assert json.loads(read.stdout.splitlines()[-1])["step"] in whole_steps(workdir)
+    else:
+        check_told(read.returncode, read.stderr, fault, "evaluate")
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -156,27 +211,28 @@ def test_a_disk_that_takes_no_more_loses_no_step_and_is_named(request, counted, 
     fault, saves, before = FAULTS[name], 40 // EVERY_STEPS, None
     if name == "full":
         request.getfixturevalue("small_disk")
+    elif name == "dead":
+        request.getfixturevalue("ext4_disk")
     elif name == "forbidden":
         request.getfixturevalue("obeying")
         before = drop_override
     numbers = {
         "preparing": moments["preparing"] // 2,
-        "stepping": round(moments["stepping"] * 5 / 40),  # about the fifth step, after two saves
+        "stepping": round(moments["stepping"] * 7 / 40),  # about the seventh step, after two saves at least
         "saving": round(moments["saving"] * 2.5 / saves),  # in the middle of the third save
     }
     for part, number in numbers.items():
         with held(f"{part}:{number}", "train", *RECIPE, f"--workdir={workdir}", before=before) as process:
-            good = whole_steps(workdir)
+            good = saved_steps(workdir)
+            assert bool(good) == (part != "preparing")
             with fault.begin(workdir):
                 code, _, stderr = go_on(process)
                 check_told(code, stderr, fault, f"{name} while {part}")
-                assert set(good[-1:]) <= set(whole_steps(workdir)), f"{name} while {part}: {good} was whole before"
-                assert bool(good) == (part != "preparing")
+                if fault.is_readable:
+                    assert set(good[-1:]) <= set(whole_steps(workdir)), f"{name} while {part}: {good} was saved before"
                 if part == "saving":
-                    flags = (f"--workdir={workdir}", "--num_samples=0", "--json")
-                    read = run("evaluate", *flags, before=before)
-                    assert read.returncode == 0 and "Traceback" not in read.stderr, read.stderr
-                    assert json.loads(read.stdout.splitlines()[-1])["step"] in whole_steps(workdir)
+                    check_read(workdir, fault, before)
+        assert set(good[-1:]) <= set(whole_steps(workdir)), f"{name} while {part}: {good} was saved before"
     done = run("train", *RECIPE, f"--workdir={workdir}", before=before)
     assert done.returncode == 0, done.stderr
     assert newest_digests(workdir) == newest_digests(whole) and not verify(workdir).bad
