@@ -34,7 +34,7 @@ ORDER = (
 ROOMS = {
     "absl": ("launch/*",),
     "ml_collections": ("configs/*", "launch/*", "tale_jax/config.py"),
-    "orbax": ("tale_jax/training/checkpoint.py",),
+    "orbax": ("tale_jax/training/checkpoint.py", "tale_jax/bench/saving.py"),
     "grain": ("tale_jax/data/loader.py", "tale_jax/training/checkpoint.py"),
     "matplotlib": ("tale_jax/runs/plots.py", "tale_jax/runs/report.py"),
     "datasets": ("tale_jax/data/readers.py",),

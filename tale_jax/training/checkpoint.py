@@ -35,7 +35,7 @@ from tale_jax.training.loss_scale import LossScale, first_scale
 from tale_jax.training.state import TrainState
 from tale_jax.utils.files import check_inside, write_atomically
 from tale_jax.utils.format import format_bytes
-from tale_jax.utils.manifests import MANIFEST, check_manifest, files_below, read_manifest, write_manifest
+from tale_jax.utils.manifests import MANIFEST, SumsAhead, check_manifest, files_below, read_manifest, write_manifest
 from tale_jax.utils.outliers import no_values
 from tale_jax.utils.streams import notice
 
@@ -82,7 +82,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(create=True, max_to_keep=None, enable_async_checkpointing=self._overlaps)
         self._names = _PlainPath(self.folder)
         self._manager = ocp.CheckpointManager(
-            self._names.path, options=options, item_handlers=_throttled_handlers(max_concurrent_bytes)
+            self._names.path, options=options, item_handlers=item_handlers(max_concurrent_bytes)
         )
         self._sealing: Future[None] | None = None
         self._sealer = ThreadPoolExecutor(1)
@@ -147,15 +147,19 @@ class Checkpoints:
         if step in self._losses:
             return
         self.wait()
-        arrays = _arrays(state)
-        if bad := first_not_finite(arrays):
+        arrays = arrays_of(state)
+        self._prune()
+        sums = self._write(step, arrays, data=ocp.args.JsonSave(dict(data)))
+        if bad := next((name for name, (_, is_finite) in sums.items() if not is_finite), ""):
+            self._manager.wait_until_finished()
+            self._ahead.stop()
+            if self._is_main:
+                shutil.rmtree(self.folder / str(step))
             kept = f"checkpoint {self.latest} is whole; go on from there" if self.latest else "begin anew"
             rate = self.facts.get("settings", {}).get("optimizer", {}).get("learning_rate", 0.0)
             smaller = f"--config.optimizer.learning_rate={rate / 2:g}" if rate else "a smaller optimizer.learning_rate"
             raise ValueError(f"{bad} is not finite at step {step}, so nothing of it is saved; {kept} with {smaller}")
-        self._prune()
-        facts = {"data": dict(data), "arrays": digests(arrays)}
-        self._begin(step, loss, arrays, facts | _saved_scale(state.scale), data=ocp.args.JsonSave(facts["data"]))
+        facts = self._seal_later(step, loss, sums, {"data": dict(data), **_saved_scale(state.scale)})
         if not self._overlaps or not self._read_back:
             self.wait()
         if not self._read_back:
@@ -166,25 +170,32 @@ class Checkpoints:
     def _is_main(self) -> bool:
         return jax.process_index() == 0
 
-    def _begin(
-        self, step: int, loss: float | None, arrays: Mapping[str, Any], facts: Mapping[str, Any], **items: Any
-    ) -> None:
-        """Hands arrays and other `items` to orbax; the manifest, with `facts`, follows when they are on disk."""
+    def _write(self, step: int, arrays: Mapping[str, Any], **items: Any) -> dict[str, tuple[str, bool]]:
+        """Hands arrays and other `items` to orbax; the sums of the arrays (see `_named`), taken while it writes."""
         items |= {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         self._saving_bytes = num_bytes(arrays)
         with self._written():
+            self._ahead = SumsAhead(lambda: self.folder.glob(f"{step}*"))
             _check_space(self.folder, self._saving_bytes)
             if self._is_main:
                 write_atomically(self.folder / BEGUN, str(step))
+            sums = _array_sums(arrays)  # not waited for
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            return _named(sums)
+
+    def _seal_later(self, step: int, loss: float | None, sums: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Lets a thread write the manifest when the arrays are on disk; its facts of the arrays."""
+        facts = {"arrays": {name: digest for name, (digest, _) in sums.items()}, **facts}
         self._losses[step] = loss
         self._sealing = self._sealer.submit(self._seal, step, {"step": step, LOSS: loss, **facts} | self.facts)
+        return facts
 
     def _seal(self, step: int, facts: Mapping[str, Any]) -> None:
         """Waits until the arrays are on disk, and writes the manifest: from now on the checkpoint exists."""
         self._manager.wait_until_finished()
+        known = self._ahead.stop()
         if self._is_main:
-            write_manifest(self.folder / str(step), facts)
+            write_manifest(self.folder / str(step), facts, known)
             (self.folder / BEGUN).unlink(missing_ok=True)
         self._whole.add(step)
 
@@ -207,7 +218,7 @@ class Checkpoints:
 
     def save_params(self, step: int, params: Any) -> None:
         """Saves weights that no training here has led to. Raises OSError in one line when it fails."""
-        self._begin(step, None, {"params": params}, {"arrays": digests({"params": params})})
+        self._seal_later(step, None, self._write(step, {"params": params}), {})
         self.wait()
 
     def restore(self, abstract_state: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -224,7 +235,7 @@ class Checkpoints:
         target = jax.tree_util.tree_map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, shardings
         )
-        wanted = _arrays(target)
+        wanted = arrays_of(target)
         if not is_complete(manifest):
             wanted["training"].pop("losses")
         for name, tree in wanted.items():
@@ -235,7 +246,7 @@ class Checkpoints:
         training = {"losses": jax.device_put(no_values(WINDOW), shardings.losses)} | dict(found.training)
         state = abstract_state.replace(params=found.params, ema_params=found.get("ema"), scale=scale, **training)
         data = dict(found.data)
-        if is_complete(manifest) and (digests(_arrays(state)) != manifest["arrays"] or data != manifest["data"]):
+        if is_complete(manifest) and (digests(arrays_of(state)) != manifest["arrays"] or data != manifest["data"]):
             raise ValueError(f"{self.folder / str(step)}: what is read is not what was saved; remove that folder")
         return state, data
 
@@ -272,6 +283,7 @@ class Checkpoints:
             yield
         except Exception as error:  # orbax raises what its writers hit: OSError, ValueError, tensorstore's own
             cause = _cause(error, self.folder, self._saving_bytes)
+            self._ahead.stop()
             self._losses = {step: loss for step, loss in self._losses.items() if step in read_manifests(self.folder)}
             for entry in leftovers(self.folder) if self._is_main else ():
                 shutil.rmtree(entry, ignore_errors=True)
@@ -504,32 +516,27 @@ class _PlainPath:
 
 def digests(tree: Any) -> dict[str, str]:
     """Dotted name → a sum over the bits of each array, whatever its layout on devices: equal arrays have equal ones."""
-    paths = jax.tree_util.tree_flatten_with_path(jax.device_get(_digest_arrays(tree)))[0]
-    return {".".join(_key_name(key) for key in path): f"{int(value):08x}" for path, value in paths}
+    return {name: digest for name, (digest, _) in _named(_array_sums(tree)).items()}
+
+
+def _named(sums: Any) -> dict[str, tuple[str, bool]]:
+    """Dotted name → the digest of an array, and whether all its numbers are finite."""
+    paths = jax.tree_util.tree_flatten_with_path(jax.device_get(sums))[0]
+    return {".".join(_key_name(key) for key in path): (f"{int(found[0]):08x}", bool(found[1])) for path, found in paths}
 
 
 @jax.jit
-def _digest_arrays(tree: Any) -> Any:
+def _array_sums(tree: Any) -> Any:
     def one(x: Any) -> Any:
         bits = jax.lax.bitcast_convert_type(x, jnp.uint32) if x.dtype.itemsize == 4 else x.astype(jnp.uint32)
         place, stride = jnp.uint32(0), 1
         for axis in reversed(range(x.ndim)):  # not by a reshape, which would gather an array that devices share
             place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % (1 << 32))
             stride *= x.shape[axis]
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # odd: keeps every bit, and tells places apart
+        digest = jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # odd: keeps every bit, and tells places apart
+        return jnp.stack([digest, jnp.isfinite(x).all().astype(jnp.uint32)])
 
     return jax.tree_util.tree_map(one, tree)
-
-
-@jax.jit
-def _finite_arrays(tree: Any) -> Any:
-    return jax.tree_util.tree_map(lambda x: jnp.isfinite(x).all(), tree)
-
-
-def first_not_finite(tree: Any) -> str:
-    """The dotted name of the first array with a number that is not finite; "" where there is none."""
-    paths = jax.tree_util.tree_flatten_with_path(jax.device_get(_finite_arrays(tree)))[0]
-    return next((".".join(_key_name(key) for key in path) for path, finite in paths if not finite), "")
 
 
 def _key_name(key: Any) -> str:
@@ -547,7 +554,7 @@ def save_params(workdir: Path, step: int, params: Any, facts: Mapping[str, Any])
     checkpoints.close()
 
 
-def _arrays(state: TrainState) -> dict[str, Any]:
+def arrays_of(state: TrainState) -> dict[str, Any]:
     """The arrays of a state by the items they are saved in."""
     items = {
         "params": state.params,
@@ -572,7 +579,7 @@ def max_concurrent_bytes(state: Any, overlap_io: bool) -> int:
     return max(32 << 20, 2 * max(x.size * x.dtype.itemsize for x in jax.tree_util.tree_leaves(state)))
 
 
-def _throttled_handlers(max_concurrent_bytes: int) -> dict[str, Any] | None:
+def item_handlers(max_concurrent_bytes: int) -> dict[str, Any] | None:
     if not max_concurrent_bytes:
         return None
     gigabytes: Any = max_concurrent_bytes / 1e9  # orbax says int, and multiplies

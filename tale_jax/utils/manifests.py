@@ -5,14 +5,23 @@ written last and atomically, when everything it names is on disk: a folder witho
 
     write_manifest(folder, {"step": 100})          # hashes and syncs every file below the folder
     facts = check_manifest(folder)                 # raises ValueError that names the first bad file
+
+Files that are written one after another can be hashed while the others are on their way:
+
+    sums = SumsAhead(lambda: [folder])             # a thread hashes what has been finished
+    ...                                            # the files are written
+    write_manifest(folder, {"step": 100}, sums.stop())
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import stat
-from collections.abc import Collection, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +32,8 @@ MANIFEST = "manifest.json"
 MAX_BYTES = 16 << 20  # of a manifest; one of a checkpoint has some kilobytes
 BLOCK = 1 << 20  # bytes read at once
 THREADS = 2  # that hash files; more would wait for the disk
+IDLE_SECONDS = 0.1  # since a file was written to, above the resolution of its time: a later change has another one
+FileState = tuple[int, int, int]  # inode, bytes and time of change in ns: another content has another one
 
 
 def digest_of(values: Any) -> str:
@@ -30,21 +41,71 @@ def digest_of(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def hash_file(path: Path, sync: bool = False) -> tuple[str, int]:
-    """SHA-256 in hexadecimal digits, and bytes. With `sync` the file is on disk afterwards."""
+def hash_file(path: Path, sync: bool = False, known: Mapping[FileState, str] | None = None) -> tuple[str, int]:
+    """SHA-256 in hexadecimal digits, and bytes. With `sync` the file is on disk afterwards.
+
+    `known`: digests of files, by their state; what is among them is not read.
+    """
     digest, size = hashlib.sha256(), 0
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for a writer
     try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if sync:
+            os.fsync(handle)
+        if known and (found := known.get(_file_state(status))):
+            return found, status.st_size
         while block := os.read(handle, BLOCK):
             digest.update(block)
             size += len(block)
-        if sync:
-            os.fsync(handle)
     finally:
         os.close(handle)
     return digest.hexdigest(), size
+
+
+def _file_state(status: os.stat_result) -> FileState:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class SumsAhead:
+    """A thread that hashes files below folders while others are being written there.
+
+    A file is hashed when nothing has been written to it for a while; what changes afterwards is found by its state.
+    `folders` is asked again and again, since a folder may get its name at the end only.
+
+    Attributes:
+      known: the digests so far.
+    """
+
+    def __init__(self, folders: Callable[[], Iterable[Path]]):
+        self._folders, self.known = folders, dict[FileState, str]()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(IDLE_SECONDS / 2):
+            for folder in self._folders():
+                for name in files_below(folder):
+                    if self._stopped.is_set():
+                        return
+                    with contextlib.suppress(OSError):  # renamed meanwhile, or gone
+                        self._hash(folder / name)
+
+    def _hash(self, path: Path) -> None:
+        status = path.lstat()
+        state = _file_state(status)
+        if stat.S_ISREG(status.st_mode) and state not in self.known and time.time() - status.st_mtime > IDLE_SECONDS:
+            digest, _ = hash_file(path)
+            if _file_state(path.lstat()) == state:
+                self.known[state] = digest
+
+    def stop(self) -> Mapping[FileState, str]:
+        """Ends the thread; the digests of what it came to, for `write_manifest`."""
+        self._stopped.set()
+        self._thread.join()
+        return self.known
 
 
 def files_below(folder: Path) -> list[str]:
@@ -56,18 +117,20 @@ def files_below(folder: Path) -> list[str]:
     return sorted(name for name in found if name != MANIFEST)
 
 
-def make_manifest(folder: Path, facts: Mapping[str, Any], sync: bool = False) -> dict[str, Any]:
+def make_manifest(
+    folder: Path, facts: Mapping[str, Any], known: Mapping[FileState, str] | None = None, *, sync: bool = False
+) -> dict[str, Any]:
     """The facts, and the digest and size of every file below `folder`; with `sync` these are on disk afterwards."""
     names = files_below(folder)
     with ThreadPoolExecutor(THREADS) as pool:
-        sums = pool.map(lambda name: hash_file(folder / name, sync), names)
+        sums = pool.map(lambda name: hash_file(folder / name, sync, known), names)
         files = {name: [digest, size] for name, (digest, size) in zip(names, sums, strict=True)}
     return {"files": files, **facts}
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Hashes every file below `folder`, syncs files and folders (a power cut may come), then writes the manifest."""
-    content = make_manifest(folder, facts, sync=True)
+def write_manifest(folder: Path, facts: Mapping[str, Any], known: Mapping[FileState, str] | None = None) -> None:
+    """Hashes every file below `folder` but those `known`, and syncs all (a power cut may come); then writes."""
+    content = make_manifest(folder, facts, known, sync=True)
     for root, _, _ in os.walk(folder):
         sync_folder(Path(root))
     write_atomically(folder / MANIFEST, json.dumps(content | {"sha256": digest_of(content)}, indent=1) + "\n")

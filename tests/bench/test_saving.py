@@ -10,12 +10,13 @@ from tale_jax.bench.throughput import Bench, Timing
 from tale_jax.training.checkpoint import num_bytes
 
 
-def test_shares_are_of_the_median_save_and_of_an_interval():
+def test_shares_are_of_the_median_save_of_orbax_and_of_an_interval():
     checks = {"digests": Timing((0.1, 0.2, 0.3)), "sums": Timing((0.3,))}
-    cost = SavingCost(10, 40, Timing((9.0, 5.0, 5.0)), checks, Timing((1.0,)), every_steps=45)
-    assert cost.check_seconds == pytest.approx(0.5) and cost.share_of_save == pytest.approx(0.1)
+    saves = Timing((9.0, 5.5, 5.5)), Timing((5.0, 4.0, 6.0))
+    cost = SavingCost(10, 40, *saves, checks, Timing((1.0,)), every_steps=45)
+    assert cost.added_seconds == pytest.approx(0.5) and cost.share_of_save == pytest.approx(0.1)
     assert cost.share_of_run == pytest.approx(0.01)
-    assert SavingCost(10, 40, Timing((5.0,)), checks, Timing((1.0,)), every_steps=0).share_of_run == 0
+    assert SavingCost(10, 40, *saves, checks, Timing((1.0,)), every_steps=0).share_of_run == 0
 
 
 @pytest.mark.slow
@@ -26,5 +27,5 @@ def test_the_script_measures_a_save_of_the_whole_state(cpu):
     record = json.loads(done.stdout.splitlines()[-1])
     state = Bench(build_config(**{"tokenizer.vocab_size": 320, "precision": "float32"}), cpu).trainer.abstract_state
     wanted = num_bytes({"params": state.params, "opt_state": state.opt_state, "ema": state.ema_params})
-    assert record["state_bytes"] == wanted and record["save_seconds"] > 0
-    assert len(record["check_seconds"]) == 3 and all(seconds > 0 for seconds in record["check_seconds"].values())
+    assert record["state_bytes"] == wanted and min(record["save_seconds"], record["plain_save_seconds"]) > 0
+    assert len(record["check_seconds"]) == 2 and all(seconds > 0 for seconds in record["check_seconds"].values())

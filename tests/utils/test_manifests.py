@@ -1,13 +1,24 @@
 """A folder with a manifest: whatever happens to a file of it is found and named."""
 
+import hashlib
 import json
 import os
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tale_jax.utils.manifests import MANIFEST, bad_files, check_manifest, digest_of, read_manifest, write_manifest
+from tale_jax.utils.manifests import (
+    MANIFEST,
+    SumsAhead,
+    bad_files,
+    check_manifest,
+    digest_of,
+    hash_file,
+    read_manifest,
+    write_manifest,
+)
 
 
 @pytest.fixture
@@ -78,3 +89,26 @@ def test_any_content_is_a_manifest_or_one_line(tmp_path_factory, content):
     (folder / MANIFEST).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=MANIFEST):
         read_manifest(folder)
+
+
+def test_sums_taken_while_files_are_written_are_those_at_the_end(tmp_path):
+    folder = tmp_path / "100.tmp"
+    (folder / "a").mkdir(parents=True)
+    names = [f"a/{number}" for number in range(4)]
+    sums = SumsAhead(lambda: tmp_path.glob("100*"))
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(bytes([number]) * 3_000_000)
+    while len(sums.known) < len(names):
+        time.sleep(0.01)
+    folder = folder.rename(tmp_path / "100")
+    (folder / names[0]).write_bytes(b"x" * 3_000_000)  # as long as before
+    (folder / "new").write_bytes(b"y")
+    known = sums.stop()
+    write_manifest(folder, {}, known)
+    check_manifest(folder)
+    assert {read_manifest(folder)["files"][name][0] for name in names[1:]} <= set(known.values())
+    status = (folder / "new").stat()
+    state = (status.st_ino, status.st_size, status.st_mtime_ns)
+    assert hash_file(folder / "new", known={state: "as it was"}) == ("as it was", 1)
+    (folder / "new").write_bytes(b"yz")
+    assert hash_file(folder / "new", known={state: "as it was"})[0] == hashlib.sha256(b"yz").hexdigest()
