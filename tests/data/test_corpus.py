@@ -126,6 +126,7 @@ def test_one_book_gives_every_split_and_its_paragraphs_stay_whole(opened, tmp_pa
     assert sorted(p for text in texts for p in text.strip("\n").split("\n\n")) == sorted(paragraphs)
 
 
+@pytest.mark.slow
 def test_a_large_file_is_never_held(opened, tmp_path):
     line = b"It rained, and the little boat went on and on over the grey sea. " * 20 + b"\n"
     with (tmp_path / "large.txt").open("wb") as file:

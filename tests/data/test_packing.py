@@ -73,6 +73,7 @@ def test_windows_too_short_for_any_answer_are_refused(tmp_path):
     assert len(training_windows(tokens, build_config(**{"model.seq_len": 64}), 1, PAD, chat=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [MARKED, ALL_LEARNED])
 def test_packed_loss_and_gradient_are_those_of_each_conversation_alone(mode, cpu):
     config = build_config(**{"model.seq_len": 32, "model.mask_documents": True, "tokenizer.vocab_size": 512})

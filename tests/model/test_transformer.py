@@ -392,6 +392,7 @@ def losses_and_norms(cpu, dtype) -> np.ndarray:
     return np.array(found).T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "allowed"), [(jnp.float32, (1e-5, 1e-3)), (jnp.bfloat16, (1e-2, 5e-2))])
 def test_a_hundred_steps_are_those_of_the_plain_forms(cpu, monkeypatch, dtype, allowed):
     fast = losses_and_norms(cpu, dtype)

@@ -54,6 +54,7 @@ def test_what_no_run_tells_stays_as_it_was():
     assert fit(rungs, start).repeats == pytest.approx(7.0)
 
 
+@pytest.mark.slow
 def test_nineteen_of_twenty_laws_lie_in_their_intervals():
     """A run of ten times the largest compute, on twenty texts that differ as texts do."""
     rng, held, off = np.random.default_rng(1), 0, []

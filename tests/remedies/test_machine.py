@@ -48,6 +48,7 @@ def test_a_plugin_that_is_uninstalled_as_told_is_no_harm(tmp_path, installed):
     assert done.stdout == "cpu" and not left, done.stderr
 
 
+@pytest.mark.slow
 def test_another_platform_starts_as_told(tmp_path):
     broken = f"import jax\ndef devices(): raise RuntimeError('no such device')\njax.devices = devices\n{START}"
     for code in (START, broken):

@@ -38,6 +38,7 @@ def test_a_second_writer_of_any_kind_is_refused_in_one_line(tmp_path, monkeypatc
             assert "is in use by train (process" in done.stderr and "kill" in done.stderr
 
 
+@pytest.mark.slow
 def test_more_text_is_refused_or_goes_on_with_the_weights(tmp_path, cpu, capsys):
     texts, workdir = tmp_path / "texts", tmp_path / "run"
     texts.mkdir()
@@ -54,6 +55,7 @@ def test_more_text_is_refused_or_goes_on_with_the_weights(tmp_path, cpu, capsys)
     assert steps.count(4) >= 1 and max(steps) == 6
 
 
+@pytest.mark.slow
 def test_text_without_words_has_no_word_perplexity_and_training_goes_on(tmp_path, cpu):
     """One word of a hundred thousand letters: four windows of it hold no whole word."""
     rng = random.Random(0)

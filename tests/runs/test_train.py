@@ -113,6 +113,7 @@ def test_a_crash_loses_only_what_came_after_the_checkpoint(straight, tmp_path, c
     assert_same_losses(tmp_path, straight, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_ema_and_short_windows_goes_on_as_if_never_stopped(tmp_path, cpu, monkeypatch):
     """Stopped in each phase and at none; the whole state at the end is the same, to the bit."""
     settings = SMALL | {
