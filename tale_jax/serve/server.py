@@ -679,9 +679,7 @@ async def _serve(
         app.draining = True
         ending.set()
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, end)
+    call_on_signals(end)
     for model in models:
         model.engine.start()
     drain = asyncio.create_task(_drain(app, server, ending))
@@ -696,6 +694,19 @@ async def _serve(
         drain.cancel()
         for model in models:
             await asyncio.to_thread(model.engine.stop)
+
+
+def call_on_signals(call: Callable[[], None]) -> None:
+    """Lets the running event loop call `call` at SIGINT and SIGTERM, however much other threads ask of it.
+
+    asyncio passes a signal on by a byte in the socket that also wakes the loop for other threads; where hundreds of
+    their bytes wait there is no room for it, and the signal is lost. So the call comes from Python's own handler.
+    """
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, lambda: None)  # wakes the loop where another thread gets the signal
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(call))
+    signal.set_wakeup_fd(signal.set_wakeup_fd(-1), warn_on_full_buffer=False)
 
 
 async def _drain(app: App, server: uvicorn.Server, ending: asyncio.Event) -> None:

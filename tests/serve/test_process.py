@@ -12,6 +12,8 @@ import httpx2 as httpx
 import pytest
 from helpers import run_script, served
 
+from tale_jax.utils.subprocesses import run_code
+
 PROMPT = "Once there was"
 
 
@@ -154,6 +156,34 @@ def test_a_signal_lets_texts_end_and_refuses_new_ones(chat_workdir, number):
         assert rest[-1] == "data: [DONE]" and json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
         _stdout, stderr = process.communicate(timeout=60)
         assert process.returncode == 0 and "Traceback" not in stderr, stderr
+
+
+FLOODED = """
+import asyncio, os, signal, threading
+from tale_jax.serve.server import call_on_signals
+
+async def main():
+    told, loop = asyncio.Event(), asyncio.get_running_loop()
+    call_on_signals(told.set)
+
+    def flood():
+        for _ in range(10_000):  # more than the socket that wakes the loop has room for
+            loop.call_soon_threadsafe(lambda: None)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    thread.join()  # meanwhile the loop stands
+    await told.wait()
+    print("told")
+
+asyncio.run(main())
+"""
+
+
+def test_a_signal_is_not_lost_among_the_events_of_many_texts():
+    done = run_code(FLOODED, timeout=60)
+    assert done.stdout == "told\n" and not done.stderr, done
 
 
 @pytest.mark.slow
