@@ -24,7 +24,7 @@ from tale_jax.data.loader import Batches
 from tale_jax.data.marks import ALL_LEARNED, MARKED, bos_or_marked
 from tale_jax.data.packing import PackedWindows, training_windows
 from tale_jax.data.prepare import Prepared, base_folder, of_worth, prepare, read_base_file
-from tale_jax.data.token_files import load_tokens, seal_tokens
+from tale_jax.data.token_files import check_tokens, load_tokens, seal_tokens
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans, per
 from tale_jax.hardware.backend import Backend
@@ -282,9 +282,11 @@ def open_workdir(workdir: Path, config: Config) -> Prepared:
     def make() -> None:
         _check_workdir(workdir, config)
         prepared = prepare(config, workdir, workdir / "log.txt")
-        for manifest in prepared.manifests.values():
+        for split, manifest in prepared.manifests.items():
             if not manifest.sha256:
                 seal_tokens(workdir, manifest)
+            elif split != "test":  # which no training reads
+                check_tokens(workdir, manifest)
 
     from_main_process(make)
     return prepare(config, workdir)

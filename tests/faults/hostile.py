@@ -6,6 +6,7 @@ one line of JSON for each: what each reader said, and whether anything of the fo
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -110,10 +111,15 @@ def varint(number: int) -> bytes:
     return bytes([part | 0x80 for part in parts[:-1]] + parts[-1:])
 
 
+def free_place(folder: Path, name: str) -> Path:
+    """A path in the folder that nothing has."""
+    return next(path for number in itertools.count() if not os.path.lexists(path := folder / f"{name}{number or ''}"))
+
+
 def replace_entry(path: Path, rng: random.Random, secret: Path) -> None:
     """Another kind of thing in the place of a file or folder."""
     is_folder = path.is_dir()
-    aside = path.parent / "aside"
+    aside = free_place(path.parent, "aside")
     path.rename(aside)
     kind = rng.randrange(7)
     if kind == 0:
@@ -202,7 +208,7 @@ def mutate(workdir: Path, rng: random.Random, secret: Path, canary: Path) -> str
             add_entry(workdir, rng, secret)
         elif action < 0.3:
             path = rng.choice(entries)
-            path.rename(path.parent / "gone") if path.exists() else None
+            path.rename(free_place(path.parent, "gone")) if path.exists() else None
         else:  # of each folder as likely: most files are arrays of checkpoints
             folder = rng.choice(sorted({path.parent for path in files}))
             path = rng.choice([path for path in files if path.parent == folder])
