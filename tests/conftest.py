@@ -14,8 +14,9 @@ import hypothesis
 import jax
 import pytest
 
-# Programs that tests start inherit what is ignored: Ctrl-C in a script's background job, hang-ups under nohup.
-for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
+# Programs that tests start inherit what is ignored: Ctrl-C and SIGQUIT in a background job, hang-ups under nohup.
+usual = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+for number, handler in usual.items():
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 

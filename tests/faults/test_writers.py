@@ -1,5 +1,6 @@
 """Two writers of one workdir, and readers beside a writer."""
 
+import gc
 import json
 import time
 
@@ -62,6 +63,8 @@ def test_readers_beside_half_a_save_read_what_is_whole(whole, tmp_path, moment):
     assert newest_digests(workdir) == newest_digests(whole)
 
 
+# orbax leaves what it was reading when the writer let the checkpoint go; the checkpoint is then chosen anew.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_reader_beside_a_writer_for_200_steps_never_sees_half_a_file(whole, tmp_path, cpu, tell):
     workdir, reads, steps = tmp_path / "run", 0, set()
     open_experiment(whole, cpu)  # what is compiled for reading is compiled now
@@ -81,4 +84,5 @@ def test_a_reader_beside_a_writer_for_200_steps_never_sees_half_a_file(whole, tm
         _, stderr = writer.communicate()
     assert writer.returncode == 0, stderr
     assert newest_digests(workdir)[0] == 200 and not verify(workdir).bad and reads
+    gc.collect()  # what orbax left is told here, and not when the suite ends
     tell(f"{reads} reads of {len(steps)} steps beside a run of 200 steps: all whole")
