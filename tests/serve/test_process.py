@@ -183,7 +183,7 @@ asyncio.run(main())
 
 def test_a_signal_is_not_lost_among_the_events_of_many_texts():
     done = run_code(FLOODED, timeout=60)
-    assert done.stdout == "told\n" and not done.stderr, done
+    assert done.stdout == "told\n" and "Exception" not in done.stderr, done
 
 
 @pytest.mark.slow
