@@ -16,7 +16,7 @@ import sys
 import time
 from importlib.util import find_spec
 
-__all__ = ["START_TIME", "define_path", "overrides", "run", "use_saved_config"]
+__all__ = ["START_TIME", "config_words", "define_path", "overrides", "run", "use_saved_config"]
 
 START_TIME = time.monotonic()
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
@@ -57,4 +57,4 @@ start_with_right_python()
 
 sys.path.insert(1, ROOT)  # recipes import each other, as `from configs import base`
 
-from command_line import define_path, overrides, run, use_saved_config  # noqa: E402
+from command_line import config_words, define_path, overrides, run, use_saved_config  # noqa: E402

@@ -71,6 +71,13 @@ def overrides(name: str) -> set[str]:
     return set(config_flags.get_override_values(FLAGS[name]))
 
 
+def config_words(name: str) -> list[str]:
+    """The words by which another script gets the config flag `name` as this one did, its settings behind it."""
+    settings = config_flags.get_override_values(FLAGS[name])
+    words = [f"--{name}.{setting}={value}" for setting, value in settings.items()]
+    return [f"--{name}={config_flags.get_config_filename(FLAGS[name])}", *words]
+
+
 def use_saved_config(args: list[str]) -> None:
     """Adds the config that the workdir was trained with, where the arguments name none."""
     workdir = re.search(r"\0--?workdir[=\0]([^\0]+)", "\0".join(["", *args[1:]]))

@@ -50,6 +50,7 @@ ROOMS = {
     "starlette": ("tale_jax/serve/server.py",),
     "uvicorn": ("tale_jax/serve/server.py",),
     "jinja2": ("tale_jax/data/template_worker.py",),
+    "ray": ("tale_jax/runs/engines.py",),
     "torch": (),
     "tensorflow": (),
 }

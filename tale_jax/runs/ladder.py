@@ -16,8 +16,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import shutil
 import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -29,7 +27,7 @@ import rich.box
 import rich.table
 
 from tale_jax.config import Config, change, leaves
-from tale_jax.data.prepare import Prepared, prepare, with_vocab_size
+from tale_jax.data.prepare import Prepared, link_prepared, prepare, with_vocab_size
 from tale_jax.hardware.backend import Backend
 from tale_jax.planning.autotune import (
     MIN_STEPS,
@@ -250,9 +248,7 @@ def _run(context: _Context, name: str, rung: Mapping[str, Any], title: str) -> d
         return json_object(finished.read_bytes(), finished, "remove it, and the rung is scored again")
     config = context.config_of(rung)
     notice(f"{title}: {compact(num_weights(config))} weights, {config.total_steps:,} steps")
-    for folder in ("tokenizer", "windows"):
-        if not (workdir / folder).is_dir():
-            shutil.copytree(context.prepared.workdir / folder, workdir / folder, copy_function=_link)
+    link_prepared(context.prepared.workdir, workdir)
     outcome = train(config, workdir, context.backend, context.overrides)
     if outcome.signal:
         return outcome.signal
@@ -326,14 +322,6 @@ def _keep(context: _Context, known: KnownLaw) -> None:
 
 def _name(rung: Mapping[str, Any]) -> str:
     return "{num_layers}x{embed_dim}-{total_steps}".format(**rung)
-
-
-def _link(source: str, target: str) -> None:
-    """One file under two names; a copy where the file system has no such links. Neither is written to later."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def describe_ladder(ladder: Ladder) -> str:

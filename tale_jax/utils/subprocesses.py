@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -106,6 +107,63 @@ def run_module(
     """Runs `python -m module args`, with the Python and the package of this process."""
     command = [sys.executable, "-P", "-m", module, *args]  # -P: modules in the current folder are not meant
     return run(command, stdin=stdin, env=_own_path(), timeout=timeout, on_stderr=on_stderr)
+
+
+class Logged:
+    """A command that runs beside this process, what it says appended to a file.
+
+    It belongs to no terminal, so that a Ctrl-C there reaches it by `ask_to_stop` alone.
+
+    Args:
+      command: the program and its arguments.
+      log: file for stdout and stderr; its folder is made.
+      cores: numbers of the processors that it may use, where the system can bind it to some; (): all.
+      env: added to the environment of this process.
+    """
+
+    def __init__(
+        self, command: Sequence[str], log: Path, cores: Sequence[int] = (), env: Mapping[str, str] | None = None
+    ):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        bound = cores if cores and hasattr(os, "sched_setaffinity") else ()
+        before = os.sched_getaffinity(0) if bound else set[int]()
+        with log.open("ab") as file:
+            try:
+                if bound:
+                    os.sched_setaffinity(0, bound)  # of this thread; what it starts inherits it
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | (env or {}),
+                    start_new_session=True,
+                )
+            finally:
+                if bound:
+                    os.sched_setaffinity(0, before)
+
+    def exit_code(self) -> int | None:
+        """As a shell has it; None while it runs."""
+        code = self._process.poll()
+        return code if code is None or code >= 0 else 128 - code
+
+    def ask_to_stop(self) -> None:
+        """By SIGTERM, at which a training saves."""
+        self._process.terminate()
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        self._process.wait()
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that holds more than whitespace, "" where there is none."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - (1 << 14)))
+        lines = [line.strip() for line in re.split(r"[\r\n]", file.read().decode("utf-8", errors="replace"))]
+        return next((line for line in reversed(lines) if line), "")[:MAX_REASON_CHARS]
+    return ""
 
 
 class LineProcess:
