@@ -29,7 +29,7 @@ from tale_jax.training.checkpoint import (
     max_concurrent_bytes,
     num_bytes,
 )
-from tale_jax.utils.files import sync_folder
+from tale_jax.utils.files import sync_folders
 from tale_jax.utils.manifests import MANIFEST, files_below, make_manifest
 
 SAVES = 9
@@ -133,5 +133,4 @@ def sync_files(folder: Path) -> None:
         handle = os.open(folder / name, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    for root, _, _ in os.walk(folder):
-        sync_folder(Path(root))
+    sync_folders(folder)

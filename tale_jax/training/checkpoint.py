@@ -155,6 +155,7 @@ class Checkpoints:
             self._ahead.stop()
             if self._is_main:
                 shutil.rmtree(self.folder / str(step))
+                (self.folder / BEGUN).unlink(missing_ok=True)
             kept = f"checkpoint {self.latest} is whole; go on from there" if self.latest else "begin anew"
             rate = self.facts.get("settings", {}).get("optimizer", {}).get("learning_rate", 0.0)
             smaller = f"--config.optimizer.learning_rate={rate / 2:g}" if rate else "a smaller optimizer.learning_rate"
@@ -174,14 +175,18 @@ class Checkpoints:
         """Hands arrays and other `items` to orbax; the sums of the arrays (see `_named`), taken while it writes."""
         items |= {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         self._saving_bytes = num_bytes(arrays)
+        sums = _array_sums(arrays)  # not waited for
+        self._ahead = SumsAhead(lambda: self._folders_of(step))
         with self._written():
-            self._ahead = SumsAhead(lambda: self.folder.glob(f"{step}*"))
             _check_space(self.folder, self._saving_bytes)
             if self._is_main:
                 write_atomically(self.folder / BEGUN, str(step))
-            sums = _array_sums(arrays)  # not waited for
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-            return _named(sums)
+        return _named(sums)
+
+    def _folders_of(self, step: int) -> list[Path]:
+        """Where the process that writes the manifest finds a step, under orbax's temporary names and its own."""
+        return [self.folder / str(step), *self.folder.glob(f"{step}.*")] if self._is_main else []
 
     def _seal_later(self, step: int, loss: float | None, sums: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Lets a thread write the manifest when the arrays are on disk; its facts of the arrays."""
@@ -580,6 +585,7 @@ def max_concurrent_bytes(state: Any, overlap_io: bool) -> int:
 
 
 def item_handlers(max_concurrent_bytes: int) -> dict[str, Any] | None:
+    """orbax's handlers of the items of a checkpoint; None, for its own, where nothing limits the bytes."""
     if not max_concurrent_bytes:
         return None
     gigabytes: Any = max_concurrent_bytes / 1e9  # orbax says int, and multiplies

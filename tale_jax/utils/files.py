@@ -125,6 +125,12 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def sync_folders(folder: Path) -> None:
+    """`sync_folder` of a folder and of all below it."""
+    for root, _, _ in os.walk(folder):
+        sync_folder(Path(root))
+
+
 def sha256_of(path: Path, block: int = 1 << 20) -> str:
     """The SHA-256 sum of a file, in hexadecimal digits."""
     digest = hashlib.sha256()

@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tale_jax.utils.files import sync_folder, write_atomically
+from tale_jax.utils.files import sync_folder, sync_folders, write_atomically
 
 MANIFEST = "manifest.json"
 MAX_BYTES = 16 << 20  # of a manifest; one of a checkpoint has some kilobytes
@@ -131,8 +131,7 @@ def make_manifest(
 def write_manifest(folder: Path, facts: Mapping[str, Any], known: Mapping[FileState, str] | None = None) -> None:
     """Hashes every file below `folder` but those `known`, and syncs all (a power cut may come); then writes."""
     content = make_manifest(folder, facts, known, sync=True)
-    for root, _, _ in os.walk(folder):
-        sync_folder(Path(root))
+    sync_folders(folder)
     write_atomically(folder / MANIFEST, json.dumps(content | {"sha256": digest_of(content)}, indent=1) + "\n")
     sync_folder(folder.parent)
 

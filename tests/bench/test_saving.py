@@ -26,8 +26,6 @@ def test_the_script_measures_a_save_of_the_whole_state(cpu):
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
     state = Bench(build_config(**{"tokenizer.vocab_size": 320, "precision": "float32"}), cpu).trainer.abstract_state
-    assert (
-        record["state_bytes"] == num_bytes(arrays_of(state))
-        and min(record["save_seconds"], record["plain_save_seconds"]) > 0
-    )
+    assert record["state_bytes"] == num_bytes(arrays_of(state))
+    assert min(record["save_seconds"], record["plain_save_seconds"]) > 0
     assert len(record["check_seconds"]) == 2 and all(seconds > 0 for seconds in record["check_seconds"].values())

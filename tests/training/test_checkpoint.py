@@ -212,6 +212,7 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path):
     assert str(error.value).endswith(
         "checkpoint 1 is whole; go on from there with --config.optimizer.learning_rate=0.0015"
     )
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["1"]
     checkpoints.close()
     assert kept(tmp_path) == [1]
 
