@@ -9,7 +9,6 @@ values = json_object(path.read_bytes(), path, "copy it again")  # one line names
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -129,15 +128,6 @@ def sync_folders(folder: Path) -> None:
     """`sync_folder` of a folder and of all below it."""
     for root, _, _ in os.walk(folder):
         sync_folder(Path(root))
-
-
-def sha256_of(path: Path, block: int = 1 << 20) -> str:
-    """The SHA-256 sum of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(block):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 class JsonLines:

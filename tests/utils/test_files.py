@@ -1,6 +1,5 @@
 """Files are whole or not there, whatever happens while they are written; logs survive a torn line."""
 
-import hashlib
 import json
 import os
 import stat
@@ -8,7 +7,7 @@ import stat
 import numpy as np
 import pytest
 
-from tale_jax.utils.files import JsonLines, atomic_writer, read_json_lines, sha256_of, to_json, write_atomically
+from tale_jax.utils.files import JsonLines, atomic_writer, read_json_lines, to_json, write_atomically
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError()])
@@ -52,12 +51,6 @@ def test_content_is_replaced_as_text_or_bytes_with_the_mode_of_a_usual_file(tmp_
         assert path.read_bytes() == expected
     assert path.stat().st_mode == usual.stat().st_mode
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_digest_is_that_of_the_whole_file_in_any_blocks(tmp_path):
-    (tmp_path / "file").write_bytes(content := bytes(range(256)) * 5)
-    for block in (7, 1280, 1 << 20):
-        assert sha256_of(tmp_path / "file", block) == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize(

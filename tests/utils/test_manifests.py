@@ -91,6 +91,13 @@ def test_any_content_is_a_manifest_or_one_line(tmp_path_factory, content):
         read_manifest(folder)
 
 
+def test_a_digest_is_that_of_the_whole_file_in_any_blocks(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(content := bytes(range(256)) * 5)
+    for block in (7, 1280, 1 << 20):
+        monkeypatch.setattr("tale_jax.utils.manifests.BLOCK", block)
+        assert hash_file(tmp_path / "file") == (hashlib.sha256(content).hexdigest(), len(content))
+
+
 def test_sums_taken_while_files_are_written_are_those_at_the_end(tmp_path):
     folder = tmp_path / "100.tmp"
     (folder / "a").mkdir(parents=True)
