@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from tale_jax.runs.experiment import open_experiment
 from tale_jax.runs.records import read_metrics
 from tale_jax.runs.train import RunHooks, train
 from tale_jax.training.checkpoint import Checkpoints
+from tale_jax.utils.signals import StopSignals
 
 SMALL = {
     "corpus.num_train_tales": 100,
@@ -47,15 +49,22 @@ def assert_same_losses(workdir, other, rtol):
 
 
 def stop_after(steps, monkeypatch):
-    """A SIGTERM with the batch of this number; returns the batches that are taken."""
+    """A SIGTERM with the batch of this number, heard before its step; returns the batches that are taken."""
     taken, original = [], loader.Batches.__next__
+    heard, receive = threading.Event(), StopSignals._receive
+
+    def tell(self, number):  # by the thread that watches, so at a moment of its own
+        receive(self, number)
+        heard.set()
 
     def next_batch(self):
         taken.append(original(self))
         if len(taken) == steps:
             os.kill(os.getpid(), signal.SIGTERM)
+            assert heard.wait(60)
         return taken[-1]
 
+    monkeypatch.setattr(StopSignals, "_receive", tell)
     monkeypatch.setattr(loader.Batches, "__next__", next_batch)
     return taken
 
