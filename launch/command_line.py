@@ -21,6 +21,7 @@ from ml_collections.config_flags import config_flags
 
 from tale_jax.utils.paths import expanded, fault_of, printable_path
 from tale_jax.utils.progress import show_start
+from tale_jax.utils.signals import before_exit
 from tale_jax.utils.streams import mend_streams, printable, say, write_line
 
 FLAGS = flags.FLAGS
@@ -33,6 +34,24 @@ flags.disclaim_key_flags()  # what `define_path` defines belongs to the script t
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
     """Parses the flags, calls `main(argv)` and exits; a mistake becomes one line and an exit code."""
+    try:
+        _run(main)
+    except SystemExit as end:
+        _call_before_exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+    except BaseException:
+        if before_exit:
+            traceback.print_exc()
+        _call_before_exit(1)
+        raise
+
+
+def _call_before_exit(code: int) -> None:
+    for call in before_exit:
+        call(code)
+
+
+def _run(main: Callable[[list[str]], Any]) -> NoReturn:
     _ask_for_huge_pages()
     mend_streams()
     start = show_start(f"{Path(sys.argv[0]).stem}: starting")

@@ -13,12 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under `python -P`
 from cli import START_TIME, define_path, overrides, run, use_saved_config
+from absl import flags
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tales.py; left out: that of the workdir")
 WORKDIR = define_path(
     "workdir", "folder to write", "folder of the experiment; it is made when missing, else resumed", required=True
 )
+ADDRESS = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, where several processes train")
+COUNT = flags.DEFINE_integer("num_processes", 0, "how many they are; 0: as the launcher says", lower_bound=0)
+INDEX = flags.DEFINE_integer("process_id", -1, "which of them this is, from 0; -1: as the launcher says")
 
 
 def main(_: list[str]) -> None:
@@ -34,24 +38,19 @@ def main(_: list[str]) -> None:
     config = Config.build(CONFIG.value, given)
     from tale_jax.convert.formats import import_base, with_base
     from tale_jax.hardware.backend import start_backend  # JAX is imported when the config is known to be right
-    from tale_jax.runs.train import train
-    from tale_jax.utils.paths import quoted
+    from tale_jax.hardware.distributed import from_main_process
+    from tale_jax.hardware.joining import find_place, joined
+    from tale_jax.runs.train import describe, train
     from tale_jax.utils.streams import say
 
     config = with_base(config, workdir, given)
-    import_base(config, workdir)
-    outcome = train(config, workdir, start_backend(config.backend.platform), given, START_TIME)
-    if outcome.signal:
-        sys.exit(128 + outcome.signal)
-    say(f"{workdir} has finished its {outcome.total_steps} steps; the model: {workdir}/checkpoints/{outcome.step}")
-    if outcome.best_step != outcome.step:
-        best = f"{workdir}/checkpoints/{outcome.best_step}"
-        say(
-            f"the best by validation loss, which sample.py and evaluate.py take, is of step {outcome.best_step}: {best}"
-        )
-    if outcome.first_step == outcome.step:
-        longer = f"--workdir={quoted(workdir)} --config.total_steps={2 * outcome.total_steps}"
-        say(f"nothing was left to do; to train longer: python launch/train.py {longer}")
+    with joined(config.mesh.processes, workdir, find_place(ADDRESS.value, COUNT.value, INDEX.value)) as is_main:
+        backend = start_backend(config.backend.platform)
+        from_main_process(lambda: import_base(config, workdir))
+        outcome = train(config, workdir, backend, given, START_TIME)
+    if outcome.signal or not is_main:
+        sys.exit(outcome.signal and 128 + outcome.signal)
+    say(describe(outcome, workdir))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ MIN_VOCAB_SIZE = 256 + 4 + 1  # a token for each byte, four special tokens, a ch
 UNKNOWN_TOTAL_STEPS = 1 << 30  # of a run whose length is not known before its text is there; also the longest run
 WARMUP_SHARE = 0.02  # of the run, where schedule.warmup_steps is 0
 
-FORMAT = 3  # of config.json
+FORMAT = 4  # of config.json
 FIRST_WITH_DIGEST = 3
 MAX_BYTES = 1 << 20  # of config.json, which has some kilobytes
 # Settings that an older format had not, by the format that brought them, with values that change nothing.
@@ -78,6 +78,7 @@ NEW_SETTINGS: dict[int, dict[str, Any]] = {
         "checkpoint": {"keep_every": 0},
         "lora": {"rank": 0, "alpha": 16.0, "dropout": 0.0, "rank_stabilized": False, "dora": False, "matrices": ""},
     },
+    4: {"mesh": {"processes": 0}},
 }
 
 
@@ -504,6 +505,9 @@ class MeshConfig(Group):
 
     data: int = setting(0, "devices that share the batch", not_negative, at_most(1 << 20), off="all that fsdp leaves")
     fsdp: int = setting(1, "devices that share the batch and the weights", positive, at_most(1 << 20))
+    processes: int = setting(
+        0, "processes that train together", not_negative, at_most(1 << 20), off="as many as were started"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans, per
 from tale_jax.hardware.backend import Backend
 from tale_jax.hardware.distributed import any_process, from_main_process, is_main_process, wait_for_processes
+from tale_jax.hardware.joining import tell_error
 from tale_jax.hardware.machine import release_memory
 from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, keep_peak, matmul_peak_of_all
 from tale_jax.inference.sampler import Sampler, SampleSettings
@@ -70,6 +71,19 @@ class Outcome:
     signal: int
     first_step: int
     best_step: int
+
+
+def describe(outcome: Outcome, workdir: Path) -> str:
+    """Where the model lies that a finished run has made, in lines for people."""
+    finished = f"{workdir} has finished its {outcome.total_steps} steps"
+    lines = [f"{finished}; the model: {workdir}/checkpoints/{outcome.step}"]
+    if outcome.best_step != outcome.step:
+        best = f"step {outcome.best_step}: {workdir}/checkpoints/{outcome.best_step}"
+        lines.append(f"the best by validation loss, which sample.py and evaluate.py take, is of {best}")
+    if outcome.first_step == outcome.step:
+        longer = f"--workdir={quoted(workdir)} --config.total_steps={2 * outcome.total_steps}"
+        lines.append(f"nothing was left to do; to train longer: python launch/train.py {longer}")
+    return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -614,6 +628,7 @@ def _errors_after_saving(plan: Plan, config: Config, checkpoints: Checkpoints) -
     try:
         yield
     except BaseException as error:
+        tell_error(error)
         with suppress(OSError):
             checkpoints.wait()
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):

@@ -208,18 +208,19 @@ class Checkpoints:
         """Reads a checkpoint item by item, into host memory. Raises OSError when it is not what was saved."""
         for name, tree in arrays.items():
             target = jax.tree_util.tree_map(lambda x: np.empty(x.shape, x.dtype), tree)  # no memory is touched yet
+            cause: ValueError | None = None
             try:
                 found = _restore(self._manager, step, ocp.args.Composite(**{name: ocp.args.StandardRestore(target)}))
                 same = digests({name: found[name]}).items() <= saved.items()
             except ValueError as error:
-                same, reason = False, str(error)
+                same, reason, cause = False, str(error), error
             else:
                 reason = f"the arrays of {name} are others"
             if not same:
                 raise OSError(
                     f"{self.folder / str(step)}: what was saved is not what is read again ({reason}); the disk, or its "
                     "file system, cannot be trusted: choose another --workdir"
-                )
+                ) from cause
 
     def save_params(self, step: int, params: Any) -> None:
         """Saves weights that no training here has led to. Raises OSError in one line when it fails."""

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +24,9 @@ from tale_jax.utils.streams import notice
 SAVING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 BEAT = 0.25  # seconds between two looks at the clock
 SHOW_CURSOR = b"\x1b[?25h"
+
+# Called with the exit code when a script ends, after its last line was written.
+before_exit: list[Callable[[int], object]] = []
 
 
 class StopSignals:

@@ -154,6 +154,46 @@ class LineProcess:
                 stream.close()  # pyright: ignore[reportOptionalMemberAccess]
 
 
+class Companion:
+    """A `python -m module args` in a session of its own, which no signal to this process's group reaches; when this
+    process ends, its stdin does."""
+
+    def __init__(self, module: str, *args: str):
+        self._process: subprocess.Popen[str] = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, *args],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | _own_path(),
+            text=True,
+            start_new_session=True,
+        )
+
+    def read_line(self, timeout: float | int) -> str:
+        """The next line that it prints; "" where there is none within `timeout` seconds, or it has ended."""
+        assert self._process.stdout
+        ready = select.select([self._process.stdout], [], [], timeout)[0]
+        return self._process.stdout.readline().strip() if ready else ""
+
+    def write_line(self, line: str) -> None:
+        """Sends a line, unless it has ended."""
+        assert self._process.stdin
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+    def close(self, timeout: float | int = 5.0) -> None:
+        """Waits for its end, and brings it about after `timeout` seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout)
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError, AttributeError):
+                stream.close()  # pyright: ignore[reportOptionalMemberAccess]
+
+
 def _own_path() -> dict[str, str]:
     """The variable by which another Python finds this very package."""
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")]))}

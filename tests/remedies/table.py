@@ -70,6 +70,11 @@ HARM = f"{TEMPLATE}test_a_template_that_does_harm_is_one_line"
 LIMITS = f"{TEMPLATE}test_the_limits_of_the_process_hold_in_it"
 TASKS = "tests/evaluation/test_lm_eval.py::test_tasks_that_cannot_be_run"
 TALK = "tests/inference/test_conversation.py::"
+JOINING = "tests/hardware/test_joining.py::"
+PLACES = f"{JOINING}test_a_place_that_is_corrected_as_told_is_one"
+JOBS = f"{JOINING}test_a_job_of_several_never_becomes_a_smaller_run"
+COUNTS = f"{JOINING}test_fewer_or_more_than_stated_are_refused"
+PROCESSES = "tests/runs/test_processes.py::"
 INTERNAL = "tests/remedies/test_runs.py::test_calls_of_python_are_corrected_as_they_are_told"
 
 REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
@@ -101,8 +106,22 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "launch/train.py": {
         "holds no run to go on with": GOES_ON,
-        "--workdir={} --config.total_steps={}": GOES_ON,
-        "to train longer": GOES_ON,
+    },
+    "tale_jax/hardware/coordinator.py": {
+        "must have a port that is free": f"{JOINING}test_a_port_that_is_taken_is_named_and_another_one_serves",
+    },
+    "tale_jax/hardware/joining.py": {
+        "launcher's processes are not found": f"{JOINING}test_a_launcher_that_is_not_understood_is_done_without",
+        "is missing beside {}": PLACES,
+        "be a whole number; give": f"{JOINING}test_a_number_that_is_none_is_named_with_its_variable",
+        "coordinator_address": (PLACES, f"{JOINING}test_an_open_mpi_without_a_machine_takes_an_address"),
+        "process_id; give": PLACES,
+        "start as many": COUNTS,
+        "mesh.processes": (COUNTS, JOBS),
+        "SLURM_NTASKS={} tasks": JOBS,
+        "JOB_COMPLETION_INDEX={} says": JOBS,
+        "not all of the {} processes": f"{PROCESSES}test_a_process_that_does_not_come_is_an_error_within_a_minute",
+        "the same command goes on from there": (f"{PROCESSES}test_a_process_that_is_killed_ends_the_other_in_one_line"),
     },
     "tale_jax/inference/chat.py": {
         "in the encoding of the terminal": (
@@ -405,6 +424,8 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "no workdir is given": f"{RUNS}test_a_report_is_written_when_there_is_what_it_asks_for"
     },
     "tale_jax/runs/train.py": {
+        "--workdir={} --config.total_steps={}": GOES_ON,
+        "to train longer": GOES_ON,
         "base= must name the model": NO_BASE,
         "be adamw with lora.rank above 0": NO_BASE,
         "be 0 with a base": NO_BASE,
