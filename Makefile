@@ -14,7 +14,7 @@ PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 DEMO := experiments/tales
 
-.PHONY: help env demo test test-slow test-faults test-core test-interop test-clients lint readme-blocks clean
+.PHONY: help env demo test test-slow test-faults test-core test-interop test-clients test-cluster lint readme-blocks clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -55,6 +55,11 @@ test-interop: ## exported and imported models beside transformers 4 and 5 and ll
 test-clients: ## the server with OpenAI's client, schemathesis and, where it is on PATH, Chromium, in .venv-clients
 	@EXTRAS=dev,clients VENV=.venv-clients PYTHON='$(PYTHON)' .ci/make-env
 	@.venv-clients/bin/python -m pytest -q -m 'browser or clients' $(PYTEST_ARGS) tests/serve
+
+# As root, with Debian's slurm-wlm, munge, openmpi-bin, openssh-server, iproute2 and shellcheck; what is missing is skipped.
+test-cluster: ## launch/cluster with real Slurm, Open MPI and Ray, and the manifests of Kubernetes, in .venv-cluster
+	@EXTRAS=dev,ray,cluster VENV=.venv-cluster PYTHON='$(PYTHON)' .ci/make-env
+	@.venv-cluster/bin/python -m pytest -q -m cluster $(PYTEST_ARGS) tests/cluster
 
 lint: env ## ruff and pyright
 	@$(PY) -m ruff check .

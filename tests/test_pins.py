@@ -76,7 +76,7 @@ def test_an_extra_brings_one_plugin(extra):
     ("constraints", "extras"),
     [
         ("py311", "wandb tensorboard hub serve convert eval clients dev"),
-        ("py312", "wandb tensorboard hub serve convert eval clients dev"),
+        ("py312", "wandb tensorboard hub serve convert eval clients ray cluster dev"),
         ("interop", "convert eval dev interop"),
     ],
 )

@@ -238,6 +238,7 @@ def test_every_flag_of_a_remedy_is_a_flag_of_a_script():
     known = set().union(*SCRIPTS.values(), modules)  # and those of what is run as `python -m`
     others = set("xla_cpu_prefer_vector_width xla_gpu_enable_latency_hiding_scheduler".split())  # XLA's
     others |= set("name helpshort count start ink muted grid".split())  # absl's, of a module, CSS variables
+    others |= {"address"}  # of `ray start`
     found = [
         (text, name)
         for text in TEXTS

@@ -14,7 +14,9 @@ a minute, or says that it ended by an error, is named in one line, and the proce
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
+import ipaddress
 import json
 import os
 import re
@@ -41,6 +43,7 @@ JOIN_SECONDS = 50.0  # for all to come
 BEAT_SECONDS = 2.0
 LOST_BEATS = 15  # looks at another process in which its beat did not change
 GRACE_BEATS = 5  # looks that one has to end by itself, when another has ended by an error: by the same one, mostly
+DETECT = "auto_detect_unset_distributed_params"  # JAX's function that asks the launcher
 ROOM = "tale_jax/watch"  # of the keys in the coordination service
 FIRST_PORT, PORTS = 61440, 4096  # where JAX, too, puts the coordinator of a job
 NAMES = {"coordinator_address": "JAX_COORDINATOR_ADDRESS", "num_processes": "JAX_NUM_PROCESSES"}
@@ -208,13 +211,58 @@ def _connect(place: Place) -> None:
     timer.daemon = True
     timer.start()
     library: Any = getattr(distributed, "_jax", None) or distributed.xla_extension  # pyright: ignore
-    usual = library.get_distributed_runtime_service
+    environment: Any = clusters.ClusterEnv
+    usual, detect = library.get_distributed_runtime_service, vars(environment)[DETECT]
     try:
         library.get_distributed_runtime_service = lambda *_, **__: Coordinator(place.address, place.count)
-        jax.distributed.initialize(place.address, place.count, place.index, initialization_timeout=600)
+        # JAX would ask the launcher once more, for the GPUs: it takes one, even where this process has a whole machine,
+        # and fails under Open MPI 5.
+        setattr(environment, DETECT, lambda *given: given[:4])
+        devices = choose_gpus()
+        jax.distributed.initialize(place.address, place.count, place.index, devices, initialization_timeout=600)
+        if own := _own_address(place):
+            library.make_gloo_tcp_collectives = functools.partial(library.make_gloo_tcp_collectives, hostname=own)
     finally:
         library.get_distributed_runtime_service = usual
+        setattr(environment, DETECT, detect)
         timer.cancel()
+
+
+def _own_address(place: Place) -> str:
+    """Where the others reach this process. Without it gloo takes what the machine's own name stands for, which is
+    127.0.1.1 where Debian's installer has written /etc/hosts, and the machine's name is not always known at all.
+
+    It is the address from which this process reaches process 0; on the machine of process 0, where that may be a
+    loopback address, the one at which a process elsewhere reaches it."""
+    host, _, port = place.address.rpartition(":")
+    own, target, ways = "", "", []
+    with contextlib.suppress(OSError):  # a name that only gRPC understands
+        ways = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
+    for family, kind, _, _, end in sorted(ways, key=lambda way: way[0] != socket.AF_INET):
+        with socket.socket(family, kind) as probe, contextlib.suppress(OSError):
+            probe.connect(end)  # sends nothing: the system chooses the way
+            own, target = own or str(probe.getsockname()[0]), target or str(end[0])
+    client: Any = distributed.global_state.client
+    client.key_value_set(f"{ROOM}/reached/{place.index}", target)
+    client.wait_at_barrier(f"{ROOM}/reached", int(JOIN_SECONDS * 1000))
+    if not own or ipaddress.ip_address(own).is_loopback:
+        targets = [value for _, value in client.key_value_dir_get(f"{ROOM}/reached") if value]
+        own = next((value for value in targets if not ipaddress.ip_address(value).is_loopback), own)
+    return own
+
+
+def choose_gpus(environ: Mapping[str, str] = os.environ) -> list[int] | None:
+    """Which of the GPUs that this process sees are its own: one, where a launcher has started several processes on this
+    machine and shows all GPUs to each of them; None: all that it sees, or what JAX_LOCAL_DEVICE_IDS says."""
+    index, count = environ.get("OMPI_COMM_WORLD_LOCAL_RANK", ""), environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # 4(x3),2: four on each of three nodes, two on another one
+    if tasks and not index:
+        found = re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks)
+        counts = [number for number, times in found for _ in range(int(times or 1))]
+        index, count = environ.get("SLURM_LOCALID", ""), counts[int(environ.get("SLURM_NODEID", "0"))]
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "").strip(",")
+    is_told = "JAX_LOCAL_DEVICE_IDS" in environ or (visible and "," not in visible)
+    return None if is_told or not index or int(count) == 1 else [int(index)]
 
 
 class _Watch:

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from tale_jax.hardware.coordinator import Coordinator
-from tale_jax.hardware.joining import Place, check_count, find_place
+from tale_jax.hardware.joining import Place, check_count, choose_gpus, find_place
 
 FLAGS = {"address": "node1:8476", "count": 3, "index": 1}
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2", "PMIX_NAMESPACE": "prterun-node7-4021@1"}
@@ -78,6 +78,24 @@ def test_a_job_of_several_never_becomes_a_smaller_run(environ, message):
     with pytest.raises(ValueError, match=message):
         check_count(0, None, environ)
     check_count(1, None, environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "gpus"),
+    [
+        ({}, None),
+        ({"SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, None),
+        ({"SLURM_LOCALID": "3", "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x3),1"}, [3]),
+        ({"SLURM_LOCALID": "0", "SLURM_NODEID": "3", "SLURM_STEP_TASKS_PER_NODE": "4(x3),1"}, None),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, [0]),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, None),
+    ],
+)
+def test_a_process_takes_all_gpus_of_its_machine_or_its_own_one(environ, gpus):
+    assert choose_gpus(environ) == gpus
+    assert choose_gpus(environ | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}) == gpus
+    assert choose_gpus(environ | {"CUDA_VISIBLE_DEVICES": "2"}) is None  # the launcher has given it one
+    assert choose_gpus(environ | {"JAX_LOCAL_DEVICE_IDS": "1,2"}) is None
 
 
 def test_a_launcher_that_is_not_understood_is_done_without(monkeypatch):

@@ -104,6 +104,9 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "unset it to go on": f"{ENVIRONMENT}test_a_variable_of_jax_that_is_unset_as_told_is_no_harm",
         "unset what is set": f"{ENVIRONMENT}test_a_variable_of_jax_that_is_unset_as_told_is_no_harm",
     },
+    "launch/cluster/ray_train.py": {
+        "ended with exit code": "tests/cluster/test_ray.py::test_a_run_goes_on_when_a_process_and_when_a_worker_ends",
+    },
     "launch/train.py": {
         "holds no run to go on with": GOES_ON,
     },
