@@ -2,9 +2,8 @@
 
 The stream of prepared tokens is split into windows that follow one another, or so that each document starts a window. A
 pass takes each window once, in an order that depends on seed and pass; the next pass follows without a gap. Which
-windows make up batch n does not depend on how many processes there are: of P processes, process p takes examples p, p +
-P, ... of each batch. Hence the state is one integer, the same on every process, and a run may be resumed by another
-number of them.
+windows make up batch n, and in which rows, does not depend on how many processes there are: each takes a block of the
+rows. Hence the state is one integer, the same on every process, and a run may be resumed by another number of them.
 
     batches = Batches(tokens, window_starts(tokens, 256), seq_len=256, batch_size=8, seed=0)
     batch = next(batches)                 # int32 [8, 257]: inputs batch[:, :-1], targets batch[:, 1:]
@@ -16,7 +15,6 @@ from typing import Any
 
 import grain
 import numpy as np
-from grain.experimental import ElasticIterator
 from jaxtyping import Int32, Integer
 
 from tale_jax.data.token_files import document_starts
@@ -64,7 +62,7 @@ class Windows:
 
 
 class Batches:
-    """An endless iterator over batches of shuffled windows, each int32 [batch_size / process_count, seq_len + 1].
+    """An endless iterator over batches of shuffled windows, each int32 [batch_size / num_blocks, seq_len + 1].
 
     Args:
       tokens: a stream of token ids [N], memory-mapped or not.
@@ -72,12 +70,12 @@ class Batches:
       seq_len: inputs in a window.
       batch_size: windows in a batch, over all processes.
       seed: of the order.
-      process_index, process_count: number of this process, and how many there are.
+      block, num_blocks: which of so many equal parts of a batch's rows to give (see `Trainer.block_of_rows`).
       text: a digest of the text, so that a position in other text is known as such; "": not checked.
       num_threads, prefetch: threads that read ahead, and batches they keep ready. They change no batch.
 
     Raises:
-      ValueError: one line, when there are fewer windows than a batch takes, or the processes do not divide it.
+      ValueError: one line, when there are fewer windows than a batch takes.
     """
 
     def __init__(
@@ -88,8 +86,8 @@ class Batches:
         seq_len: int,
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        block: int = 0,
+        num_blocks: int = 1,
         text: str = "",
         num_threads: int = 0,
         prefetch: int = 4,
@@ -100,31 +98,25 @@ class Batches:
                 f"batch_size={batch_size} must not exceed the {len(windows)} windows of model.seq_len={seq_len} in the "
                 f"training split; give more text, or try {_enough_windows(tokens, starts, batch_size)}"
             )
-        if batch_size % process_count:
-            raise ValueError(
-                f"batch_size={batch_size} must be divisible by the {process_count} processes; "
-                f"try --config.batch_size={max(1, batch_size // process_count) * process_count}"
-            )
         # grain shuffles pass n by seed + n: neighbouring seeds would share their orders, one pass apart.
         shuffle_seed = int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "big"), digest_size=4).digest(), "big")
         self._numbers: Any = grain.MapDataset.source(range(len(windows))).shuffle(seed=shuffle_seed).repeat()
-        elastic = ElasticIterator(
-            grain.MapDataset.source(windows).shuffle(seed=shuffle_seed).repeat(),
-            batch_size,
-            grain.sharding.ShardOptions(shard_index=process_index, shard_count=process_count),
-            read_options=grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch),
-        )
-        self._iterator: Any = iter(elastic)
+        self._windows: Any = self._numbers.map(windows.__getitem__)
+        self._block, self._num_blocks, self._rows = block, num_blocks, batch_size // num_blocks
+        self._options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         # What the order of examples depends on.
-        self._num_windows, self._order = len(windows), dict[str, int | str](num_windows=len(windows), seed=seed)
-        if text:
-            self._order["text"] = text
+        self._num_windows, text_field = len(windows), {"text": text} if text else {}
+        self._order: dict[str, int | str] = {"num_windows": len(windows), "seed": seed, **text_field}
         self._batch_size, self._examples = batch_size, 0  # examples given so far, over all processes
+        self._iterator: Any = None  # from there on
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Int32[np.ndarray, "B T1"]:
+        if self._iterator is None:
+            blocks = self._windows[self._examples :].batch(self._rows, drop_remainder=True)
+            self._iterator = iter(blocks[self._block :: self._num_blocks].to_iter_dataset(self._options))
         batch = next(self._iterator)
         self._examples += self._batch_size
         return batch
@@ -159,12 +151,14 @@ class Batches:
                     "set --config.corpus.changed=continue to go on with the weights, at the start of the text that is "
                     "there now, or bring back the windows and settings of that run"
                 )
+        self.close()
         self._examples = int(state["examples"])
-        self._iterator.set_state({"global_next_index": self._examples})
 
     def close(self) -> None:
-        """Ends the threads that read ahead."""
-        self._iterator.close()
+        """Ends the threads that read ahead, until another batch is asked for."""
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
 
 
 def _enough_windows(tokens: Integer[np.ndarray, " N"], starts: Any, batch_size: int) -> str:

@@ -39,6 +39,7 @@ from tale_jax.planning.memory import memory_budget
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.plan import Plan, check_fits, headline, plan_run, refusal, remedies
 from tale_jax.runs.experiment import check_belongs, check_saved_size, check_windows, open_base, run_facts
+from tale_jax.runs.records import read_metrics
 from tale_jax.runs.resume import resumed_config
 from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes, read_manifests
 from tale_jax.training.loop import Hooks, fit
@@ -175,11 +176,11 @@ def _train(config: Config, workdir: Path, backend: Backend, start: Start) -> Out
             checkpoints.close()
             raise ValueError(refusal(plan, config, backend))
         with (
-            _batches(config, prepared, tokens, starts, backend) as batches,
+            _batches(config, prepared, tokens, starts, trainer, backend) as batches,
             _errors_after_saving(plan, config, checkpoints),
             _open_sinks(config, workdir) as sinks,
         ):
-            changed = from_main_process(lambda: _changed_settings(config, workdir, checkpoints))
+            changed = from_main_process(lambda: _changed(config, workdir, checkpoints, backend))
             if checkpoints.latest is None:
                 with progress.part("drawing initial weights" if not config.base else "reading the base"):
                     state = trainer.init(*_base_params(config, workdir, backend))
@@ -277,12 +278,16 @@ def _choose_precision(config: Config, workdir: Path, backend: Backend) -> list[s
     return [jnp.dtype(dtype).name, reason + lost]
 
 
-def _changed_settings(config: Config, workdir: Path, checkpoints: Checkpoints) -> dict[str, list[Any]]:
-    """The settings that are others now than when the run was here before, each with its old and new value."""
+def _changed(config: Config, workdir: Path, checkpoints: Checkpoints, backend: Backend) -> dict[str, list[Any]]:
+    """What is another now than when the run was here before, of its settings and of where it computes: each with its
+    old and new value."""
+    now = {"num_processes": jax.process_count(), "num_devices": len(backend.devices)}
+    before = read_metrics(workdir).get("run", [{}])[-1]
+    computes = {name: [old, now[name]] for name in now if (old := before.get(name, now[name])) != now[name]}
     if (workdir / "config.json").is_file():
-        return config.changes(Config.load(workdir))
+        return config.changes(Config.load(workdir)) | computes
     settings = checkpoints.manifest.get("settings")  # the file was lost
-    return config.changes(Config.from_json(settings, "the newest checkpoint")) if settings else {}
+    return (config.changes(Config.from_json(settings, "the newest checkpoint")) if settings else {}) | computes
 
 
 def open_workdir(workdir: Path, config: Config) -> Prepared:
@@ -330,17 +335,23 @@ def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
 
 @contextmanager
 def _batches(
-    config: Config, prepared: Prepared, tokens: np.ndarray, starts: np.ndarray | PackedWindows, backend: Backend
+    config: Config,
+    prepared: Prepared,
+    tokens: np.ndarray,
+    starts: np.ndarray | PackedWindows,
+    trainer: Trainer,
+    backend: Backend,
 ) -> Iterator[Batches]:
     """The batches of this process; their threads end with the `with`."""
+    block, num_blocks = trainer.block_of_rows(config.batch_size)
     batches = Batches(
         tokens,
         starts,
         seq_len=config.model.seq_len,
         batch_size=config.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        block=block,
+        num_blocks=num_blocks,
         num_threads=2 if backend.overlap_io else 0,
         text=prepared.manifests["train"].corpus.get("contents", ""),
     )
@@ -363,6 +374,7 @@ def _run_record(config: Config, prepared: Prepared, backend: Backend, plan: Plan
         "time": time.time(),
         "platform": backend.platform,
         "device": backend.device,
+        "num_processes": jax.process_count(),
         "num_devices": len(backend.devices),
         "precision": plan.precision,
         "precision_reason": plan.precision_reason,

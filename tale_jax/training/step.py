@@ -140,6 +140,12 @@ class Trainer:
             return self._compiled(state, windows)
         return self.jitted_step(state, windows)
 
+    def block_of_rows(self, num_rows: int) -> tuple[int, int]:
+        """Which of how many equal blocks of a batch's rows lie on the devices of this process."""
+        places = self.batch_sharding.addressable_devices_indices_map((num_rows,)).values()
+        rows = {row for (part,) in filter(None, places) for row in range(num_rows)[part]}
+        return min(rows) // len(rows), num_rows // len(rows)
+
     def place(self, windows: Integer[np.ndarray, "B T1"]) -> Array:
         """Puts this process's rows of a batch on the devices that share it."""
         if jax.process_count() == 1:

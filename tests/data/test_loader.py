@@ -62,15 +62,12 @@ def test_seeds_give_other_orders():
     assert len({tuple(order) for seed in orders for order in seed}) == 4
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_the_same_batches(count):
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_processes_share_the_rows_of_the_same_batches(count):
     alone = take(make(batch_size=8), 30)
-    shares = [take(make(batch_size=8, process_index=p, process_count=count), 30) for p in range(count)]
+    shares = [take(make(batch_size=8, block=p, num_blocks=count), 30) for p in range(count)]
     for number, batch in enumerate(alone):
-        joined = np.empty_like(batch)
-        for p in range(count):
-            joined[p::count] = shares[p][number]
-        assert (joined == batch).all()
+        assert (np.concatenate([share[number] for share in shares]) == batch).all()
 
 
 @pytest.mark.parametrize(("num_threads", "prefetch"), [(0, 0), (1, 1), (2, 8)])
@@ -88,13 +85,24 @@ def test_goes_on_exactly_after_a_stop(stop, num_threads, prefetch):
 
 
 def test_state_is_the_same_on_every_process_and_serves_any_number_of_them():
-    shares = [make(batch_size=8, process_index=p, process_count=2) for p in range(2)]
+    shares = [make(batch_size=8, block=p, num_blocks=2) for p in range(2)]
     for share in shares:
         take(share, 7)
     assert shares[0].get_state() == shares[1].get_state()
     alone = make(batch_size=8)
     alone.set_state(shares[1].get_state())
     assert (take(alone, 1)[0] == take(make(batch_size=8), 8)[7]).all()
+
+
+def test_a_batch_of_another_size_goes_on_with_the_next_window():
+    """Also where the examples given so far are no multiple of it, over any number of processes."""
+    through = np.concatenate(take(make(), 60))
+    for count in (1, 2, 4):
+        shares = [make(batch_size=8, block=p, num_blocks=count) for p in range(count)]
+        for share in shares:
+            share.set_state(make().get_state() | {"examples": 35})
+        batch = np.concatenate([take(share, 2)[1] for share in shares])
+        assert (batch == through[43:51]).all()
 
 
 def test_positions_in_other_windows_are_refused():
@@ -116,11 +124,9 @@ def test_positions_in_other_text_are_known_as_such():
         other.set_state(state)
 
 
-def test_too_few_windows_and_processes_that_do_not_divide():
+def test_too_few_windows():
     with pytest.raises(ValueError, match=r"batch_size=101 must not exceed the 100 windows of model\.seq_len=10"):
         make(batch_size=101)
-    with pytest.raises(ValueError, match=r"batch_size=5 must be divisible by the 2 processes"):
-        make(process_count=2)
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 5])

@@ -198,7 +198,6 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "tale_jax/data/encode.py": {"run the same command again": f"{DATA}test_encoding_that_was_killed_is_run_again"},
     "tale_jax/data/loader.py": {
         "must not exceed the {} windows": LOADER,
-        "must be divisible by the {} processes": LOADER,
         "as when the data position was saved": f"{RUNS}test_a_data_position_of_other_text",
     },
     "tale_jax/data/prepare.py": {
