@@ -140,9 +140,10 @@ def local_tasks(folder: Path, texts: Sequence[str], choices: Sequence[dict[str, 
     return folder
 
 
-def start_script(name: str, *flags: str, cwd: Path = ROOT) -> subprocess.Popen:
-    """Starts `python launch/NAME.py FLAGS` as a user does: one device, no test settings."""
+def start_script(name: str, *flags: str, cwd: Path = ROOT, devices: int = 1) -> subprocess.Popen:
+    """Starts `python launch/NAME.py FLAGS` as a user does: one device (or so many), no test settings."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} if devices > 1 else {}
     command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *flags]
     return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -172,12 +172,15 @@ def check_tokens(workdir: Path, manifest: Manifest) -> None:
         raise ValueError(f"{path} is damaged: its digest is not that of its manifest; {remedy}")
 
 
-def tokens_digest(path: Path) -> str:
-    """The SHA-256 sum of a token stream; about a second for each gigabyte, once a process."""
+def tokens_digest(path: Path, known: str = "") -> str:
+    """The SHA-256 sum of a token stream; about a second for each gigabyte, once a process.
+
+    `known`: the sum that another process of this run has found, which this one then takes.
+    """
     status = path.stat()
     key = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
     if key not in _checked:
-        _checked[key] = hash_file(path.resolve())[0]
+        _checked[key] = known or hash_file(path.resolve())[0]
     return _checked[key]
 
 

@@ -8,11 +8,13 @@ one process nothing is sent.
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax._src import distributed  # the client of the coordination service has no public name
+
+from tale_jax.utils.settings import format_value, mistake
 
 TIMEOUT = 24 * 3600 * 1000  # ms; a process that died is noticed within a minute or two, and ends the others
 
@@ -54,6 +56,24 @@ def any_process(flag: bool) -> bool:
     client.key_value_set(f"{key}/{jax.process_index()}", str(int(flag)))
     client.wait_at_barrier(key, TIMEOUT)
     return any(value == "1" for _, value in client.key_value_dir_get(key))
+
+
+def check_alike(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError, in one line and on every process, where one of them was started with other settings.
+
+    `settings`: name → value of JSON's types, as this process was given them. Waits for all processes.
+    """
+    if jax.process_count() == 1:
+        return
+    client, key = _client(), _next_key()
+    client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(dict(settings)))
+    client.wait_at_barrier(key, TIMEOUT)
+    found = {int(name.rpartition("/")[2]): json.loads(text) for name, text in client.key_value_dir_get(key)}
+    for index, theirs in sorted(found.items()):
+        for name, value in theirs.items():
+            if value != (first := found[0].get(name)):
+                rule = f"be {format_value(first)} on process {index}, too, as on process 0"
+                raise mistake(name, value, rule, "start all processes with the same flags")
 
 
 def wait_for_processes() -> None:

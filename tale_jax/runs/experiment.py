@@ -21,6 +21,7 @@ from tale_jax.config import Config
 from tale_jax.data.prepare import BASE_FILE, BASE_FOLDER, base_folder, load_tokenizer, read_base_file
 from tale_jax.data.token_files import Manifest
 from tale_jax.data.tokenizer import Tokenizer
+from tale_jax.hardware.distributed import is_main_process
 from tale_jax.model.adapters import Adapted, init_adapters, merged
 from tale_jax.model.transformer import Kernels, Transformer, make_model
 from tale_jax.planning.autotune import num_weights
@@ -146,7 +147,8 @@ def open_base(workdir: Path, config: Config, backend: Kernels, digest: str = "")
             )
     if not known:
         known = {"path": str(folder.resolve()), "step": base.step, "weights": base.weights, "digest": found}
-        write_atomically(file, json.dumps(known, indent=2) + "\n")
+        if is_main_process():
+            write_atomically(file, json.dumps(known, indent=2) + "\n")
     return base
 
 
@@ -244,7 +246,7 @@ def _abstract_params(model: Transformer) -> Any:
 
 
 def _on_default_device(shapes: Any) -> Any:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
 
 

@@ -24,11 +24,17 @@ from tale_jax.data.loader import Batches
 from tale_jax.data.marks import ALL_LEARNED, MARKED, bos_or_marked
 from tale_jax.data.packing import PackedWindows, training_windows
 from tale_jax.data.prepare import Prepared, base_folder, of_worth, prepare, read_base_file
-from tale_jax.data.token_files import check_tokens, load_tokens, seal_tokens
+from tale_jax.data.token_files import check_tokens, load_tokens, seal_tokens, tokens_digest
 from tale_jax.data.tokenizer import Tokenizer
 from tale_jax.evaluation.scoring import Evaluation, Scorer, Span, first_document_spans, per
 from tale_jax.hardware.backend import Backend
-from tale_jax.hardware.distributed import any_process, from_main_process, is_main_process, wait_for_processes
+from tale_jax.hardware.distributed import (
+    any_process,
+    check_alike,
+    from_main_process,
+    is_main_process,
+    wait_for_processes,
+)
 from tale_jax.hardware.joining import tell_error
 from tale_jax.hardware.machine import release_memory
 from tale_jax.hardware.peak import UNKNOWN_PEAK_NOTE, keep_peak, matmul_peak_of_all
@@ -53,7 +59,7 @@ from tale_jax.utils.format import format_bytes
 from tale_jax.utils.locks import writer_lock
 from tale_jax.utils.paths import quoted
 from tale_jax.utils.progress import Progress
-from tale_jax.utils.settings import mistake
+from tale_jax.utils.settings import iter_settings, mistake
 from tale_jax.utils.signals import StopSignals
 
 MAX_SAMPLE_ROWS = 32  # samples decoded together while training
@@ -119,6 +125,7 @@ def train(
       OSError: the workdir cannot be written, or its disk is full; older checkpoints are intact.
     """
     check_extras(config.metrics)
+    check_alike({"workdir": str(workdir)} | {name: value for name, value, _ in iter_settings(config)})
     start_time, note = start_time or time.monotonic(), ""
     was_prepared = (workdir / "windows" / f"{SPLITS[-1]}.json").is_file()
     _check_base(config)
@@ -244,7 +251,13 @@ def _check_base(config: Config) -> None:
 
 def _base_params(config: Config, workdir: Path, backend: Backend, digest: str = "") -> tuple[Any, ...]:
     """The weights to start from; empty where they are random. `digest`: that of a base that was trained on before."""
-    return (open_base(workdir, config, backend, digest).params,) if config.base else ()
+    if not config.base:
+        return ()
+    params = open_base(workdir, config, backend, digest).params
+    wait_for_processes()  # the main one writes which base it was, when all have looked
+    if jax.process_count() > 1:  # arrays of this process alone, which all have alike
+        params = jax.device_get(params)
+    return (params,)
 
 
 def _reading(config: Config, prepared: Prepared, tokens: np.ndarray) -> tuple[Config, int]:
@@ -298,17 +311,21 @@ def open_workdir(workdir: Path, config: Config) -> Prepared:
     Raises ValueError in one line with the first setting that differs, OSError when nothing can be written there.
     """
 
-    def make() -> None:
+    def make() -> dict[str, str]:
         _check_workdir(workdir, config)
         prepared = prepare(config, workdir, workdir / "log.txt")
         for split, manifest in prepared.manifests.items():
             if not manifest.sha256:
-                seal_tokens(workdir, manifest)
+                prepared.manifests[split] = seal_tokens(workdir, manifest)
             elif split != "test":  # which no training reads
                 check_tokens(workdir, manifest)
+        return {split: manifest.sha256 for split, manifest in prepared.manifests.items() if split != "test"}
 
-    from_main_process(make)
-    return prepare(config, workdir)
+    digests = from_main_process(make)
+    prepared = prepare(config, workdir)
+    for split, digest in digests.items():  # one process reads the files through, the others take its word
+        tokens_digest(workdir / "windows" / f"{split}.bin", digest)
+    return prepared
 
 
 def _check_workdir(workdir: Path, config: Config) -> None:

@@ -113,6 +113,9 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "tale_jax/hardware/coordinator.py": {
         "must have a port that is free": f"{JOINING}test_a_port_that_is_taken_is_named_and_another_one_serves",
     },
+    "tale_jax/hardware/distributed.py": {
+        "start all processes with the same flags": f"{PROCESSES}test_other_flags_on_a_process_are_refused_in_one_line",
+    },
     "tale_jax/hardware/joining.py": {
         "launcher's processes are not found": f"{JOINING}test_a_launcher_that_is_not_understood_is_done_without",
         "is missing beside {}": PLACES,
