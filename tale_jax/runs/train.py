@@ -254,7 +254,7 @@ def _base_params(config: Config, workdir: Path, backend: Backend, digest: str = 
     if not config.base:
         return ()
     params = open_base(workdir, config, backend, digest).params
-    wait_for_processes()  # the main one writes which base it was, when all have looked
+    wait_for_processes()  # by then the main one has written which base it was
     if jax.process_count() > 1:  # arrays of this process alone, which all have alike
         params = jax.device_get(params)
     return (params,)

@@ -17,6 +17,7 @@ from tale_jax.data.token_files import (
     load_tokens,
     save_manifest,
     seal_tokens,
+    tokens_digest,
 )
 from tale_jax.utils.manifests import digest_of
 
@@ -73,6 +74,20 @@ def test_one_bit_of_a_token_file_is_found(workdir):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train\.bin is damaged: its digest is not that of its manifest"):
+        load_tokens(workdir, "train")
+
+
+def test_a_digest_that_another_process_found_is_taken(workdir, prepared):
+    """The file is not read through again; it still has to be the one of its manifest."""
+    file = workdir / "windows" / "train.bin"
+    found = prepared.manifests["train"].sha256
+    assert tokens_digest(file) == tokens_digest(file, "another") == found  # what this process found itself stays
+    file.write_bytes(bytes(file.stat().st_size))  # whoever reads it finds another digest
+    assert tokens_digest(file, found) == found
+    assert len(load_tokens(workdir, "train")[0]) == prepared.manifests["train"].tokens
+    file.write_bytes(bytes(file.stat().st_size))  # again, and later: known by its time
+    assert tokens_digest(file, "another") == "another"
     with pytest.raises(ValueError, match=r"train\.bin is damaged: its digest is not that of its manifest"):
         load_tokens(workdir, "train")
 
