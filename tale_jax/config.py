@@ -78,7 +78,7 @@ NEW_SETTINGS: dict[int, dict[str, Any]] = {
         "checkpoint": {"keep_every": 0},
         "lora": {"rank": 0, "alpha": 16.0, "dropout": 0.0, "rank_stabilized": False, "dora": False, "matrices": ""},
     },
-    4: {"mesh": {"processes": 0}},
+    4: {"mesh": {"processes": 0, "tensor": 1}},
 }
 
 
@@ -278,6 +278,7 @@ COMMON_NAMES = {
     "maxnewtokens": "sample.max_tokens",
     "numsamples": "sample.num_samples",
     "dp": "mesh.data",
+    "tp": "mesh.tensor",
     "datasettype": "corpus.name",
 }
 
@@ -503,8 +504,9 @@ class MetricsConfig(Group):
 class MeshConfig(Group):
     """How devices share the work."""
 
-    data: int = setting(0, "devices that share the batch", not_negative, at_most(1 << 20), off="all that fsdp leaves")
+    data: int = setting(0, "devices that share the batch", not_negative, at_most(1 << 20), off="all that is left")
     fsdp: int = setting(1, "devices that share the batch and the weights", positive, at_most(1 << 20))
+    tensor: int = setting(1, "devices that share the work of a layer", positive, at_most(1 << 20))
     processes: int = setting(
         0, "processes that train together", not_negative, at_most(1 << 20), off="as many as were started"
     )

@@ -76,7 +76,13 @@ def build_config(**changes: Any) -> Config:
 
 
 def tiny_trainer(
-    devices: int = 1, data: int = 0, fsdp: int = 1, dtype: Any = jnp.float32, donate: bool = False, **changes: Any
+    devices: int = 1,
+    data: int = 0,
+    fsdp: int = 1,
+    tensor: int = 1,
+    dtype: Any = jnp.float32,
+    donate: bool = False,
+    **changes: Any,
 ) -> Trainer:
     """A trainer of 100 steps of a model with 64 token ids, on so many of the simulated devices."""
     small = {
@@ -92,6 +98,7 @@ def tiny_trainer(
         "tokenizer.path": "none.model",  # with a tokenizer of its own a model may have so few ids
         "mesh.data": data,
         "mesh.fsdp": fsdp,
+        "mesh.tensor": tensor,
     }
     config = build_config(**(small | changes)).with_total_steps()
     backend = dataclasses.replace(

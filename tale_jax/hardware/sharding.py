@@ -1,9 +1,12 @@
 """Which device holds what: the mesh, and one table from parameter names to partitions.
 
 Axes of the mesh: `data` splits the batch; `fsdp` splits the batch and the weights (each device keeps a slice of every
-matrix and of its optimizer state, and XLA gathers what a layer needs). One device is the simplest case.
+matrix and of its optimizer state, and XLA gathers what a layer needs); `tensor` splits the work of a layer (its heads,
+its MLP, the vocabulary), so that a device needs only its part of the weights, and sums are made together (Shoeybi et al.
+2019). Devices along `tensor` are neighbours. One device is the simplest case.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -15,33 +18,68 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tale_jax.config import Config
 from tale_jax.utils.settings import nearest_divisor
 
-# The first pattern found in the dotted name decides. Blocks have a leading axis L. The embedding is split along V,
-# kernels and a head of its own along D.
+# The first pattern found in the dotted name decides. Blocks have a leading axis L. `tensor` splits the columns of
+# matrices (rows, of those that end a branch) and the vocabulary, `fsdp` the other side, D. Adapters [L, in, rank] and
+# [L, rank, out], and gains [L, out], follow their matrix along `tensor`, and are too small for `fsdp`.
 PARTITION_RULES = (
-    (r"(^|\.)embedding$", PartitionSpec("fsdp", None)),
-    (r"blocks\..*(output|down)\.kernel$", PartitionSpec(None, None, "fsdp")),
-    (r"blocks\..*\.kernel$", PartitionSpec(None, "fsdp", None)),
-    (r"(^|\.)head$", PartitionSpec("fsdp", None)),
+    (r"(^|\.)embedding$", PartitionSpec("tensor", "fsdp")),
+    (r"(^|\.)head$", PartitionSpec("fsdp", "tensor")),
+    (r"blocks\..*(output|down)\.kernel$", PartitionSpec(None, "tensor", "fsdp")),
+    (r"blocks\..*\.kernel$", PartitionSpec(None, "fsdp", "tensor")),
+    (r"blocks\..*(output|down)\.a$", PartitionSpec(None, "tensor", None)),
+    (r"blocks\..*(output|down)\.(b|gain)$", PartitionSpec()),
+    (r"blocks\..*\.b$", PartitionSpec(None, None, "tensor")),
+    (r"blocks\..*\.gain$", PartitionSpec(None, "tensor")),
     (r".*", PartitionSpec()),
 )
 BATCH_PARTITION = PartitionSpec(("data", "fsdp"))
 
 
 def make_mesh(config: Config, devices: Sequence[Any]) -> Mesh:
-    """The mesh over `devices`. Raises ValueError when its axes do not use them all or do not divide the micro-batch."""
+    """The mesh over `devices`. Raises ValueError for axes that do not use them all, or do not divide a size."""
     count, axes = len(devices), config.mesh
-    data = axes.data or max(1, count // axes.fsdp)
-    if data * axes.fsdp != count:
+    data = axes.data or max(1, count // (axes.fsdp * axes.tensor))
+    if data * axes.fsdp * axes.tensor != count:
+        tensor = f"mesh.tensor={axes.tensor} times " if axes.tensor > 1 else ""
         raise ValueError(
-            f"mesh.fsdp={axes.fsdp} times mesh.data={data} must be the number of devices, {count}; "
-            f"try --config.mesh.data=0 --config.mesh.fsdp={nearest_divisor(count, axes.fsdp)}"
+            f"{tensor}mesh.fsdp={axes.fsdp} times mesh.data={data} must be the number of devices, {count}; "
+            f"try {_fitting_axes(config, count)}"
         )
-    if config.micro_batch_size % count:
+    for name, axis, size in _split_sizes(config):
+        if size % getattr(axes, axis):
+            rule = f"must be divisible by mesh.{axis}={getattr(axes, axis)}"
+            raise ValueError(f"{name}={size} {rule}; try {_fitting_axes(config, count)}")
+    if config.micro_batch_size % (rows := data * axes.fsdp):
+        sharing = f"devices, {rows}" if axes.tensor == 1 else f"parts of a batch, mesh.data times mesh.fsdp, {rows}"
         raise ValueError(
-            f"micro_batch_size={config.micro_batch_size} must be divisible by the number of devices, {count}; "
-            f"try {_divisible_batch(config, count)}"
+            f"micro_batch_size={config.micro_batch_size} must be divisible by the number of {sharing}; "
+            f"try {_divisible_batch(config, rows)}"
         )
-    return Mesh(np.asarray(devices).reshape(data, axes.fsdp), ("data", "fsdp"))
+    return Mesh(np.asarray(devices).reshape(data, axes.fsdp, axes.tensor), ("data", "fsdp", "tensor"))
+
+
+def _split_sizes(config: Config) -> list[tuple[str, str, int]]:
+    """The sizes that an axis must divide: field, axis, size."""
+    model = config.model
+    return [
+        ("model.embed_dim", "fsdp", model.embed_dim),
+        ("model.num_heads", "tensor", model.num_heads),
+        ("model.num_kv_heads", "tensor", model.num_kv_heads),
+        ("model.mlp_dim", "tensor", model.mlp_dim),
+        ("tokenizer.vocab_size", "tensor", config.tokenizer.vocab_size),
+    ]
+
+
+def _fitting_axes(config: Config, count: int) -> str:
+    """Flags of a mesh of `count` devices near the one asked for, whose axes divide what they split."""
+    left, flags = count, "--config.mesh.data=0"
+    for axis in ("tensor", "fsdp"):
+        sizes = [size for _, name, size in _split_sizes(config) if name == axis]
+        wanted = getattr(config.mesh, axis)
+        fitting = nearest_divisor(math.gcd(left, *sizes), wanted)
+        left //= fitting
+        flags += f" --config.mesh.{axis}={fitting}" if axis == "fsdp" or wanted > 1 else ""
+    return flags
 
 
 def _divisible_batch(config: Config, count: int) -> str:
@@ -66,5 +104,5 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: its sequences are spread over all devices."""
+    """The sharding of a batch: its sequences are spread over all devices but those along `tensor`, which share them."""
     return NamedSharding(mesh, BATCH_PARTITION)

@@ -100,7 +100,7 @@ def measure_memory(config: Config, trainer: Trainer, compiled: Any, backend: Bac
     trained, optimizer, ema = tree_bytes(held.params), tree_bytes(held.opt_state), tree_bytes(held.ema_params)
     weights = trained + tree_bytes(held.base)
     batch = config.batch_size * (config.model.seq_len + 1) * 4
-    batch //= 1 if backend.platform == "cpu" else len(backend.devices)
+    batch //= 1 if backend.platform == "cpu" else len(backend.devices) // config.mesh.tensor
     temporaries, arguments = analysis.temp_size_in_bytes, analysis.argument_size_in_bytes
     results = max(0, analysis.output_size_in_bytes - aliased_bytes(hlo))
     logits = min(temporaries, largest_logits_bytes(hlo, config.tokenizer.vocab_size, config.model.embed_dim))
@@ -140,7 +140,7 @@ def least_memory(config: Config, trainer: Trainer, backend: Backend) -> int:
     """Bytes that no remat and no micro-batch can save: the state, its gradients, and on a CPU the process as it is."""
     state = trainer.abstract_state
     process = machine.resident_memory() if backend.platform == "cpu" else 0
-    return process + (tree_bytes(state) + tree_bytes(state.params)) // config.mesh.fsdp
+    return process + (tree_bytes(state) + tree_bytes(state.params)) // (config.mesh.fsdp * config.mesh.tensor)
 
 
 def rough_activations(config: Config) -> int:

@@ -114,20 +114,24 @@ def test_accumulation_equals_the_large_batch(micro, steps_of_one_device):
     assert_same_steps(tiny_trainer(micro_batch_size=micro, **LIKE_SGD), steps_of_one_device)
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (2, 4)])
-def test_eight_devices_equal_one(data, fsdp, steps_of_one_device):
-    assert_same_steps(tiny_trainer(8, data, fsdp, **LIKE_SGD), steps_of_one_device)
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4)])
+def test_eight_devices_equal_one(data, fsdp, tensor, steps_of_one_device):
+    assert_same_steps(tiny_trainer(8, data, fsdp, tensor, **LIKE_SGD), steps_of_one_device)
 
 
 def test_accumulation_on_a_mesh_equals_one_device(steps_of_one_device):
     assert_same_steps(tiny_trainer(4, 2, 2, micro_batch_size=4, **LIKE_SGD), steps_of_one_device)
 
 
-def test_muon_on_shared_matrices_equals_muon_on_whole_ones():
-    muon = {"optimizer.name": "muon", "optimizer.normuon_beta": 0.9}
+@pytest.mark.parametrize("axes", [(2, 4, 1), (2, 2, 2)])
+def test_muon_on_shared_matrices_equals_muon_on_whole_ones(axes):
+    """With a moving average, queries that share keys, and a head of its own, too."""
+    muon = {"optimizer.name": "muon", "optimizer.normuon_beta": 0.9, "ema.decay": 0.9}
+    muon |= {"model.num_kv_heads": 2, "model.tie_embeddings": False}
     (state, found), (wanted_state, wanted) = (
-        take_steps(t, 5) for t in (tiny_trainer(8, 2, 4, **muon), tiny_trainer(**muon))
+        take_steps(t, 5) for t in (tiny_trainer(8, *axes, **muon), tiny_trainer(**muon))
     )
+    assert_trees_close(state.ema_params, wanted_state.ema_params, rtol=1e-4, atol=1e-5)
     assert_trees_close(found, wanted, rtol=1e-4)
     assert_trees_close(state.params, wanted_state.params, rtol=1e-4, atol=1e-5)
 
