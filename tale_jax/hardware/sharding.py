@@ -2,8 +2,8 @@
 
 Axes of the mesh: `data` splits the batch; `fsdp` splits the batch and the weights (each device keeps a slice of every
 matrix and of its optimizer state, and XLA gathers what a layer needs); `tensor` splits the work of a layer (its heads,
-its MLP, the vocabulary), so that a device needs only its part of the weights, and sums are made together (Shoeybi et al.
-2019). Devices along `tensor` are neighbours. One device is the simplest case.
+its MLP, the vocabulary), so that a device needs only its part of the weights, and sums are made together (Shoeybi et
+al. 2019). Devices along `tensor` are neighbours. One device is the simplest case.
 """
 
 import math
