@@ -336,7 +336,8 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "tale_jax/hardware/sharding.py": {
         "must be the number of devices": f"{MACHINE}test_devices_share_a_batch_as_advised",
-        "must be divisible by the number of devices": f"{MACHINE}test_devices_share_a_batch_as_advised",
+        "{}={} {}; try {}": f"{MACHINE}test_devices_share_a_batch_as_advised",
+        "must be divisible by the number of {}": f"{MACHINE}test_devices_share_a_batch_as_advised",
         "--config.micro_batch_size={}": f"{MACHINE}test_devices_share_a_batch_as_advised",
     },
     "tale_jax/inference/sampler.py": {
