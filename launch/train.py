@@ -22,6 +22,7 @@ WORKDIR = define_path(
 )
 ADDRESS = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, where several processes train")
 COUNT = flags.DEFINE_integer("num_processes", 0, "how many they are; 0: as the launcher says", lower_bound=0)
+SCORE = define_path("score", "file to write", "then scores all of the valid split, and writes the result here, as JSON")
 INDEX = flags.DEFINE_integer("process_id", -1, "which of them this is, from 0; -1: as the launcher says")
 
 
@@ -40,6 +41,7 @@ def main(_: list[str]) -> None:
     from tale_jax.hardware.backend import start_backend  # JAX is imported when the config is known to be right
     from tale_jax.hardware.distributed import from_main_process
     from tale_jax.hardware.joining import find_place, joined
+    from tale_jax.runs.evaluate import score_valid
     from tale_jax.runs.train import describe, train
     from tale_jax.utils.streams import say
 
@@ -51,6 +53,8 @@ def main(_: list[str]) -> None:
     if outcome.signal or not is_main:
         sys.exit(outcome.signal and 128 + outcome.signal)
     say(describe(outcome, workdir))
+    if SCORE.value:
+        score_valid(workdir, backend, outcome.step, SCORE.value)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ python launch/evaluate.py --workdir=experiments/tales --split=test --json
 python launch/evaluate.py --workdir=experiments/wikitext2 --quality
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from tale_jax.data.chat_template import ChatTemplate, read_template
 from tale_jax.data.corpus import open_corpus
@@ -19,10 +22,12 @@ from tale_jax.evaluation.quality_samples import BATCH_SIZE, measure_quality, tex
 from tale_jax.evaluation.scoring import Evaluation, Scorer
 from tale_jax.evaluation.tales import judge_answers, judge_samples
 from tale_jax.evaluation.text_quality import NOT_TESTED, quality_rows
+from tale_jax.hardware.backend import Backend
 from tale_jax.inference.sampler import Sampler, check_seed
 from tale_jax.model.transformer import count_parameters
-from tale_jax.runs.experiment import Experiment
-from tale_jax.utils.files import JsonLines
+from tale_jax.runs.experiment import Experiment, open_experiment
+from tale_jax.utils.files import JsonLines, to_json, write_atomically
+from tale_jax.utils.paths import quoted
 from tale_jax.utils.progress import Progress, stdout_width
 from tale_jax.utils.streams import notice
 
@@ -101,6 +106,19 @@ def evaluate(
     if with_quality:
         result["quality"] = _sample_quality(experiment, split, seed)
     return result
+
+
+def score_valid(workdir: Path, backend: Backend, step: int, out: Path) -> None:
+    """Scores all of the valid split by the checkpoint of a step; the result goes into `out` and is kept in the workdir.
+
+    Raises ValueError, in one line, where several processes have trained: an evaluation is one process.
+    """
+    if jax.process_count() > 1:
+        remedy = f"leave it out, and run launch/evaluate.py --workdir={quoted(workdir)} afterwards"
+        raise ValueError(f"--score must be left to one process, and {jax.process_count()} have trained; {remedy}")
+    result = evaluate(open_experiment(workdir, backend, step), num_samples=0)
+    keep(workdir, result)
+    write_atomically(out, json.dumps(to_json(result), indent=2) + "\n")
 
 
 def evaluate_tasks(

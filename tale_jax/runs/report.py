@@ -76,7 +76,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _session_seconds(run: RunRecords) -> list[tuple[float, float]]:
+def session_seconds(run: RunRecords) -> list[tuple[float, float]]:
     """For each session its seconds from the command to the last record, and those of them before the first step.
 
     Version 0.2 did not record what was before; it counts as 0.
@@ -94,7 +94,7 @@ def _session_seconds(run: RunRecords) -> list[tuple[float, float]]:
 
 def _wall_time(run: RunRecords) -> dict[str, str]:
     """How long the run took, and how much of it was before its steps, by what to call them; {} where it is unknown."""
-    sessions = _session_seconds(run)
+    sessions = session_seconds(run)
     total, before = (sum(each) for each in zip(*sessions, strict=True)) if sessions else (0.0, 0.0)
     if not total:
         return {}

@@ -108,6 +108,31 @@ def run_module(
     return run(command, stdin=stdin, env=_own_path(), timeout=timeout, on_stderr=on_stderr)
 
 
+class LoggedProcess:
+    """A command that runs beside this process; what it says is added to a file.
+
+    `env` is added to the environment of this process. Raises OSError where it cannot be started.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None):
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=os.environ | (env or {})
+            )
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None as long as it runs."""
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        """Asks it to end."""
+        self._process.terminate()
+
+    def wait(self) -> int:
+        """The exit code, when it has ended."""
+        return self._process.wait()
+
+
 class LineProcess:
     """A `python -m module` that answers each line of its stdin with one of stdout: started when it is first asked, and
     again after it had to be ended. Threads may share it."""
