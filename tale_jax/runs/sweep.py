@@ -197,7 +197,8 @@ def run_sweep(
                     failures[job.name] = f"{end.reason or 'no result'}: {last_line(job.log) or 'it said nothing'}"
                 result = _result(out, job.name, known[job.name], failures)
                 line.print(f"{job.name}: {_in_words(result)}")
-                line.advance()
+                if result.state != "not done":
+                    line.advance()
 
             engine.run(jobs, on_end, signals)
         results = sorted((_result(out, name, changes, failures) for name, changes in known.items()), key=_rank)

@@ -111,14 +111,20 @@ def run_module(
 class LoggedProcess:
     """A command that runs beside this process; what it says is added to a file.
 
-    `env` is added to the environment of this process. Raises OSError where it cannot be started.
+    `env` is added to the environment of this process, and `folder` is where it starts (None: that of this process).
+    Raises OSError where it cannot be started.
     """
 
-    def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        folder: Path | str | None = None,
+    ):
+        given = {"stdin": subprocess.DEVNULL, "env": os.environ | (env or {}), "cwd": folder}
         with log.open("ab") as file:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=os.environ | (env or {})
-            )
+            self._process = subprocess.Popen(command, stdout=file, stderr=file, **given)
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None as long as it runs."""

@@ -8,14 +8,16 @@ that run to save and end. What a run has reached is in its workdir, so that anot
 """
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tale_jax.config import Config, leaves
 from tale_jax.hardware.machine import total_memory
+from tale_jax.utils.extras import has_library, missing_extra
 from tale_jax.utils.format import format_bytes
 from tale_jax.utils.settings import mistake
 from tale_jax.utils.signals import StopSignals
@@ -37,6 +39,7 @@ class Job:
       command: of a process that trains, writes `score`, and saves and ends at SIGTERM; the same one goes on.
       workdir: of the run, an absolute path.
       log: file that what the process says is added to.
+      folder: where the command is given: paths in the settings may be relative to it.
       total_steps: of the run; 0: not known yet.
     """
 
@@ -44,6 +47,7 @@ class Job:
     command: tuple[str, ...]
     workdir: Path
     log: Path
+    folder: Path
     total_steps: int = 0
 
     @property
@@ -72,6 +76,7 @@ class Resources:
 OnEnd = Callable[[Job, End], None]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Where trainings run."""
 
@@ -83,30 +88,36 @@ class Engine(Protocol):
         ...
 
 
-def make_engine(name: str, resources: Resources, max_jobs: int = 1, stop_early: bool = False) -> Engine:
+def make_engine(name: str, resources: Resources, max_jobs: int | None = None, stop_early: bool = False) -> Engine:
     """The engine of a name in `ENGINES`.
 
     Args:
       name: of it.
       resources: of each run.
-      max_jobs: how many run at once at most; 0: as many as fit.
+      max_jobs: how many run at once at most; 0: as many as fit; None: on this machine one, else as many as fit.
       stop_early: whether runs that are worse than others are stopped (Ray only).
 
     Raises:
       ValueError: one line, for what this machine lacks, or the engine cannot do.
     """
-    if resources.cpus < 0 or resources.gpus < 0 or max_jobs < 0:
-        field, value = next(
-            (field, value)
-            for field, value in (("cpus", resources.cpus), ("gpus", resources.gpus), ("jobs", max_jobs))
-            if value < 0
-        )
-        raise mistake(field, value, "not be negative", f"leave --{field} out")
+    for field, value in {"cpus": resources.cpus, "gpus": resources.gpus, "jobs": max_jobs or 0}.items():
+        if not 0 <= value < math.inf:
+            raise mistake(field, value, "not be negative", f"leave --{field} out")
     if stop_early and name != "ray":
         raise ValueError(f"--stop_early must go with Ray, and not with --engine={name}; set --engine=ray")
+    if name == "ray":
+        if not has_library("ray"):
+            raise ValueError(f"{missing_extra('--engine=ray', 'Ray', 'ray')}; or leave --engine out")
+        from tale_jax.runs.engines.ray_tune import RayEngine
+
+        return RayEngine(resources, max_jobs or 0, stop_early)
+    if name == "slurm":
+        from tale_jax.runs.engines.slurm import SlurmEngine
+
+        return SlurmEngine(resources, max_jobs or 0)
     from tale_jax.runs.engines.local import LocalEngine
 
-    return LocalEngine(max_jobs, *slots(resources))
+    return LocalEngine(1 if max_jobs is None else max_jobs, *slots(resources))
 
 
 def slots(resources: Resources) -> tuple[int, list[list[str]]]:
@@ -161,7 +172,7 @@ def make_job(name: str, config: Config, given: Mapping[str, Any], workdir: Path,
     flags = [f"--config={recipe}:{settings}", *(f"--config.{field}={values[field]}" for field in given)]
     score = f"--score={workdir / SCORE_FILE}"
     command = (sys.executable, str(PACKAGE_ROOT / "launch" / "train.py"), *flags, f"--workdir={workdir}", score)
-    return Job(name, command, workdir, logs / f"{name}.txt", config.total_steps)
+    return Job(name, command, workdir, logs / f"{name}.txt", Path.cwd(), config.total_steps)
 
 
 def last_line(log: Path) -> str:

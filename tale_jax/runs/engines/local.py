@@ -41,7 +41,7 @@ class LocalEngine:
                         waiting.append(job)
                     elif free:
                         slot = free.pop(0)
-                        running[job] = slot, LoggedProcess(job.command, job.log, self._environ(slot))
+                        running[job] = slot, LoggedProcess(job.command, job.log, self._environ(slot), job.folder)
                     else:
                         waiting.appendleft(job)
                         break

@@ -1,0 +1,228 @@
+"""A sweep of runs: what varies is read and checked, runs are named, stopped and go on, and failures stop no other."""
+
+import dataclasses
+import json
+import signal
+import time
+
+import pytest
+from helpers import build_config, run_script, start_script
+
+from configs import tales
+from tale_jax.runs.engines import jobs as jobs_module
+from tale_jax.runs.engines.jobs import Resources, end_of, last_line, make_engine, make_job, slots
+from tale_jax.runs.sweep import (
+    MAX_NAME_CHARS,
+    Result,
+    Sweep,
+    markdown,
+    name_of,
+    named_runs,
+    parse_sweeps,
+    print_sweep,
+    run_sweep,
+)
+
+FLAGS = ["--config=configs/tales.py:tiny", "--config.model.num_layers=1", "--config.precision=float32"]
+SHORT = ["--config.total_steps=6", "--config.evaluate.every_steps=2", "--config.checkpoint.every_steps=2"]
+
+
+class NoEngine:
+    """Starts nothing; keeps the jobs."""
+
+    def __init__(self):
+        self.jobs = []
+
+    def run(self, jobs, on_end, signals):
+        self.jobs += jobs
+
+
+def tiny(**changes):
+    recipe = tales.get_config("tiny")
+    recipe.update_from_flattened_dict(changes)
+    return recipe
+
+
+def test_values_are_read_in_the_type_of_their_setting():
+    texts = ["optimizer.learning_rate=1e-3, 2e-3", "seed=0,1", "model.mask_documents=true,False", "model.dropout=0"]
+    parsed = parse_sweeps([*texts, 'lora.matrices="query,value",query,'])
+    assert parsed["optimizer.learning_rate"] == [0.001, 0.002] and parsed["seed"] == [0, 1]
+    assert parsed["model.mask_documents"] == [True, False] and isinstance(parsed["model.dropout"][0], float)
+    assert parsed["lora.matrices"] == ["query,value", "query", ""]
+    assert parse_sweeps(["--config.seed=3"]) == {"seed": [3]}  # as it is typed elsewhere
+
+
+@pytest.mark.parametrize(
+    ("texts", "message", "remedied"),
+    [
+        ([], "^sweep= must name what varies; try --sweep=optimizer.learning_rate=1e-3,2e-3$", ["seed=0"]),
+        (["seed"], '^sweep="seed" must have the form NAME=VALUE,VALUE; try --sweep=seed=0,1$', ["seed=0,1"]),
+        (["lr=1"], r"^--sweep=lr=1: lr is not a setting; did you mean optimizer\.learning_rate\?$", ["seed=0"]),
+        (["seed=a"], '^seed="a" must be of type int; try --sweep=seed=0$', ["seed=0"]),
+        (["seed="], '^seed="" must be of type int; try --sweep=seed=0$', ["seed=0"]),
+        (["seed=1.5"], '^seed="1.5" must be of type int', ["seed=0"]),
+        (["model.tie=1"], "^--sweep=model.tie=1: model.tie is not a setting; ", ["seed=0"]),
+        (["model.mask_documents=7"], "^model.mask_documents=.* must be of type bool", ["model.mask_documents=true"]),
+        (["seed=1,-1"], "^seed=-1 must not be negative; try 0", ["seed=1,0"]),
+        (["optimizer.learning_rate=nan"], "^optimizer.learning_rate=nan must ", ["seed=0"]),
+        (["optimizer.name=adamm"], "^optimizer.name=.*did you mean adamw", ["optimizer.name=adamw"]),
+        (["seed=1,01"], "^seed=1 must stand once in --sweep=seed=1,01; leave the second one out$", ["seed=1"]),
+        (["seed=0,0"], "^seed=0 must stand once in", ["seed=0"]),
+        (["seed=1", "seed=2"], "^--sweep=seed must be given once; write all values behind one", ["seed=1,2"]),
+    ],
+)
+def test_what_cannot_be_swept_is_one_line(texts, message, remedied):
+    with pytest.raises(ValueError, match=message):
+        parse_sweeps(texts)
+    assert parse_sweeps(remedied)
+
+
+def test_a_setting_with_a_flag_of_its_own_does_not_vary():
+    with pytest.raises(ValueError, match=r"^seed must not be one value .*; leave --config\.seed out$"):
+        parse_sweeps(["seed=0,1"], ["seed"])
+    assert parse_sweeps(["seed=0,1"], ["batch_size"])
+
+
+def test_too_many_runs():
+    with pytest.raises(ValueError, match=r"^sweep= must be at most 1000 runs, .* make 1001; leave some out$"):
+        named_runs({"seed": range(1001)})
+    assert len(named_runs({"seed": range(10), "batch_size": range(100)})) == 1000
+
+
+def test_runs_are_named_by_what_varies():
+    sweeps = parse_sweeps(["optimizer.learning_rate=1e-3,2e-3", "seed=0,1"])
+    assert list(named_runs(sweeps)) == [f"learning_rate={rate},seed={seed}" for rate in (0.001, 0.002) for seed in (0, 1)]
+    assert name_of({"model.dropout": 0.1, "lora.dropout": 0.2}) == "model.dropout=0.1,lora.dropout=0.2"
+    odd = [name_of({"corpus.path": path}) for path in ("a/b", "a_b", "a b", "../x", "x" * 300, "y\n", "ü")]
+    assert len(set(odd)) == len(odd) and all("/" not in name and name.isprintable() for name in odd)
+    assert odd[1] == "path=a_b" and max(map(len, odd)) <= MAX_NAME_CHARS + 9
+
+
+def test_all_runs_are_checked_before_one_starts(tmp_path):
+    engine = NoEngine()
+    with pytest.raises(ValueError, match=r"^run embed_dim=65: model\.embed_dim=65 must .*"):
+        run_sweep(tiny(), ["model.embed_dim=64,65"], tmp_path / "out", engine)
+    with pytest.raises(ValueError, match=r"^mesh\.processes=2 must be 0 in a sweep.*; leave --config\.mesh\.processes out$"):
+        run_sweep(tiny(**{"mesh.processes": 2}), ["seed=0,1"], tmp_path / "out", engine)
+    assert not engine.jobs and not (tmp_path / "out").exists()
+    assert run_sweep(tiny(), ["model.embed_dim=64,128"], tmp_path / "out", engine).failed == 0
+    assert [job.name for job in engine.jobs] == ["embed_dim=64", "embed_dim=128"]
+
+
+def test_a_sweep_grows_and_refuses_other_settings(tmp_path):
+    out, engine = tmp_path / "out", NoEngine()
+    run_sweep(tiny(), ["seed=0,1"], out, engine)
+    sweep = run_sweep(tiny(), ["seed=1,2"], out, engine)
+    assert [result.name for result in sweep.results] == ["seed=0", "seed=1", "seed=2"]
+    assert [job.name for job in engine.jobs] == ["seed=0", "seed=1", "seed=1", "seed=2"]
+    refusal = r"^batch_size=8 must be 4 to go on with the sweep in .*; set --config\.batch_size=4, or give another --out$"
+    with pytest.raises(ValueError, match=refusal):
+        run_sweep(tiny(batch_size=8), ["seed=0,1"], out, engine)
+    with pytest.raises(ValueError, match=r"holds a sweep over seed; sweep over the same, or give another --out$"):
+        run_sweep(tiny(), ["seed=0", "batch_size=4,8"], out, engine)
+    run_sweep(tiny(), ["seed=0", "batch_size=4,8"], tmp_path / "other", engine)
+    (out / "sweep.json").write_text("[")
+    with pytest.raises(ValueError, match=r"sweep\.json must be JSON .*; give another --out$"):
+        run_sweep(tiny(), ["seed=0"], out, engine)
+
+
+def test_what_follows_from_a_varied_setting_is_not_another_sweep(tmp_path):
+    """`micro_batch_size` and `evaluate.batch_size` follow from `batch_size`."""
+    out, engine = tmp_path / "out", NoEngine()
+    run_sweep(tiny(batch_size=4), ["batch_size=4,8"], out, engine)
+    run_sweep(tiny(batch_size=4), ["batch_size=4,8,16"], out, engine)
+    settings = json.loads((out / "settings" / "batch_size=16" / "config.json").read_text())
+    assert settings["micro_batch_size"] == settings["evaluate"]["batch_size"] == settings["batch_size"] == 16
+
+
+RESULTS = (
+    Result("seed=1", {"seed": 1}, "done", 1.25, 2.5, 20, 16640, 61.0),
+    Result("seed=0", {"seed": 0}, "failed", None, None, 0, 0, None, "exit code 2: error: a | b"),
+)
+
+
+def test_the_table(capsys, tmp_path):
+    lines = markdown(Sweep(("seed",), RESULTS)).splitlines()
+    assert lines[0] == "| seed | bits/byte | nats/token | steps | tokens | time | state |"
+    assert lines[2:4] == ["| 1 | 1.2500 | 2.5000 | 20 | 16,640 | 1:01 | done |", "| 0 | – | – | 0 | 0 | – | failed |"]
+    assert lines[-1] == "- seed=0: exit code 2: error: a | b"
+    print_sweep(Sweep(("seed",), RESULTS), tmp_path, as_json=True)
+    assert json.loads(capsys.readouterr().out)["runs"][0]["bits_per_byte"] == 1.25
+    print_sweep(Sweep(("seed",), RESULTS), tmp_path)
+    out = capsys.readouterr().out
+    assert "seed=0 failed, exit code 2: error: a | b" in out and f"the best: {tmp_path}/runs/seed=1" in out
+
+
+def test_resources_that_this_machine_lacks_are_named(monkeypatch):
+    monkeypatch.setattr(jobs_module, "total_memory", lambda: 8 * 10**9)
+    monkeypatch.setattr(jobs_module.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,5")
+    for resources, remedy in {
+        Resources(cpus=5): "try --cpus=4",
+        Resources(memory=9 * 10**9): "try --memory=8000MB",
+        Resources(gpus=4): "try --gpus=3",
+        Resources(cpus=-1): "leave --cpus out",
+    }.items():
+        with pytest.raises(ValueError, match=f" must .*; {remedy}$"):
+            make_engine("local", resources)
+    assert slots(Resources(cpus=2)) == (2, []) and slots(Resources(memory=3 * 10**9)) == (2, [])
+    assert slots(Resources(gpus=1)) == (3, [["0"], ["3"], ["5"]]) and slots(Resources(gpus=2)) == (1, [["0", "3"]])
+    assert make_engine("local", Resources()).num_slots == 1 and make_engine("local", Resources(), 0).num_slots == 4
+    assert make_engine("local", Resources(cpus=2), 7).num_slots == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match=r"the GPUs that are found here; leave --gpus out$"):
+        make_engine("local", Resources(gpus=1))
+
+
+def test_engines_say_what_they_need(monkeypatch):
+    with pytest.raises(ValueError, match=r"^--stop_early must go with Ray, .* --engine=local; set --engine=ray$"):
+        make_engine("local", Resources(), stop_early=True)
+    monkeypatch.setattr(jobs_module, "has_library", lambda _: False)
+    with pytest.raises(ValueError, match=r"^--engine=ray needs Ray, which is not installed; .*; or leave --engine out$"):
+        make_engine("ray", Resources(), stop_early=True)
+    assert make_engine("local", Resources())
+
+
+def test_how_a_process_ended(tmp_path):
+    assert [end_of(code).reason for code in (0, 2, -9)] == ["", "exit code 2", "signal 9"]
+    log = tmp_path / "log"
+    assert last_line(log) == ""
+    log.write_text("x" * 200_000 + "\nerror:  it\tfailed \n\n")
+    assert last_line(log) == "error: it failed"
+
+
+def test_a_job_is_a_command_that_can_be_typed(tmp_path):
+    config = build_config(**{"model.mask_documents": False})
+    job = make_job("a", config, ["model.mask_documents", "seed"], tmp_path / "runs" / "a", tmp_path)
+    assert job.command[2:3] == (f"--config={jobs_module.SAVED_CONFIG}:{tmp_path}/settings/a",)
+    assert job.command[3:5] == ("--config.model.mask_documents=False", "--config.seed=0")
+    assert dataclasses.replace(job, workdir=tmp_path / "b").score == tmp_path / "b" / "score.json"
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_goes_on_and_tells_what_failed(tmp_path):
+    out = tmp_path / "sweep"
+    flags = [*FLAGS, *SHORT, "--config.corpus.num_valid_tales=40", f"--out={out}"]
+    varied = ["--sweep=seed=0,1", "--sweep=tokenizer.vocab_size=512,100000"]  # no text of this size has so many words
+    process = start_script("sweep", *flags, *varied)
+    deadline = time.monotonic() + 300
+    while not list(out.glob("runs/seed=0,vocab_size=512/metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 143 and "Traceback" not in stderr, stderr
+    assert not list(out.glob("runs/*/score.json"))
+    done = run_script("sweep", *flags, *varied, "--json")
+    assert done.returncode == 1, done.stderr
+    runs = json.loads(done.stdout.splitlines()[-1])["runs"]
+    assert [run["state"] for run in runs] == ["done", "done", "failed", "failed"]
+    assert runs[0]["bits_per_byte"] <= runs[1]["bits_per_byte"] and {run["steps"] for run in runs[:2]} == {6}
+    assert all(run["reason"].startswith("exit code 2: error: tokenizer.vocab_size=100000 must") for run in runs[2:])
+    assert json.loads((out / "results.json").read_text())["runs"] == runs
+    assert "Settings that differ" in (out / "report.html").read_text()
+    assert (out / "results.md").read_text().count("| done |") == 2
+    scores = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/score.json")}
+    again = run_script("sweep", *flags, "--sweep=seed=1,0", "--sweep=tokenizer.vocab_size=512")
+    assert again.returncode == 0 and "the best: " in again.stdout, again.stderr
+    assert scores == {path: path.stat().st_mtime_ns for path in out.glob("runs/*/score.json")}
