@@ -1,6 +1,6 @@
 """Trains every combination of some settings, and tells in one table which is best.
 
-python launch/sweep.py --config=configs/tales.py --sweep=optimizer.learning_rate=1e-3,2e-3 --sweep=seed=0,1 --out=experiments/sweep
+python launch/sweep.py --config=configs/tales.py --sweep=optimizer.learning_rate=1e-3,2e-3 --sweep=seed=0,1 --out=sweep
 
 Each run has a workdir in the folder. The same command goes on with a sweep that was interrupted, and more values of the
 same settings add to it. Exit code 1: a run has failed, and the others have not waited for it.
@@ -18,7 +18,9 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/tal
 SWEEP = flags.DEFINE_multi_string("sweep", [], "what varies, as optimizer.learning_rate=1e-3,2e-3; may be given often")
 OUT = define_path("out", "folder to write", "folder of the sweep; it is made when missing", required=True)
 ENGINE = flags.DEFINE_enum("engine", "local", ["local", "ray", "slurm"], "what starts the runs")
-JOBS = flags.DEFINE_integer("jobs", None, "runs at once at most; 0: as many as fit; left out: 1, and as many as fit on a cluster")
+JOBS = flags.DEFINE_integer(
+    "jobs", None, "runs at once at most; 0: as many as fit; left out: 1, and as many as fit on a cluster"
+)
 CPUS = flags.DEFINE_float("cpus", 0, "cores of each run; 0: not stated")
 GPUS = flags.DEFINE_integer("gpus", 0, "GPUs of each run; 0: not stated")
 MEMORY = flags.DEFINE_string("memory", "", "memory of each run, as 8GB; left out: not stated")

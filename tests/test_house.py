@@ -47,7 +47,7 @@ ROOMS = {
     "tokenizers": ("tale_jax/convert/tokenizer_json.py", "tale_jax/data/json_tokenizer.py"),
     "transformers": (),
     "subprocess": ("tale_jax/utils/subprocesses.py", "tale_jax/bench/compare.py", "launch/cluster/ray_train.py"),
-    "ray": ("launch/cluster/ray_train.py",),
+    "ray": ("launch/cluster/ray_train.py", "tale_jax/runs/engines/ray_tune.py"),
     "starlette": ("tale_jax/serve/server.py",),
     "uvicorn": ("tale_jax/serve/server.py",),
     "jinja2": ("tale_jax/data/template_worker.py",),

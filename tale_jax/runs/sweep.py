@@ -113,10 +113,12 @@ def parse_sweeps(texts: Sequence[str], given: Collection[str] = ()) -> dict[str,
         if name in found:
             raise ValueError(f"--sweep={name} must be given once; write all values behind one --sweep={name}=")
         if name in given:
-            raise ValueError(f"{name} must not be one value where --sweep={name} has several; leave --config.{name} out")
-        values = [_value(name, word) for word in next(csv.reader([listing], strict=False), [""])]
-        if doubled := next((value for i, value in enumerate(values) if value in values[:i]), None):
-            raise mistake(name, doubled, f"stand once in --sweep={text}", "leave the second one out")
+            raise ValueError(
+                f"{name} must not be one value where --sweep={name} has several; leave --config.{name} out"
+            )
+        values = [_value(name, word) for word in next(csv.reader([listing])) or [""]]
+        for value in {value: None for i, value in enumerate(values) if value in values[:i]}:
+            raise mistake(name, value, f"stand once in --sweep={text}", "leave the second one out")
         found[name] = values
     return found
 
@@ -221,7 +223,9 @@ def _config(recipe: ml_collections.ConfigDict, name: str, changes: Values, overr
     return built
 
 
-def _with_known_runs(out: Path, wanted: Values, fields: tuple[str, ...], runs: Mapping[str, Values]) -> dict[str, Values]:
+def _with_known_runs(
+    out: Path, wanted: Values, fields: tuple[str, ...], runs: Mapping[str, Values]
+) -> dict[str, Values]:
     """The runs of the folder and the new ones, which are written down; other settings than before are refused."""
     file, earlier = out / "sweep.json", {}
     if file.is_file():
@@ -245,7 +249,7 @@ def _workdir(out: Path, name: str) -> Path:
 
 
 def _is_over(workdir: Path, stop_early: bool) -> bool:
-    return (workdir / SCORE_FILE).is_file() or stop_early and (workdir / STOPPED_FILE).is_file()
+    return (workdir / SCORE_FILE).is_file() or (stop_early and (workdir / STOPPED_FILE).is_file())
 
 
 def _result(out: Path, name: str, values: Values, failures: Mapping[str, str]) -> Result:
@@ -323,7 +327,9 @@ def _in_words(result: Result) -> str:
     if result.reason:
         return f"failed, {result.reason}"
     reached = f"{_number(result.bits_per_byte)} bits/byte, {result.steps:,} steps"
-    return f"{reached} in {format_clock(result.seconds or 0)}" if result.state == "done" else f"{result.state}, {reached}"
+    return (
+        f"{reached} in {format_clock(result.seconds or 0)}" if result.state == "done" else f"{result.state}, {reached}"
+    )
 
 
 def print_sweep(sweep: Sweep, out: Path, as_json: bool = False) -> None:

@@ -21,6 +21,7 @@ PREPARED = f"{DATA}test_prepared_text_goes_on_as_it_is_told"
 TOKENIZER = f"{DATA}test_a_tokenizer_that_cannot_be_used_is_replaced_as_told"
 VOCABULARY = "tests/data/test_tokenizer.py::test_the_vocabulary_that_an_error_advises_works"
 LOADER = f"{DATA}test_batches_of_the_size_that_is_advised"
+SWEEP = "tests/runs/test_sweep.py::"
 LADDER = "tests/runs/test_ladder.py::"
 RUNS = "tests/remedies/test_runs.py::"
 WORKDIRS = "tests/remedies/test_workdirs.py::"
@@ -383,10 +384,41 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "tale_jax/runs/evaluate.py": {
         "leave --quality out": f"{FINETUNE}test_a_base_learns_to_answer",
+        "leave it out, and run launch/evaluate.py": f"{SWEEP}test_only_one_process_scores",
+        "--score must be left to one process": f"{SWEEP}test_only_one_process_scores",
         "try --sample_temperature": f"{RUNS}test_an_evaluation_is_refused_before_it_scores_and_goes_as_told",
     },
     "tale_jax/planning/scaling_law.py": {
         "remove it": "tests/planning/test_scaling_law.py::test_a_file_without_a_law_is_one_line"
+    },
+    "tale_jax/runs/engines/": {
+        "not be negative": f"{SWEEP}test_resources_that_this_machine_lacks_are_named",
+        "set --engine=ray": f"{SWEEP}test_engines_say_what_they_need",
+        "or leave --engine out": (
+            f"{SWEEP}test_engines_say_what_they_need",
+            f"{SWEEP}test_a_cluster_that_takes_no_job_is_one_line",
+        ),
+        "the cores of this machine": f"{SWEEP}test_resources_that_this_machine_lacks_are_named",
+        "try --memory={}MB": f"{SWEEP}test_resources_that_this_machine_lacks_are_named",
+        "leave --gpus out": f"{SWEEP}test_resources_that_this_machine_lacks_are_named",
+        "try --gpus={}": f"{SWEEP}test_resources_that_this_machine_lacks_are_named",
+        "the GPUs that are found here": f"{SWEEP}test_resources_that_this_machine_lacks_are_named",
+        "its run is waited for": f"{SWEEP}test_a_run_of_another_process_is_waited_for",
+        "be known where runs are stopped early": f"{SWEEP}test_runs_of_unknown_length_are_not_stopped_early",
+    },
+    "tale_jax/runs/sweep.py": {
+        "must name what varies": f"{SWEEP}test_what_cannot_be_swept_is_one_line",
+        "have the form NAME=VALUE,VALUE": f"{SWEEP}test_what_cannot_be_swept_is_one_line",
+        "is not a setting": f"{SWEEP}test_what_cannot_be_swept_is_one_line",
+        "must be given once": f"{SWEEP}test_what_cannot_be_swept_is_one_line",
+        "must not be one value where": f"{SWEEP}test_a_setting_with_a_flag_of_its_own_does_not_vary",
+        "stand once in": f"{SWEEP}test_what_cannot_be_swept_is_one_line",
+        "be of type {}": f"{SWEEP}test_what_cannot_be_swept_is_one_line",
+        "leave some out": f"{SWEEP}test_too_many_runs",
+        "run {}: {}": f"{SWEEP}test_all_runs_are_checked_before_one_starts",
+        "leave --config.mesh.processes out": f"{SWEEP}test_all_runs_are_checked_before_one_starts",
+        "give another --out": f"{SWEEP}test_a_sweep_grows_and_refuses_other_settings",
+        "and the run is scored again": f"{SWEEP}test_a_score_that_was_damaged",
     },
     "tale_jax/runs/ladder.py": {
         "is what a ladder chooses": f"{LADDER}test_sizes_and_lengths_are_not_given",

@@ -2,15 +2,21 @@
 
 import dataclasses
 import json
+import os
 import signal
+import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 from helpers import build_config, run_script, start_script
 
 from configs import tales
 from tale_jax.runs.engines import jobs as jobs_module
-from tale_jax.runs.engines.jobs import Resources, end_of, last_line, make_engine, make_job, slots
+from tale_jax.runs.engines import slurm as slurm_module
+from tale_jax.runs.engines.jobs import Job, Resources, end_of, last_line, make_engine, make_job, slots
+from tale_jax.runs.engines.local import LocalEngine
+from tale_jax.runs.evaluate import score_valid
 from tale_jax.runs.sweep import (
     MAX_NAME_CHARS,
     Result,
@@ -22,6 +28,8 @@ from tale_jax.runs.sweep import (
     print_sweep,
     run_sweep,
 )
+from tale_jax.utils.locks import writer_lock
+from tale_jax.utils.signals import StopSignals
 
 FLAGS = ["--config=configs/tales.py:tiny", "--config.model.num_layers=1", "--config.precision=float32"]
 SHORT = ["--config.total_steps=6", "--config.evaluate.every_steps=2", "--config.checkpoint.every_steps=2"]
@@ -91,7 +99,9 @@ def test_too_many_runs():
 
 def test_runs_are_named_by_what_varies():
     sweeps = parse_sweeps(["optimizer.learning_rate=1e-3,2e-3", "seed=0,1"])
-    assert list(named_runs(sweeps)) == [f"learning_rate={rate},seed={seed}" for rate in (0.001, 0.002) for seed in (0, 1)]
+    assert list(named_runs(sweeps)) == [
+        f"learning_rate={rate},seed={seed}" for rate in (0.001, 0.002) for seed in (0, 1)
+    ]
     assert name_of({"model.dropout": 0.1, "lora.dropout": 0.2}) == "model.dropout=0.1,lora.dropout=0.2"
     odd = [name_of({"corpus.path": path}) for path in ("a/b", "a_b", "a b", "../x", "x" * 300, "y\n", "ü")]
     assert len(set(odd)) == len(odd) and all("/" not in name and name.isprintable() for name in odd)
@@ -102,7 +112,9 @@ def test_all_runs_are_checked_before_one_starts(tmp_path):
     engine = NoEngine()
     with pytest.raises(ValueError, match=r"^run embed_dim=65: model\.embed_dim=65 must .*"):
         run_sweep(tiny(), ["model.embed_dim=64,65"], tmp_path / "out", engine)
-    with pytest.raises(ValueError, match=r"^mesh\.processes=2 must be 0 in a sweep.*; leave --config\.mesh\.processes out$"):
+    with pytest.raises(
+        ValueError, match=r"^mesh\.processes=2 must be 0 in a sweep.*; leave --config\.mesh\.processes out$"
+    ):
         run_sweep(tiny(**{"mesh.processes": 2}), ["seed=0,1"], tmp_path / "out", engine)
     assert not engine.jobs and not (tmp_path / "out").exists()
     assert run_sweep(tiny(), ["model.embed_dim=64,128"], tmp_path / "out", engine).failed == 0
@@ -115,7 +127,9 @@ def test_a_sweep_grows_and_refuses_other_settings(tmp_path):
     sweep = run_sweep(tiny(), ["seed=1,2"], out, engine)
     assert [result.name for result in sweep.results] == ["seed=0", "seed=1", "seed=2"]
     assert [job.name for job in engine.jobs] == ["seed=0", "seed=1", "seed=1", "seed=2"]
-    refusal = r"^batch_size=8 must be 4 to go on with the sweep in .*; set --config\.batch_size=4, or give another --out$"
+    refusal = (
+        r"^batch_size=8 must be 4 to go on with the sweep in .*; set --config\.batch_size=4, or give another --out$"
+    )
     with pytest.raises(ValueError, match=refusal):
         run_sweep(tiny(batch_size=8), ["seed=0,1"], out, engine)
     with pytest.raises(ValueError, match=r"holds a sweep over seed; sweep over the same, or give another --out$"):
@@ -178,7 +192,9 @@ def test_engines_say_what_they_need(monkeypatch):
     with pytest.raises(ValueError, match=r"^--stop_early must go with Ray, .* --engine=local; set --engine=ray$"):
         make_engine("local", Resources(), stop_early=True)
     monkeypatch.setattr(jobs_module, "has_library", lambda _: False)
-    with pytest.raises(ValueError, match=r"^--engine=ray needs Ray, which is not installed; .*; or leave --engine out$"):
+    with pytest.raises(
+        ValueError, match=r"^--engine=ray needs Ray, which is not installed; .*; or leave --engine out$"
+    ):
         make_engine("ray", Resources(), stop_early=True)
     assert make_engine("local", Resources())
 
@@ -193,10 +209,126 @@ def test_how_a_process_ended(tmp_path):
 
 def test_a_job_is_a_command_that_can_be_typed(tmp_path):
     config = build_config(**{"model.mask_documents": False})
-    job = make_job("a", config, ["model.mask_documents", "seed"], tmp_path / "runs" / "a", tmp_path)
+    job = make_job("a", config, dict.fromkeys(["model.mask_documents", "seed"]), tmp_path / "runs" / "a", tmp_path)
     assert job.command[2:3] == (f"--config={jobs_module.SAVED_CONFIG}:{tmp_path}/settings/a",)
     assert job.command[3:5] == ("--config.model.mask_documents=False", "--config.seed=0")
     assert dataclasses.replace(job, workdir=tmp_path / "b").score == tmp_path / "b" / "score.json"
+
+
+def commands(folder, **scripts):
+    """Jobs of so many shell commands."""
+    made = []
+    for name, script in scripts.items():
+        made.append(Job(name, ("sh", "-c", script), folder / "runs" / name, folder / f"{name}.txt", folder))
+    return made
+
+
+def ran(engine, made):
+    """How each job ended, and the signal that stopped them."""
+    ends = {}
+    with StopSignals() as signals:
+        engine.run(made, lambda job, end: ends.update({job.name: end.reason}), signals)
+    return ends, signals.number
+
+
+def test_processes_run_at_once_and_end_on_their_own(tmp_path):
+    meet = (
+        "touch {0}; for i in $(seq 200); do [ -e {1} ] && exit 0; sleep 0.05; done; exit 9"  # each waits for the other
+    )
+    made = commands(tmp_path, a=meet.format("x", "y"), b=meet.format("y", "x"), c="echo 'error: no' >&2; exit 2")
+    assert ran(LocalEngine(2, 4), made) == ({"a": "", "b": "", "c": "exit code 2"}, 0)
+    assert last_line(made[2].log) == "error: no"
+
+
+def test_a_signal_lets_processes_save_and_starts_no_other(tmp_path):
+    save = f"trap 'echo saved; exit 143' TERM; kill {os.getpid()}; while :; do sleep 0.05; done"
+    made = commands(tmp_path, a=save, b="echo started")
+    assert ran(LocalEngine(1, 1), made) == ({"a": "exit code 143"}, signal.SIGTERM)
+    assert last_line(made[0].log) == "saved" and not made[1].log.exists()
+
+
+def test_a_run_of_another_process_is_waited_for(tmp_path, capsys):
+    made = commands(tmp_path, a="echo a", b=f"sleep 0.3; touch {tmp_path}/b")
+    with ExitStack() as held:
+        held.enter_context(writer_lock(made[0].workdir, "train"))
+        release = threading.Timer(1.0, held.close)
+        release.start()
+        assert ran(LocalEngine(1, 1), made) == ({"a": "", "b": ""}, 0)
+        release.join()
+    assert "is in use by another process; its run is waited for" in capsys.readouterr().err
+    assert made[0].log.stat().st_mtime_ns > (tmp_path / "b").stat().st_mtime_ns  # the other one has not waited
+
+
+def test_a_score_that_was_damaged(tmp_path):
+    run_sweep(tiny(), ["seed=0"], tmp_path, NoEngine())
+    score = tmp_path / "runs" / "seed=0" / "score.json"
+    score.parent.mkdir(parents=True)
+    score.write_text("{")
+    with pytest.raises(ValueError, match=r"score\.json must be JSON .*; remove it, and the run is scored again$"):
+        run_sweep(tiny(), ["seed=0"], tmp_path, NoEngine())
+    score.unlink()
+    engine = NoEngine()
+    run_sweep(tiny(), ["seed=0"], tmp_path, engine)
+    assert [job.name for job in engine.jobs] == ["seed=0"]
+
+
+def test_only_one_process_scores(tmp_path, cpu, monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(
+        ValueError, match=r"^--score must be left to one process, and 2 .*; leave it out, and run launch/"
+    ):
+        score_valid(tmp_path, cpu, 1, tmp_path / "score.json")
+
+
+def test_runs_of_unknown_length_are_not_stopped_early(tmp_path):
+    pytest.importorskip("ray", reason="make env EXTRAS=dev,ray installs it")
+    with pytest.raises(ValueError, match=r"^total_steps=0 must be known .*; try --config\.total_steps=1000$"):
+        ran(make_engine("ray", Resources(), stop_early=True), commands(tmp_path, a="true"))
+
+
+PROGRAMS = {  # of a cluster that has no accounting, and one job
+    "sbatch": "cat > {0}/script; echo \"$@\" > {0}/flags; echo '7;cluster'",
+    "sacct": "echo 'Slurm accounting storage is disabled' >&2; exit 1",
+    "scontrol": "echo JobId=7 JobName=a JobState=$(cat {0}/state) ExitCode=2:0; echo COMPLETED > {0}/state",
+}
+
+
+def cluster(folder, monkeypatch, **programs):
+    folder.mkdir()
+    for name, script in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script.format(folder)}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setattr(slurm_module, "POLL_SECONDS", 0.1)
+
+
+def test_a_cluster_that_takes_no_job_is_one_line(tmp_path, monkeypatch):
+    cluster(tmp_path / "bin", monkeypatch, sbatch="echo 'sbatch: error: invalid partition' >&2; exit 1")
+    refusal = (
+        r"^Slurm takes no job \(exit code 1: sbatch: error: invalid partition\); see `sinfo`, or leave --engine out$"
+    )
+    with pytest.raises(ValueError, match=refusal):
+        ran(make_engine("slurm", Resources()), commands(tmp_path, a="true"))
+    assert ran(make_engine("local", Resources()), commands(tmp_path, a="true")) == ({"a": ""}, 0)
+
+
+def test_jobs_of_slurm_are_watched_without_accounting(tmp_path, monkeypatch):
+    cluster(tmp_path / "bin", monkeypatch, **PROGRAMS)
+    (tmp_path / "bin" / "state").write_text("RUNNING")
+    [job] = commands(tmp_path, a="echo 'two words'")
+    ends, _ = ran(make_engine("slurm", Resources(cpus=2, gpus=1, memory=1 << 30)), [job])
+    assert ends == {"a": "COMPLETED, exit code 2"}  # with no score it has failed, whatever Slurm calls it
+    flags = (tmp_path / "bin" / "flags").read_text()
+    assert (
+        "--parsable" in flags and "--cpus-per-task=2 --gpus=1 --mem=1024M" in flags and f"--output={job.log}" in flags
+    )
+    script = (tmp_path / "bin" / "script").read_text()
+    assert """sh -c 'echo '"'"'two words'"'"''""" in script and "scontrol requeue" in script
+    (tmp_path / "bin" / "state").write_text("PENDING")
+    (tmp_path / "bin" / "sbatch").unlink()  # the job that an earlier command has submitted is found
+    job.workdir.mkdir(parents=True)
+    job.score.write_text("{}")
+    assert ran(make_engine("slurm", Resources()), [job]) == ({"a": ""}, 0)
 
 
 @pytest.mark.slow

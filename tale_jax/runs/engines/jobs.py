@@ -68,7 +68,7 @@ class End:
 class Resources:
     """What each run takes: `cpus` cores, `gpus`, `memory` in bytes; 0: not stated."""
 
-    cpus: float = 0.0
+    cpus: float | int = 0.0
     gpus: int = 0
     memory: int = 0
 

@@ -57,4 +57,3 @@ class LocalEngine:
 
     def _environ(self, slot: int) -> dict[str, str]:
         return {"CUDA_VISIBLE_DEVICES": ",".join(self._gpus[slot])} if self._gpus else {}
-

@@ -1,4 +1,4 @@
-"""Trainings as jobs of a Slurm cluster, one each: submitted by sbatch, watched by sacct, or scontrol without accounting.
+"""Trainings as jobs of a Slurm cluster, one each: by sbatch, and watched by sacct, or scontrol without accounting.
 
 All nodes must see the checkout, its Python and the folder of the runs under the same paths. A job that is preempted, or
 whose time ends, saves and goes back into the queue. Jobs outlive a command that is killed, and the same command finds
@@ -66,7 +66,11 @@ class SlurmEngine:
                 state = self._state(number)
                 if state is None or state[0] in ENDED:
                     del running[job]
-                    on_end(job, _end(job, state))
+                    was_stopped = _file(job, "stop").exists() and not job.score.is_file()
+                    if was_stopped and not signals.number:  # by an earlier command, for which it has just saved
+                        waiting.append(job)
+                    else:
+                        on_end(job, _end(job, state))
 
     def _submit(self, job: Job) -> str:
         """The number of a new job for a run."""
