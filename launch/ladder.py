@@ -6,6 +6,7 @@ python launch/ladder.py --config=configs/tales.py --out=experiments/ladder --min
 The same command goes on with a ladder that was interrupted. `train.py --config.minutes=…` takes what was found out.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ OUT = define_path("out", "folder to write", "folder of the ladder; it is made wh
 MINUTES = flags.DEFINE_float("minutes", 480.0, "of the run that is asked about")
 SHARE = flags.DEFINE_float("share", 0.15, "of these minutes, that the small runs may take")
 CHECK = flags.DEFINE_bool("check", False, "also train a run of eight times the largest, and compare")
+ENGINE = flags.DEFINE_enum("engine", "local", ["local", "ray", "slurm"], "what starts the small runs, one by one")
 JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 flags.mark_flag_as_required("config")
 
@@ -26,12 +28,16 @@ flags.mark_flag_as_required("config")
 def main(_: list[str]) -> None:
     from tale_jax.config import Config
     from tale_jax.hardware.backend import start_backend
+    from tale_jax.runs.engines.jobs import Resources, make_engine
     from tale_jax.runs.ladder import print_ladder, run_ladder
 
     given = overrides("config")
     config = Config.build(CONFIG.value, given)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the rungs, which are processes, need the GPU
     backend = start_backend(config.backend.platform)
-    ladder = run_ladder(config, OUT.value, backend, MINUTES.value, SHARE.value, CHECK.value, given)
+    # One at a time: at once they would slow each other, and their speed is a part of the result.
+    engine = make_engine(ENGINE.value, Resources(gpus=int(backend.platform == "cuda")), 1)
+    ladder = run_ladder(config, OUT.value, backend, MINUTES.value, SHARE.value, CHECK.value, given, engine)
     if isinstance(ladder, int):
         sys.exit(128 + ladder)
     print_ladder(ladder, OUT.value, JSON.value)

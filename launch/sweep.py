@@ -36,7 +36,7 @@ def main(_: list[str]) -> None:
 
     resources = Resources(CPUS.value, GPUS.value, parse_bytes(MEMORY.value))
     engine = make_engine(ENGINE.value, resources, JOBS.value, STOP_EARLY.value)
-    sweep = run_sweep(CONFIG.value, SWEEP.value, OUT.value, engine, overrides("config"), STOP_EARLY.value)
+    sweep = run_sweep(CONFIG.value.to_dict(), SWEEP.value, OUT.value, engine, overrides("config"), STOP_EARLY.value)
     print_sweep(sweep, OUT.value, JSON.value)
     sys.exit(128 + sweep.signal if sweep.signal else int(sweep.failed > 0))
 

@@ -53,8 +53,7 @@ def main(_: list[str]) -> None:
     if outcome.signal or not is_main:
         sys.exit(outcome.signal and 128 + outcome.signal)
     say(describe(outcome, workdir))
-    if SCORE.value:
-        score_valid(workdir, backend, outcome.step, SCORE.value)
+    score_valid(workdir, backend, outcome.step, SCORE.value)
 
 
 if __name__ == "__main__":

@@ -108,11 +108,14 @@ def evaluate(
     return result
 
 
-def score_valid(workdir: Path, backend: Backend, step: int, out: Path) -> None:
-    """Scores all of the valid split by the checkpoint of a step; the result goes into `out` and is kept in the workdir.
+def score_valid(workdir: Path, backend: Backend, step: int, out: Path | None) -> None:
+    """Scores all of the valid split by the checkpoint of a step; the result goes into `out`, and is kept in the
+    workdir. None: nothing is to be scored.
 
     Raises ValueError, in one line, where several processes have trained: an evaluation is one process.
     """
+    if out is None:
+        return
     if jax.process_count() > 1:
         remedy = f"leave it out, and run launch/evaluate.py --workdir={quoted(workdir)} afterwards"
         raise ValueError(f"--score must be left to one process, and {jax.process_count()} have trained; {remedy}")

@@ -24,7 +24,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import rich.box
 import rich.table
 
@@ -45,15 +44,15 @@ from tale_jax.planning.autotune import (
 )
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.scaling_law import Bootstrap, KnownLaw, LossLaw, Rung, default_law, law_file, save_law
-from tale_jax.runs.evaluate import evaluate
-from tale_jax.runs.experiment import open_experiment
+from tale_jax.runs.engines.jobs import End, Engine, Job, Resources, last_line, make_engine, make_job
 from tale_jax.runs.plots import compact, plot_ladder
 from tale_jax.runs.records import read_metrics
-from tale_jax.runs.train import train
 from tale_jax.utils.files import json_line, json_object, write_atomically
 from tale_jax.utils.format import format_duration
 from tale_jax.utils.locks import writer_lock
+from tale_jax.utils.progress import Progress
 from tale_jax.utils.settings import mistake
+from tale_jax.utils.signals import StopSignals
 from tale_jax.utils.streams import notice, say, table_console
 
 # Share of the time of the largest rung, and which sizes: the one that looks best (0), the next larger or smaller one.
@@ -98,6 +97,7 @@ class _Context:
     prepared: Prepared
     backend: Backend
     overrides: Collection[str]
+    engine: Engine
 
     @property
     def text(self) -> Any:
@@ -126,6 +126,7 @@ def run_ladder(
     share: float = 0.15,
     check: bool = False,
     overrides: Collection[str] = (),
+    engine: Engine | None = None,
 ) -> Ladder | int:
     """Trains what is missing of a ladder and says what follows from it; or the number of the signal that stopped it.
 
@@ -136,6 +137,7 @@ def run_ladder(
       share: of these minutes, that the rungs may take.
       check: whether a run of eight times the largest rung is trained and compared with its prediction.
       overrides: dotted names of settings that the user gave, which are left alone.
+      engine: where the rungs are trained; None: on this machine, one after the other.
 
     Raises:
       ValueError: one line, for minutes that are too few for rungs, a size or length that the user gave, or another
@@ -150,13 +152,10 @@ def run_ladder(
         raise ValueError(f"minutes={minutes:g} must be above 0; try --minutes=480")
     config = change(config, {"minutes": float(minutes), "total_steps": 0, "passes": 1.0})
     with writer_lock(out, "ladder", lambda folder: list(folder.glob("plan.json"))):
-        context, plan = _plan(config, out, backend, share, overrides)
-        results = {}
-        for number, (name, rung) in enumerate(plan["rungs"].items(), 1):
-            result = _run(context, name, rung, f"rung {number} of {len(plan['rungs'])}")
-            if isinstance(result, int):
-                return result
-            results[name] = result
+        context, plan = _plan(config, out, backend, share, overrides, engine or make_engine("local", Resources()))
+        results = _run(context, plan["rungs"])
+        if isinstance(results, int):
+            return results
         rungs = {name: context.rung_of(result) for name, result in results.items()}
         laws = Bootstrap(list(rungs.values()))
         for name, result in results.items():
@@ -185,7 +184,7 @@ def run_ladder(
 
 
 def _plan(
-    config: Config, out: Path, backend: Backend, share: float, overrides: Collection[str]
+    config: Config, out: Path, backend: Backend, share: float, overrides: Collection[str], engine: Engine
 ) -> tuple[_Context, dict[str, Any]]:
     """What the rungs share, and which they are: decided once, so that a ladder goes on as it began."""
     wanted = {"minutes": config.minutes, "share": share, "settings": dict(leaves(config))}
@@ -195,11 +194,11 @@ def _plan(
         if differing := [name for name in wanted if plan.get(name) != wanted[name]]:
             raise ValueError(f"out={out} holds a ladder of other {differing[0]}; give another --out")
         config = change(config, {"tokenizer.vocab_size": plan["vocab_size"]})
-        return _Context(config, out, prepare(config, text), backend, overrides), plan
+        return _Context(config, out, prepare(config, text), backend, overrides, engine), plan
     if "tokenizer.vocab_size" not in overrides:
         config, reason = with_vocab_size(config, text)
         notice(reason)
-    context = _Context(config, out, prepare(config, text), backend, overrides)
+    context = _Context(config, out, prepare(config, text), backend, overrides, engine)
     timed = change(config, shape_settings(*SHAPES[0]) | {"total_steps": MIN_STEPS})
     cost = measure_cost(timed, backend, choose_precision(backend, config.precision)[0])
     if cost is None:
@@ -242,22 +241,55 @@ def _best_sizes(
     return chosen
 
 
-def _run(context: _Context, name: str, rung: Mapping[str, Any], title: str) -> dict[str, Any] | int:
-    """What a rung reached; the signal that stopped it."""
-    workdir = context.out / "rungs" / name
-    finished = workdir / "rung.json"
-    if finished.is_file():
-        return json_object(finished.read_bytes(), finished, "remove it, and the rung is scored again")
+def _run(context: _Context, rungs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]] | int:
+    """What each rung reached, by its name; the signal that stopped them.
+
+    Raises ValueError, in one line, where one of them fails.
+    """
+    results, jobs, failures = {}, [], {}
+    for number, (name, rung) in enumerate(rungs.items(), 1):
+        workdir = context.out / "rungs" / name
+        finished = workdir / "rung.json"
+        if finished.is_file():
+            results[name] = json_object(finished.read_bytes(), finished, "remove it, and the rung is scored again")
+            continue
+        config = context.config_of(rung)
+        notice(
+            f"rung {number} of {len(rungs)}, {name}: {compact(num_weights(config))} weights, "
+            f"{config.total_steps:,} steps"
+        )
+        for folder in ("tokenizer", "windows"):
+            if not (workdir / folder).is_dir():
+                shutil.copytree(context.prepared.workdir / folder, workdir / folder, copy_function=_link)
+        job = make_job(name, config, dict.fromkeys(context.overrides), workdir, context.out)
+        if job.score.is_file():
+            results[name] = _reached(context, rung, job)
+        else:
+            jobs.append(job)
+    with StopSignals() as signals, Progress("rungs", total=len(jobs), unit="rungs", every_seconds=60.0) as progress:
+
+        def on_end(job: Job, end: End) -> None:
+            if job.score.is_file():
+                results[job.name] = _reached(context, rungs[job.name], job)
+                progress.print(f"{job.name}: {results[job.name]['bits_per_byte']:.4f} bits/byte")
+                progress.advance()
+            elif not signals.number:
+                failures[job.name] = f"{end.reason or 'no result'}: {last_line(job.log) or 'it said nothing'}"
+
+        context.engine.run(jobs, on_end, signals)
+    if signals.number:
+        return signals.number
+    for name, reason in failures.items():
+        log = context.out / "logs" / f"{name}.txt"
+        raise ValueError(f"rung {name} failed ({reason}); see {log}, and give the same command again to go on")
+    return {name: results[name] for name in rungs}
+
+
+def _reached(context: _Context, rung: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """What a rung reached that was trained and scored, which is kept in `rung.json`."""
+    scores = json_object(job.score.read_bytes(), job.score, "remove it, and the rung is scored again")
     config = context.config_of(rung)
-    notice(f"{title}: {compact(num_weights(config))} weights, {config.total_steps:,} steps")
-    for folder in ("tokenizer", "windows"):
-        if not (workdir / folder).is_dir():
-            shutil.copytree(context.prepared.workdir / folder, workdir / folder, copy_function=_link)
-    outcome = train(config, workdir, context.backend, context.overrides)
-    if outcome.signal:
-        return outcome.signal
-    scores = evaluate(open_experiment(workdir, context.backend, outcome.step), num_samples=0)
-    rates = [record["tokens_per_second"] for record in read_metrics(workdir)["train"]]
+    rates = [record["tokens_per_second"] for record in read_metrics(job.workdir)["train"]]
     tokens = config.total_steps * config.tokens_per_step
     result = dict(rung) | {
         "num_weights": num_weights(config),
@@ -266,8 +298,7 @@ def _run(context: _Context, name: str, rung: Mapping[str, Any], title: str) -> d
         "bits_per_byte": scores["bits_per_byte"],
         "seconds": tokens / statistics.median(rates),
     }
-    write_atomically(finished, json.dumps(result, indent=2) + "\n")
-    jax.clear_caches()  # the programs of the next size are others
+    write_atomically(job.workdir / "rung.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -312,8 +343,12 @@ def _answer(context: _Context, laws: Bootstrap) -> dict[str, Any]:
 def _check(context: _Context, plan: Mapping[str, Any], laws: Bootstrap) -> dict[str, Any] | int:
     """A run of eight times the largest rung, beside what was predicted of it; the signal that stopped it."""
     [rung] = _best_sizes(context, plan, CHECK_TIMES * plan["largest_seconds"], laws.law)
-    result = _run(context, _name(rung), rung, f"the run of {CHECK_TIMES:g} times the largest rung")
-    return result if isinstance(result, int) else _compared(_name(rung), context.rung_of(result), laws) | result
+    name = _name(rung)
+    notice(f"the run of {CHECK_TIMES:g} times the largest rung")
+    results = _run(context, {name: rung})
+    if isinstance(results, int):
+        return results
+    return _compared(name, context.rung_of(results[name]), laws) | results[name]
 
 
 def _keep(context: _Context, known: KnownLaw) -> None:

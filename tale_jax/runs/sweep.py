@@ -10,17 +10,19 @@ no other. The same command goes on with what is missing; with more values for th
 compared), and `logs/NAME.txt` (what each run has said).
 """
 
+import copy
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import math
+import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import rich.box
 import rich.table
 
@@ -157,7 +159,7 @@ def name_of(values: Mapping[str, Any]) -> str:
 
 
 def run_sweep(
-    recipe: ml_collections.ConfigDict,
+    recipe: Mapping[str, Any],
     sweeps: Sequence[str],
     out: Path,
     engine: Engine,
@@ -167,7 +169,7 @@ def run_sweep(
     """Trains what is missing of a sweep, and writes what all its runs have reached.
 
     Args:
-      recipe: the settings, with those that the user gave.
+      recipe: all settings, with those that the user gave.
       sweeps: as `parse_sweeps` reads them.
       out: folder of the sweep; it is made when missing.
       engine: where the runs are trained.
@@ -209,12 +211,14 @@ def run_sweep(
     return sweep
 
 
-def _config(recipe: ml_collections.ConfigDict, name: str, changes: Values, overrides: Collection[str]) -> Config:
+def _config(recipe: Mapping[str, Any], name: str, changes: Values, overrides: Collection[str]) -> Config:
     """The config of a run. Raises ValueError, in one line that names the run, for values that do not go together."""
-    config = ml_collections.ConfigDict(recipe).unlock()
-    config.update_from_flattened_dict(changes)
+    varied: Any = copy.deepcopy(dict(recipe))
+    for setting, value in changes.items():
+        *groups, last = setting.split(".")
+        functools.reduce(operator.getitem, groups, varied)[last] = value
     try:
-        built = Config.build(config, {*overrides, *changes})
+        built = Config.build(varied, {*overrides, *changes})
     except ValueError as error:
         raise ValueError(f"run {name}: {error}") from None
     if built.mesh.processes > 1:

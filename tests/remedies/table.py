@@ -428,6 +428,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "leave each rung {} steps": f"{LADDER}test_minutes_that_are_too_few_name_enough",
         "minutes; try --minutes={}": f"{LADDER}test_minutes_that_are_too_few_name_enough",
         "fit the smallest model into memory": f"{LADDER}test_a_model_that_fits_into_no_memory",
+        "give the same command again to go on": f"{LADDER}test_a_ladder_from_start_to_answer",
         "and the rung is scored again": f"{LADDER}test_a_ladder_from_start_to_answer",
     },
     "tale_jax/runs/experiment.py": {

@@ -12,10 +12,19 @@ from tale_jax.data.token_files import load_manifest
 from tale_jax.planning.autotune import StepCost
 from tale_jax.planning.scaling_law import LossLaw, known_law
 from tale_jax.runs import ladder as ladder_module
+from tale_jax.runs.engines.jobs import End
 from tale_jax.runs.ladder import Ladder, describe_ladder, run_ladder
 
 RECIPE = ["--config=configs/tales.py:tiny", "--config.precision=float32", "--config.batch_size=2"]
 SHORT = ["--config.model.seq_len=64", "--config.windows=stream", "--config.model.mask_documents=False"]
+
+
+class KillingEngine:
+    """Every run is killed before it has said anything."""
+
+    def run(self, jobs, on_end, signals):
+        for job in jobs:
+            on_end(job, End("signal 9"))
 
 
 def run_of(**changes):
@@ -76,12 +85,12 @@ def test_a_ladder_from_start_to_answer(tmp_path, monkeypatch, cpu):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "ladder"
     flags = [*RECIPE, *SHORT, f"--out={out}", "--minutes=6"]
-    # Planned as on a machine of known speed, and stopped before the first rung.
+    # Planned as on a machine of known speed, on an engine that fails.
     settings = {"precision": "float32", "batch_size": 2, "model.seq_len": 64, "windows": "stream"}
     monkeypatch.setattr(ladder_module, "measure_cost", lambda *_: StepCost(0.03, 1.0))
-    monkeypatch.setattr(ladder_module, "_run", lambda *_: signal.SIGTERM.value)
     config = build_config(**settings, **{"model.mask_documents": False})
-    assert run_ladder(config, out, cpu, minutes=6.0) == signal.SIGTERM
+    with pytest.raises(ValueError, match=r"^rung \d+x\d+-\d+ failed \(signal 9: it said nothing\); see .* to go on$"):
+        run_ladder(config, out, cpu, minutes=6.0, engine=KillingEngine())
     process = start_script("ladder", *flags, "--json")
     deadline = time.monotonic() + 300
     while not (list(out.glob("rungs/*/rung.json")) and list(out.glob("rungs/*/metrics.jsonl"))[1:]):

@@ -48,7 +48,7 @@ class NoEngine:
 def tiny(**changes):
     recipe = tales.get_config("tiny")
     recipe.update_from_flattened_dict(changes)
-    return recipe
+    return recipe.to_dict()
 
 
 def test_values_are_read_in_the_type_of_their_setting():

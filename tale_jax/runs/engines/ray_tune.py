@@ -160,6 +160,7 @@ class RayEngine:
                 name="trials",
                 storage_path=str(storage),
                 stop=_Stopper(signals),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a run has its own
                 callbacks=[_Teller({job.name: job for job in jobs}, on_end, signals)],
                 verbose=0,
             ),
