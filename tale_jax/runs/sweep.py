@@ -242,7 +242,7 @@ def _with_known_runs(
                 rule = f"be {format_value(value)} to go on with the sweep in {out}"
                 raise mistake(name, wanted[name], rule, f"set --config.{name}={value}, or give another --out")
         earlier = before["runs"]
-    known = earlier | runs
+    known = {**earlier, **runs}
     content = {"fields": fields, "settings": wanted, "runs": known}
     write_atomically(file, json.dumps(content, indent=2) + "\n")
     return known

@@ -46,7 +46,7 @@ class SlurmEngine:
         waiting, running = list(jobs), {}
         states = {number: self._state(number) for job in jobs if (number := _known_number(job))}
         for job in jobs:  # those that an earlier command has submitted
-            if (number := _known_number(job)) and states[number] and states[number][0] not in ENDED:
+            if (number := _known_number(job)) and (state := states[number]) and state[0] not in ENDED:
                 running[job] = number
                 waiting.remove(job)
         is_stopping = False
