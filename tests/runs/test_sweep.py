@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import tempfile
 import threading
 import time
 from contextlib import ExitStack
@@ -358,3 +359,37 @@ def test_a_sweep_that_is_stopped_goes_on_and_tells_what_failed(tmp_path):
     again = run_script("sweep", *flags, "--sweep=seed=1,0", "--sweep=tokenizer.vocab_size=512")
     assert again.returncode == 0 and "the best: " in again.stdout, again.stderr
     assert scores == {path: path.stat().st_mtime_ns for path in out.glob("runs/*/score.json")}
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_table_and_stops_runs_that_are_worse(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="make env EXTRAS=dev,ray installs it")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets have short names
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        tables = []
+        for engine in ("ray", "local"):
+            flags = [*FLAGS, *SHORT, f"--out={tmp_path / engine}", f"--engine={engine}", "--sweep=seed=0,1"]
+            if engine == "ray":
+                process = start_script("sweep", *flags)
+                deadline = time.monotonic() + 300
+                while not list(tmp_path.glob("ray/runs/*/metrics.jsonl")):
+                    assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+                    time.sleep(0.05)
+                process.send_signal(signal.SIGTERM)
+                _, stderr = process.communicate(timeout=120)
+                assert process.returncode == 143 and "Traceback" not in stderr, stderr
+            done = run_script("sweep", *flags, "--json")
+            assert done.returncode == 0, done.stderr
+            runs = json.loads(done.stdout.splitlines()[-1])["runs"]
+            tables.append([run | {"seconds": None} for run in runs])
+        assert tables[0] == tables[1] and len(tables[0]) == 2
+        long = ["--config.total_steps=90", "--config.evaluate.every_steps=5", f"--out={tmp_path / 'asha'}"]
+        rates = "--sweep=optimizer.learning_rate=3e-3,1e-5,2e-5,3e-5"
+        done = run_script("sweep", *FLAGS, *long, rates, "--engine=ray", "--stop_early", "--jobs=1", "--json")
+        assert done.returncode == 0, done.stderr
+        runs = json.loads(done.stdout.splitlines()[-1])["runs"]
+        assert runs[0]["values"] == {"optimizer.learning_rate": 3e-3} and runs[0]["state"] == "done"
+        assert {run["state"] for run in runs[1:]} == {"stopped early"}  # one at a time: each is worse than the first
+        assert all(10 <= run["steps"] < 90 for run in runs[1:])
