@@ -14,7 +14,8 @@ PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 DEMO := experiments/tales
 
-.PHONY: help env demo test test-slow test-faults test-core test-interop test-clients test-cluster lint readme-blocks clean
+.PHONY: help env demo test test-slow test-faults test-core interop-env test-interop test-clients test-cluster lint \
+	readme-blocks clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -45,12 +46,14 @@ test-core: env ## the quick tests without the launch scripts, for another set of
 	@$(PYTEST) --ignore=tests/launch --ignore=tests/test_house.py
 
 # llama.cpp is built from its sources, some ten minutes on two cores the first time.
-test-interop: ## exported and imported models beside transformers 4 and 5 and llama.cpp, in .venv-interop
+interop-env: ## the environment of test-interop, .venv-interop: transformers 4 and 5, PEFT, torch, llama.cpp
 	@python=$$(.ci/find-python 3.11) && VENV=.venv-interop PYTHON="$$python" EXTRAS=dev,eval,interop \
 	    CONSTRAINTS=.ci/constraints/interop.txt .ci/make-env
 	@.venv-interop/bin/python -m pip install -q --no-input --disable-pip-version-check --no-deps --upgrade \
 	    --target .venv-interop/transformers4 -r .ci/constraints/transformers4.txt
-	@.venv-interop/bin/python -m pytest -q -m interop $(PYTEST_ARGS) tests/interop
+
+test-interop: interop-env ## exported and imported models beside transformers 4 and 5, PEFT and llama.cpp
+	@.venv-interop/bin/python -m pytest -q -n $(JOBS) --dist loadfile -m interop $(PYTEST_ARGS) tests/interop
 
 test-clients: ## the server with OpenAI's client, schemathesis and, where it is on PATH, Chromium, in .venv-clients
 	@EXTRAS=dev,clients VENV=.venv-clients PYTHON='$(PYTHON)' .ci/make-env

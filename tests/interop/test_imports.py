@@ -1,4 +1,4 @@
-"""Models as people bring them, made by transformers: the same logits here.
+"""Models as people bring them, made by transformers: the same logits here, and an adapter of ours on them in PEFT.
 
 The shapes are those of the published models, with fewer layers and tokens, so that they are made in seconds.
 """
@@ -17,8 +17,12 @@ from interchange import (
     our_tokenizer,
 )
 
-from tale_jax.convert.formats import export_model, import_model
+from configs import finetune
+from tale_jax.config import Config
+from tale_jax.convert.formats import export_model, import_base, import_model, with_base
+from tale_jax.data.tales import grammar
 from tale_jax.runs.experiment import open_experiment
+from tale_jax.runs.train import train
 
 pytestmark = pytest.mark.interop
 SMOLLM2 = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
@@ -93,3 +97,30 @@ def test_a_model_made_elsewhere_has_the_same_logits_here(made, tmp_path, cpu, na
     row = {"max": float(difference.max()), "mean": float(difference.mean()), "largest": float(abs(theirs).max())}
     table("imported logits", transformers=version, model=name, **row)
     assert difference.max() < 1e-4 and abs(theirs).max() > 0.5
+
+
+def test_an_adapter_trained_here_on_their_model_is_theirs(made, tmp_path, cpu, table):
+    """The way of a user: a folder from elsewhere, LoRA on own text, and PEFT on the same folder."""
+    pytest.importorskip("peft", reason="needs the interop extra: make test-interop")
+    version, models = made
+    folder, ids, _ = models["SmolLM2-135M"]
+    text = tmp_path / "new.txt"
+    text.write_text("\n\n".join(grammar.tell(index, "train", 7).text for index in range(80)))
+    values = finetune.get_config("lora")
+    values.update_from_flattened_dict(
+        {"base": str(folder), "corpus.path": str(text), "total_steps": 4, "batch_size": 2, "evaluate.max_windows": 2}
+        | {"model.seq_len": 64, "sample.num_samples": 1, "sample.max_tokens": 4, "precision": "float32"}
+        | {"lora.alpha": 64.0, "optimizer.learning_rate": 1e-2}
+    )
+    workdir = tmp_path / "run"
+    config = with_base(Config.build(values), workdir, {"model.seq_len"})
+    import_base(config, workdir)
+    train(config, workdir, cpu)
+    experiment = open_experiment(workdir, cpu)
+    export_model(experiment, "peft", tmp_path / "adapter")
+    request = {"folder": str(folder), "adapter": str(tmp_path / "adapter"), "ids": ids}
+    [found] = ask_transformers(version, [request], tmp_path)["answers"]
+    ours, base = logits_of(experiment, ids), np.array(models["SmolLM2-135M"][2]["logits"])
+    difference, moved = abs(ours - np.array(found["logits"])), abs(ours - base)
+    table("their model with our adapter, in PEFT", transformers=version, max=float(difference.max()))
+    assert difference.max() < 1e-4 and moved.max() > 0.05
