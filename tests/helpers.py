@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -145,6 +146,13 @@ def local_tasks(folder: Path, texts: Sequence[str], choices: Sequence[dict[str, 
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (folder / "choices.jsonl").write_text("".join(json.dumps(choice) + "\n" for choice in choices))
     return folder
+
+
+def free_address() -> str:
+    """HOST:PORT of this machine, where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def start_script(name: str, *flags: str, cwd: Path = ROOT, devices: int = 1) -> subprocess.Popen:

@@ -5,18 +5,12 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, assert_trees_equal, build_config
+from helpers import assert_trees_equal, build_config
 
 from tale_jax.data import loader
 from tale_jax.evaluation.scoring import Evaluation, Scorer
@@ -263,7 +257,7 @@ def test_a_run_on_a_stream_scores_no_training_text(tmp_path, cpu):
     assert "train_nats_per_token" not in read_metrics(tmp_path)["valid"][-1]
 
 
-# Several devices, and several processes.
+# Several devices. Several processes: test_processes.py.
 
 # Dropout depends on the order of rows in a batch; with a tiny eps Adam divides rounding noise by itself.
 WITHOUT_NOISE = {"model.dropout": 0.0, "optimizer.eps": 1e-4}
@@ -283,93 +277,3 @@ def test_devices_share_a_run_and_change_no_number(straight, tmp_path, cpu):
         assert record["tokens"] == other["tokens"]
     one, other = ((tmp_path / name / "samples.jsonl").read_text() for name in ("one", "four"))
     assert one == other
-
-
-WORKER = """
-import json, sys
-from pathlib import Path
-import jax
-port, index, workdir, settings = sys.argv[1:]
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
-from helpers import build_config
-from tale_jax.hardware.backend import start_backend
-from tale_jax.runs.train import train
-backend = start_backend("cpu")
-assert (len(backend.devices), len(jax.local_devices())) == (2, 1)
-try:
-    outcome = train(build_config(**json.loads(settings)), Path(workdir), backend)
-    print(json.dumps([outcome.step, outcome.signal]))
-except ValueError as error:
-    print(json.dumps(str(error)))
-"""
-
-
-@contextmanager
-def two_processes(workdir, **settings):
-    """Two processes of one device each that train together; whatever happens, they are gone at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = [sys.executable, "-c", WORKER, str(port)]
-    with ExitStack() as stack:
-        processes = []
-        for index in range(2):
-            arguments = [*command, str(index), str(workdir), json.dumps(settings)]
-            processes.append(stack.enter_context(subprocess.Popen(arguments, env=env, text=True, **pipes)))
-            stack.callback(processes[-1].kill)
-        yield processes
-
-
-def results(processes):
-    """What each printed last."""
-    with ThreadPoolExecutor() as pool:  # one that is not read from may wait for its pipe, and the other for it
-        ends = list(pool.map(lambda process: process.communicate(timeout=300), processes))
-    assert [process.returncode for process in processes] == [0, 0], ends
-    return [json.loads(stdout.splitlines()[-1]) for stdout, _ in ends]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [1, 2])
-def test_two_processes_train_as_one(tmp_path, cpu, fsdp):
-    settings = SMALL | WITHOUT_NOISE | {"micro_batch_size": 2, "evaluate.batch_size": 3}
-    train(build_config(**settings), tmp_path / "one", cpu)
-    with two_processes(tmp_path / "two", **settings, **{"mesh.fsdp": fsdp}) as processes:
-        assert results(processes) == [[20, 0], [20, 0]]
-    assert_same_losses(tmp_path / "two", tmp_path / "one", rtol=1e-6)
-    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    kinds = [(record["kind"], record["step"]) for record in lines]
-    assert len(kinds) == len(set(kinds)) == 1 + 20 + 2
-    one, two = (read_metrics(tmp_path / name)["valid"] for name in ("one", "two"))
-    assert [r["nats_per_token"] for r in two] == pytest.approx([r["nats_per_token"] for r in one], rel=1e-6)
-    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "two")]
-    assert samples[0] == samples[1] and len(samples[0].splitlines()) == 2
-    log = (tmp_path / "two" / "log.txt").read_text()
-    assert log.count("step 20: validation") == log.count("plan: peak memory") == 1
-    config = json.loads((tmp_path / "two" / "config.json").read_text())
-    assert config["total_steps"] == 20 and config["mesh"]["fsdp"] == fsdp
-    opened = [open_experiment(tmp_path / name, cpu).params for name in ("one", "two")]
-    jax.tree_util.tree_map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *opened)
-    longer = build_config(**settings | {"total_steps": 22})
-    assert train(longer, tmp_path / "two", cpu).step == 22  # one process goes on with what two began
-
-
-@pytest.mark.slow
-def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
-    with two_processes(tmp_path, **SMALL, total_steps=100_000) as processes:
-        end = time.monotonic() + 240
-        while time.monotonic() < end and len(read_metrics(tmp_path).get("train", ())) < 4:
-            time.sleep(0.2)
-        processes[1].send_signal(signal.SIGTERM)
-        (step, number), other = results(processes)
-    assert other == [step, number] and number == signal.SIGTERM
-    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == step == max(losses(tmp_path))
-
-
-@pytest.mark.slow
-def test_a_mistake_that_one_process_finds_ends_both(straight):
-    with two_processes(straight, **SMALL | {"model.num_heads": 4}) as processes:
-        errors = results(processes)
-    assert errors[0] == errors[1] and errors[0].startswith("model.num_heads=4 must be 2 to go on")
