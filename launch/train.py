@@ -46,7 +46,7 @@ def main(_: list[str]) -> None:
     from tale_jax.utils.streams import say
 
     config = with_base(config, workdir, given)
-    with joined(config.mesh.processes, workdir, find_place(ADDRESS.value, COUNT.value, INDEX.value)) as is_main:
+    with joined(config.mesh, workdir, find_place(ADDRESS.value, COUNT.value, INDEX.value)) as is_main:
         backend = start_backend(config.backend.platform)
         from_main_process(lambda: import_base(config, workdir))
         outcome = train(config, workdir, backend, given, START_TIME)

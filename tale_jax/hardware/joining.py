@@ -1,6 +1,6 @@
 """How the processes of a run find one another, and how they end together.
 
-    with joined(config.mesh.processes, workdir, Place(...)):
+    with joined(config.mesh, workdir, Place(...)):
         ...                                   # `jax.distributed` is started, where there are several
 
 Which process this is, and where the others are, is known from flags, from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 import jax
 from jax._src import clusters, distributed  # how JAX finds launchers has no public name without joining at once
 
+from tale_jax.config import MeshConfig
 from tale_jax.hardware.coordinator import Coordinator
 from tale_jax.hardware.distributed import wait_for_processes
 from tale_jax.utils.manifests import MANIFEST
@@ -156,20 +157,20 @@ def check_count(wanted: int, place: Place | None, environ: Mapping[str, str] = o
 
 
 @contextmanager
-def joined(wanted: int, workdir: Path, place: Place | None) -> Iterator[bool]:
+def joined(mesh: MeshConfig, workdir: Path, place: Place | None) -> Iterator[bool]:
     """Inside it the processes of a run are connected (where `place` says that there are several), and end together.
 
     Call it before anything starts a backend of JAX. It yields whether this process tells of the results.
 
     Args:
-      wanted: how many there must be, as `mesh.processes` says; 0: as many as there are.
+      mesh: its `processes` says how many there must be; 0: as many as there are.
       workdir: whose last checkpoint is named when a process is lost.
       place: of `find_place`.
 
     Raises:
       ValueError: one line, when there are not so many.
     """
-    check_count(wanted, place)
+    check_count(mesh.processes, place)
     if place is None or place.count == 1:
         yield True
         return
