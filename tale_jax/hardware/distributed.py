@@ -73,7 +73,7 @@ def check_alike(settings: Mapping[str, Any]) -> None:
         for name, value in theirs.items():
             if value != (first := found[0].get(name)):
                 rule = f"be {format_value(first)} on process {index}, too, as on process 0"
-                raise mistake(name, value, rule, "start all processes with the same flags")
+                raise mistake(name, value, rule, "start all processes with the same flags and as many devices")
 
 
 def wait_for_processes() -> None:

@@ -125,7 +125,8 @@ def train(
       OSError: the workdir cannot be written, or its disk is full; older checkpoints are intact.
     """
     check_extras(config.metrics)
-    check_alike({"workdir": str(workdir)} | {name: value for name, value, _ in iter_settings(config)})
+    own = {"workdir": str(workdir), "local_devices": jax.local_device_count()}
+    check_alike(own | {name: value for name, value, _ in iter_settings(config)})
     start_time, note = start_time or time.monotonic(), ""
     was_prepared = (workdir / "windows" / f"{SPLITS[-1]}.json").is_file()
     _check_base(config)

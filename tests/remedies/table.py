@@ -115,7 +115,7 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "must have a port that is free": f"{JOINING}test_a_port_that_is_taken_is_named_and_another_one_serves",
     },
     "tale_jax/hardware/distributed.py": {
-        "start all processes with the same flags": f"{PROCESSES}test_other_flags_on_a_process_are_refused_in_one_line",
+        "start all processes with the same flags": f"{PROCESSES}test_mistakes_are_told_in_one_line_by_all_processes",
     },
     "tale_jax/hardware/joining.py": {
         "launcher's processes are not found": f"{JOINING}test_a_launcher_that_is_not_understood_is_done_without",
@@ -128,7 +128,9 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "SLURM_NTASKS={} tasks": JOBS,
         "JOB_COMPLETION_INDEX={} says": JOBS,
         "not all of the {} processes": f"{PROCESSES}test_a_process_that_does_not_come_is_an_error_within_a_minute",
-        "the same command goes on from there": (f"{PROCESSES}test_a_process_that_is_killed_ends_the_other_in_one_line"),
+        "the same command goes on from there": (
+            "tests/faults/test_lost_processes.py::test_a_process_that_is_killed_ends_the_other_in_one_line"
+        ),
     },
     "tale_jax/inference/chat.py": {
         "in the encoding of the terminal": (

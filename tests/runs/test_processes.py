@@ -18,14 +18,15 @@ TINY = ("--config=configs/tales.py:tiny", "--config.precision=float32", "--confi
 
 @contextmanager
 def processes(workdir, count, *flags, start=None, devices=1, own=(), recipe=TINY):
-    """`start` of `count` processes (None: all) of so many devices that train together, process i with the flags own[i]
-    too; whatever happens, they are gone at the end."""
+    """`start` of `count` processes (None: all) of so many devices (each, or one by one) that train together, process i
+    with the flags own[i] too; whatever happens, they are gone at the end."""
+    counts = [devices] * count if isinstance(devices, int) else devices
     with ExitStack() as stack:
         started, address = [], f"--coordinator_address={free_address()}"
         for index in range(count if start is None else start):
             place = (address, f"--num_processes={count}", f"--process_id={index}")
             more = (*flags, *own[index : index + 1])
-            process = start_script("train", *recipe, f"--workdir={workdir}", *place, *more, devices=devices)
+            process = start_script("train", *recipe, f"--workdir={workdir}", *place, *more, devices=counts[index])
             started.append(stack.enter_context(process))  # its pipes are closed at the end
             stack.callback(started[-1].kill)
         yield started
@@ -109,10 +110,12 @@ def test_a_run_goes_on_over_any_processes_and_devices(tmp_path):
 
 
 def test_mistakes_are_told_in_one_line_by_all_processes(tmp_path):
-    """Flags that differ between them; and what one of them finds out for all."""
-    refused = "seed=1 must be 0 on process 1, too, as on process 0; start all processes with the same flags"
+    """Flags or devices that differ between them; and what one of them finds out for all."""
+    alike = "on process 1, too, as on process 0; start all processes with the same flags and as many devices"
+    with processes(tmp_path, 2, devices=(1, 2)) as started:
+        assert_ended_by(f"error: local_devices=2 must be 1 {alike}", started)
     with processes(tmp_path, 2, own=("--config.seed=0", "--config.seed=1")) as started:
-        assert_ended_by(f"error: {refused}", started)
+        assert_ended_by(f"error: seed=1 must be 0 {alike}", started)
     assert not (tmp_path / "config.json").exists()
     assert run_script("train", *TINY, *RARE, "--config.total_steps=2", f"--workdir={tmp_path}").returncode == 0
     with processes(tmp_path, 2, *RARE, "--config.total_steps=2", "--config.model.num_heads=1") as started:
