@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import hashlib
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -104,6 +105,23 @@ def prepare(config: Config, workdir: Path, log: Path | None = None) -> Prepared:
         with _disk_errors_explained(workdir):
             held.enter_context(writer_lock(workdir, "prepare", of_worth))
         return _prepare(config, workdir, log)
+
+
+def link_prepared(source: Path, workdir: Path) -> None:
+    """Gives a workdir the tokenizer and the token files of another; what it has of them stays.
+
+    They are the same files under two names, or copies where the file system has no such links: nobody writes to them.
+    """
+    for folder in ("tokenizer", "windows"):
+        if not (workdir / folder).is_dir():
+            shutil.copytree(source / folder, workdir / folder, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _present(workdir: Path) -> list[str]:

@@ -16,8 +16,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import shutil
 import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -28,7 +26,7 @@ import rich.box
 import rich.table
 
 from tale_jax.config import Config, change, leaves
-from tale_jax.data.prepare import Prepared, prepare, with_vocab_size
+from tale_jax.data.prepare import Prepared, link_prepared, prepare, with_vocab_size
 from tale_jax.hardware.backend import Backend
 from tale_jax.planning.autotune import (
     MIN_STEPS,
@@ -258,9 +256,7 @@ def _run(context: _Context, rungs: Mapping[str, Mapping[str, Any]]) -> dict[str,
             f"rung {number} of {len(rungs)}, {name}: {compact(num_weights(config))} weights, "
             f"{config.total_steps:,} steps"
         )
-        for folder in ("tokenizer", "windows"):
-            if not (workdir / folder).is_dir():
-                shutil.copytree(context.prepared.workdir / folder, workdir / folder, copy_function=_link)
+        link_prepared(context.prepared.workdir, workdir)
         job = make_job(name, config, dict.fromkeys(context.overrides), workdir, context.out)
         if job.score.is_file():
             results[name] = _reached(context, rung, job)
@@ -361,14 +357,6 @@ def _keep(context: _Context, known: KnownLaw) -> None:
 
 def _name(rung: Mapping[str, Any]) -> str:
     return "{num_layers}x{embed_dim}-{total_steps}".format(**rung)
-
-
-def _link(source: str, target: str) -> None:
-    """One file under two names; a copy where the file system has no such links. Neither is written to later."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def describe_ladder(ladder: Ladder) -> str:

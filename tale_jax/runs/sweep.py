@@ -6,10 +6,11 @@ Each combination of values is a run, and has a workdir of its own, `out/runs/NAM
 processes of their own (`launch/train.py`), which an engine starts (`engines/jobs.py`). One that fails is told and stops
 no other. The same command goes on with what is missing; with more values for the same settings, the sweep grows.
 
-`out` holds `sweep.json` (what was asked for), `results.json` and `results.md` (the table), `report.html` (the runs
-compared), and `logs/NAME.txt` (what each run has said).
+`out` holds `sweep.json` (what was asked for), `text/` (what several runs read, prepared once), `results.json` and
+`results.md` (the table), `report.html` (the runs compared), and `logs/NAME.txt` (what each run has said).
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -20,6 +21,7 @@ import math
 import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import rich.box
 import rich.table
 
 from tale_jax.config import Config, advice, leaves, settings
+from tale_jax.data.prepare import link_prepared, prepare
 from tale_jax.runs.engines.jobs import SCORE_FILE, End, Engine, Job, last_line, make_job
 from tale_jax.runs.records import read_run
 from tale_jax.runs.report import session_seconds, write_report
@@ -186,8 +189,11 @@ def run_sweep(
     wanted = {name: value for name, value in leaves(Config.build(recipe, overrides)) if name not in values}
     derived = {name for name, value in wanted.items() if any(dict(leaves(c))[name] != value for c in configs.values())}
     wanted = {name: value for name, value in wanted.items() if name not in derived}
-    with writer_lock(out, "sweep", lambda folder: list(folder.glob("sweep.json"))), StopSignals() as signals:
+    with ExitStack() as held:
+        held.enter_context(writer_lock(out, "sweep", lambda folder: list(folder.glob("sweep.json"))))
         known = _with_known_runs(out, wanted, tuple(values), runs)
+        _share_text(configs, out)
+        signals = held.enter_context(StopSignals())
         given = dict.fromkeys([*overrides, *values])
         jobs = [make_job(name, config, given, _workdir(out, name), out) for name, config in configs.items()]
         jobs = [job for job in jobs if not _is_over(job.workdir, stop_early)]
@@ -246,6 +252,24 @@ def _with_known_runs(
     content = {"fields": fields, "settings": wanted, "runs": known}
     write_atomically(file, json.dumps(content, indent=2) + "\n")
     return known
+
+
+def _share_text(configs: Mapping[str, Config], out: Path) -> None:
+    """Prepares each text that several runs read once for all of them. A text that cannot be used is left to its runs,
+    which say why, and stop no other."""
+    alike: dict[str, list[str]] = {}
+    for name, config in configs.items():
+        if not config.minutes and not config.base:  # their vocabulary is decided by the run
+            used = {field: value for field, value in leaves(config) if field.startswith(("corpus.", "tokenizer."))}
+            key = digest_of(used | {"seed": config.seed, "seq_len": config.model.seq_len})
+            alike.setdefault(key, []).append(name)
+    for key, names in alike.items():
+        new = [name for name in names if not _workdir(out, name).is_dir()]
+        if len(names) > 1 and new:
+            with contextlib.suppress(ValueError, OSError):
+                text = prepare(configs[new[0]], out / "text" / key[:12])
+                for name in new:
+                    link_prepared(text.workdir, _workdir(out, name))
 
 
 def _workdir(out: Path, name: str) -> Path:

@@ -150,6 +150,17 @@ def test_what_follows_from_a_varied_setting_is_not_another_sweep(tmp_path):
     assert settings["micro_batch_size"] == settings["evaluate"]["batch_size"] == settings["batch_size"] == 16
 
 
+def test_a_text_that_several_runs_read_is_prepared_once(tmp_path):
+    few = {f"corpus.num_{split}_tales": 40 for split in ("train", "valid", "test")}
+    sweeps = ["optimizer.learning_rate=1e-3,2e-3", "tokenizer.vocab_size=400,100000"]  # not so many words in this text
+    run_sweep(tiny(**few), sweeps, tmp_path, NoEngine())
+    files = list(tmp_path.glob("runs/*/windows/train.bin"))
+    assert len(files) == 2 and files[0].samefile(files[1])
+    grown = [sweeps[0] + ",3e-3", sweeps[1]]
+    run_sweep(tiny(**few), grown, tmp_path, NoEngine())
+    assert files[0].stat().st_nlink == 4  # that of the folder `text` among them
+
+
 RESULTS = (
     Result("seed=1", {"seed": 1}, "done", 1.25, 2.5, 20, 16640, 61.0),
     Result("seed=0", {"seed": 0}, "failed", None, None, 0, 0, None, "exit code 2: error: a | b"),
