@@ -37,7 +37,7 @@ test: lint ## ruff, pyright and the quick tests
 	@$(PYTEST)
 
 test-slow: env ## the tests that take longer
-	@$(PYTEST) -m 'slow and not hub and not faults'
+	@$(PYTEST) -m 'slow and not hub and not faults and not cluster'
 
 test-faults: env ## kills, signals and damage, with real processes (FAULTS=5: 50 kills, 200 corruptions)
 	@$(PYTEST) -m faults tests/faults
@@ -62,7 +62,7 @@ test-clients: ## the server with OpenAI's client, schemathesis and, where it is 
 # As root, with Debian's slurm-wlm, munge, openmpi-bin, openssh-server, iproute2 and shellcheck; what is missing is skipped.
 test-cluster: ## launch/cluster with real Slurm, Open MPI and Ray, and the manifests of Kubernetes, in .venv-cluster
 	@EXTRAS=dev,ray,cluster VENV=.venv-cluster PYTHON='$(PYTHON)' .ci/make-env
-	@.venv-cluster/bin/python -m pytest -q -m cluster $(PYTEST_ARGS) tests/cluster
+	@.venv-cluster/bin/python -m pytest -q -m cluster $(PYTEST_ARGS) tests/cluster tests/runs/test_processes.py
 
 lint: env ## ruff and pyright
 	@$(PY) -m ruff check .
