@@ -5,6 +5,7 @@ one line of JSON for each: what each reader said, and whether anything of the fo
 """
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import json
@@ -56,7 +57,8 @@ def mutate_json(text: str, rng: random.Random) -> str:
         return rng.choice([deep(rng), "", "null", "[]", "{}", "\ufeff{}", "1" * 10_000, '"', text + text, text[:-3]])
     try:
         value = json.loads(text)
-    except ValueError:
+        list(places(value))
+    except (ValueError, RecursionError):  # by an earlier change
         return text + "}"
     for _ in range(rng.choice([1, 1, 2, 5])):
         found = list(places(value))
@@ -71,7 +73,7 @@ def mutate_json(text: str, rng: random.Random) -> str:
         elif action == 2 and isinstance(container, dict):
             container[rng.choice(["new", "__class__", *NAMES])] = rng.choice(NUMBERS)
         else:
-            container[key] = rng.choice([*NUMBERS, *NAMES, *OTHERS])
+            container[key] = copy.deepcopy(rng.choice([*NUMBERS, *NAMES, *OTHERS]))
     return json.dumps(value)
 
 
@@ -198,7 +200,7 @@ def mutate(workdir: Path, rng: random.Random, secret: Path, canary: Path) -> str
     done = []
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         entries = sorted(path for path in workdir.rglob("*") if not path.is_symlink())
-        files = [path for path in entries if path.is_file() and path.suffix != ".bin" and path.stat().st_size]
+        files = [path for path in entries if path.is_file() and path.suffix != ".bin" and 0 < path.stat().st_size < 1 << 24]
         action = rng.random()
         if action < 0.15:
             path = rng.choice(entries)
@@ -214,7 +216,8 @@ def mutate(workdir: Path, rng: random.Random, secret: Path, canary: Path) -> str
             path = rng.choice([path for path in files if path.parent == folder])
             content = path.read_bytes()
             if content[:1] in b"{[" and rng.random() < 0.85:
-                lines = content.decode(errors="replace").splitlines() if path.suffix == ".jsonl" else [content.decode()]
+                text = content.decode(errors="replace")  # an earlier change may have met a character midway
+                lines = text.splitlines() if path.suffix == ".jsonl" else [text]
                 number = rng.randrange(len(lines))
                 lines[number] = mutate_json(lines[number], rng)
                 path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
