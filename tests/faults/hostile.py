@@ -200,7 +200,8 @@ def mutate(workdir: Path, rng: random.Random, secret: Path, canary: Path) -> str
     done = []
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         entries = sorted(path for path in workdir.rglob("*") if not path.is_symlink())
-        files = [path for path in entries if path.is_file() and path.suffix != ".bin" and 0 < path.stat().st_size < 1 << 24]
+        files = [path for path in entries if path.is_file() and path.suffix != ".bin"]
+        files = [path for path in files if 0 < path.stat().st_size < 1 << 24]
         action = rng.random()
         if action < 0.15:
             path = rng.choice(entries)
