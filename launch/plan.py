@@ -3,6 +3,7 @@
 python launch/plan.py --config=configs/m2_air.py --memory=8GB
 python launch/plan.py --config=configs/m2_air.py --memory=8GB --mac
 python launch/plan.py --config=configs/tales.py --json
+python launch/plan.py --config=configs/gpt2.py --devices=8 --config.mesh.fsdp=8
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under `python -P`
+import device_plan
 from cli import define_path, overrides, run
 from absl import flags
 from ml_collections import config_flags
@@ -23,6 +25,7 @@ MEASURE = flags.DEFINE_bool("measure", False, "calibrate the run, and compare wh
 TABLE = flags.DEFINE_bool("table", False, "calibrate twelve runs around this one, and compare each with its plan")
 JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 flags.mark_flag_as_required("config")
+flags.adopt_module_key_flags(device_plan)
 
 
 def main(_: list[str]) -> None:
@@ -34,21 +37,19 @@ def main(_: list[str]) -> None:
     from tale_jax.utils.format import parse_bytes
 
     config = with_base(Config.build(CONFIG.value, overrides("config")), WORKDIR.value, overrides("config"))
+    memory = parse_bytes(MEMORY.value)
+    if device_plan.DEVICES.value:
+        return device_plan.tell_device_plan(config, memory, WORKDIR.value, JSON.value)
     backend = start_backend(config.backend.platform)
     if TABLE.value:
-        runs = calibrate.calibration_configs(config).items()
-        return calibrate.print_calibrations({name: calibrate.calibrate(run, backend.platform) for name, run in runs})
-    memory = parse_bytes(MEMORY.value)
-    if MAC.value:
-        made = plan.make_mac_plan(config, backend, WORKDIR.value, memory)
-    else:
-        made = plan.make_plan(config, backend, WORKDIR.value, memory, TIME.value)
+        return calibrate.tell_calibrations(config, backend.platform)
+    given = config, backend, WORKDIR.value, memory
+    made = plan.make_mac_plan(*given) if MAC.value else plan.make_plan(*given, TIME.value)
     result = dataclasses.asdict(made)
     if not JSON.value:
         plan.print_plan(made)
     if MEASURE.value:
-        result["calibration"] = calibrate.calibrate(config, backend.platform)
-        calibrate.print_calibrations({"this run": result["calibration"]})
+        result |= calibrate.tell_calibration(config, backend.platform)
     if JSON.value:
         print(json_line(result))
 

@@ -37,7 +37,13 @@ BATCH_PARTITION = PartitionSpec(("data", "fsdp"))
 
 def make_mesh(config: Config, devices: Sequence[Any]) -> Mesh:
     """The mesh over `devices`. Raises ValueError for axes that do not use them all, or do not divide a size."""
-    count, axes = len(devices), config.mesh
+    sizes = mesh_sizes(config, len(devices))
+    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def mesh_sizes(config: Config, count: int) -> dict[str, int]:
+    """How many devices each axis has, of the mesh of `count` devices. Raises ValueError as `make_mesh` does."""
+    axes = config.mesh
     data = axes.data or max(1, count // (axes.fsdp * axes.tensor))
     if data * axes.fsdp * axes.tensor != count:
         tensor = f"mesh.tensor={axes.tensor} times " if axes.tensor > 1 else ""
@@ -55,7 +61,7 @@ def make_mesh(config: Config, devices: Sequence[Any]) -> Mesh:
             f"micro_batch_size={config.micro_batch_size} must be divisible by the number of {sharing}; "
             f"try {_divisible_batch(config, rows)}"
         )
-    return Mesh(np.asarray(devices).reshape(data, axes.fsdp, axes.tensor), ("data", "fsdp", "tensor"))
+    return {"data": data, "fsdp": axes.fsdp, "tensor": axes.tensor}
 
 
 def _split_sizes(config: Config) -> list[tuple[str, str, int]]:

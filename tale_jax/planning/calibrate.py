@@ -94,6 +94,18 @@ def calibration_configs(config: Config) -> dict[str, Config]:
     return configs
 
 
+def tell_calibration(config: Config, platform: str) -> dict[str, Any]:
+    """Calibrates a run and prints the result, which is returned as `calibration`."""
+    found = calibrate(config, platform)
+    print_calibrations({"this run": found})
+    return {"calibration": found}
+
+
+def tell_calibrations(config: Config, platform: str) -> None:
+    """Calibrates runs around one, and prints the results."""
+    print_calibrations({name: calibrate(run, platform) for name, run in calibration_configs(config).items()})
+
+
 def print_calibrations(calibrations: Mapping[str, Mapping[str, Any]]) -> None:
     """Prints planned beside measured memory and time, a row for each calibration."""
     table = rich.table.Table(box=rich.box.SIMPLE, title="Plan against calibration", title_justify="left")

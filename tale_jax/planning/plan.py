@@ -209,7 +209,7 @@ def make_plan(
       timed: take a few steps, unless they could not fit.
       precision: the dtype to compute in, and the reason; None: those of `choose_precision`.
     """
-    num_windows = _count_windows(config, workdir) if workdir else 0
+    num_windows = count_windows(config, workdir) if workdir else 0
     config = config.with_total_steps(num_windows)
     budget = budget or memory_budget(config, backend)
     with Progress("plan", total=3, unit="stages") as progress:
@@ -226,7 +226,8 @@ def make_plan(
     return plan
 
 
-def _count_windows(config: Config, workdir: Path) -> int:
+def count_windows(config: Config, workdir: Path) -> int:
+    """Windows in the training text that is prepared in `workdir`."""
     tokens, manifest = load_tokens(workdir, "train")
     t = UntrainedTokenizer
     return len(training_windows(tokens, config, t.bos_id, t.pad_id, bool(manifest.chat)))

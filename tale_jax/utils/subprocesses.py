@@ -100,12 +100,13 @@ def run_module(
     module: str,
     *args: str,
     stdin: str = "",
+    env: Mapping[str, str] | None = None,
     timeout: float | int | None = None,
     on_stderr: Callable[[str], None] | None = None,
 ) -> ProcessResult:
-    """Runs `python -m module args`, with the Python and the package of this process."""
+    """Runs `python -m module args`, with the Python and the package of this process; `env` is added to its own."""
     command = [sys.executable, "-P", "-m", module, *args]  # -P: modules in the current folder are not meant
-    return run(command, stdin=stdin, env=_own_path(), timeout=timeout, on_stderr=on_stderr)
+    return run(command, stdin=stdin, env=_own_path() | (env or {}), timeout=timeout, on_stderr=on_stderr)
 
 
 class LoggedProcess:
