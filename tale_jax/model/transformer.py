@@ -175,6 +175,7 @@ class Transformer(nn.Module):
       materialize_transposes: products in the layout that XLA on CPU computes natively (see `layers.py`).
       remat: what the backward pass recomputes: "none", "block", or a policy of `jax.checkpoint_policies`.
       cudnn_attention: in half precision, attention by cuDNN wherever nothing but what comes later is hidden.
+      batch_sharding: of activations; None: as XLA finds it from the weights, which it may then leave where they are.
     """
 
     config: ModelConfig
@@ -183,6 +184,7 @@ class Transformer(nn.Module):
     materialize_transposes: bool = False
     remat: str = "none"
     cudnn_attention: bool = False
+    batch_sharding: Any = None
 
     @nn.compact
     def __call__(
@@ -222,12 +224,8 @@ class Transformer(nn.Module):
         if cache is None:
             slot, slot_positions = start, positions
             mask = causal_mask(positions, positions, segments, segments)
-            if (
-                self.cudnn_attention
-                and plain
-                and jnp.dtype(self.dtype).itemsize == 2
-                and c.head_dim in range(8, 129, 8)
-            ):
+            fits = jnp.dtype(self.dtype).itemsize == 2 and c.head_dim in range(8, 129, 8)
+            if self.cudnn_attention and plain and fits:
                 mask = None
             elif self.materialize_transposes:
                 mask = jax.lax.optimization_barrier(mask)
@@ -243,6 +241,8 @@ class Transformer(nn.Module):
             "embedding", nn.initializers.normal(EMBEDDING_STD), (self.vocab_size, c.embed_dim), jnp.float32
         )
         x = jnp.take(embedding, tokens, axis=0)
+        if self.batch_sharding is not None:
+            x = jax.lax.with_sharding_constraint(x, self.batch_sharding)
         if c.embedding_dropout and not deterministic:
             # Whole rows of the table, so that a token is gone wherever it stands (Merity et al. 2018).
             kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - c.embedding_dropout, (self.vocab_size,))

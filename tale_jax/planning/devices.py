@@ -39,6 +39,8 @@ from tale_jax.utils.streams import table_console
 from tale_jax.utils.subprocesses import run_module
 
 DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+# The program is never run, so no time goes into its machine code; this changes neither its operations nor its memory.
+UNRUN_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 MIN_SHOWN_BYTES = 1e5  # of what is sent
 SECONDS_PER_DAY = 86_400
 
@@ -51,11 +53,18 @@ class Assumptions:
       peak_tflops: 10^12 FLOP/s of large products in the run's dtype, by the data sheet of a device.
       peak_share: which share of that products reach in training.
       bandwidth: 10^9 bytes per second that a device sends to the others.
+
+    Raises ValueError, in one line, for what is no speed.
     """
 
     peak_tflops: float
     peak_share: float
     bandwidth: float
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"--{name}={value} must be a positive number; leave it out for that of an A100")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +228,7 @@ def throughput(
 def _compile_elsewhere(config: Config, num_devices: int) -> CompiledStep:
     """`compile_step` in a process that has so many simulated devices: XLA decides their number when it starts."""
     flags = re.sub(rf"{DEVICE_COUNT_FLAG}=\d*", "", os.environ.get("XLA_FLAGS", ""))
-    env = {"XLA_FLAGS": f"{flags} {DEVICE_COUNT_FLAG}={num_devices}".strip(), "JAX_PLATFORMS": "cpu"}
+    env = {"XLA_FLAGS": f"{flags} {UNRUN_FLAGS} {DEVICE_COUNT_FLAG}={num_devices}".strip(), "JAX_PLATFORMS": "cpu"}
     result = run_module("tale_jax.planning.devices", stdin=json.dumps(config.to_json()), env=env)
     if result.reason:
         less = "" if config.model.scan_layers else "--config.model.scan_layers=True compiles one layer for all, or "

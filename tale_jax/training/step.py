@@ -74,8 +74,7 @@ def make_train_step(
             scale = next_scale(scale, finite)
             metrics |= {"loss_scale": scale.value}
         ema = state.ema_params
-        if ema is not None:
-            ema = update_ema(ema, params, config.ema.decay, state.step)
+        ema = ema if ema is None else update_ema(ema, params, config.ema.decay, state.step)
         counts = finite if config.on_spike == "off" else finite & ~is_spike(state.losses, loss)
         new = {"params": params, "opt_state": opt_state, "ema_params": ema}
         old = {name: getattr(state, name) for name in new}
@@ -120,8 +119,9 @@ class Trainer:
         self.batch_sharding = batch_sharding(mesh)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.init = jax.jit(init, out_shardings=self.state_shardings)
+        spread = model.clone(batch_sharding=self.batch_sharding) if mesh.size > 1 else model
         self.jitted_step = jax.jit(
-            make_train_step(config, model, optimizer, rate, bos_id),
+            make_train_step(config, spread, optimizer, rate, bos_id),
             in_shardings=(self.state_shardings, self.batch_sharding),
             out_shardings=(self.state_shardings, self.replicated),
             donate_argnums=(0,) if donate else (),

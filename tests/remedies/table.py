@@ -21,6 +21,7 @@ PREPARED = f"{DATA}test_prepared_text_goes_on_as_it_is_told"
 TOKENIZER = f"{DATA}test_a_tokenizer_that_cannot_be_used_is_replaced_as_told"
 VOCABULARY = "tests/data/test_tokenizer.py::test_the_vocabulary_that_an_error_advises_works"
 LOADER = f"{DATA}test_batches_of_the_size_that_is_advised"
+DEVICES = "tests/planning/test_devices.py::"
 SWEEP = "tests/runs/test_sweep.py::"
 LADDER = "tests/runs/test_ladder.py::"
 RUNS = "tests/remedies/test_runs.py::"
@@ -80,6 +81,7 @@ INTERNAL = "tests/remedies/test_runs.py::test_calls_of_python_are_corrected_as_t
 
 REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "configs/finetune.py": {"is not a variant": NO_BASE},
+    "configs/gpt2.py": {"is not a variant": f"{CLI}test_the_variants_that_are_named_exist"},
     "configs/m2_air.py": {"is not a variant": f"{CLI}test_the_variants_that_are_named_exist"},
     "configs/tales.py": {"is not a variant": f"{CLI}test_the_variants_that_are_named_exist"},
     "configs/wikitext2.py": {"is not a variant": f"{CLI}test_the_variants_that_are_named_exist"},
@@ -360,6 +362,19 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
             "tests/planning/test_autotune.py::test_with_time_for_few_steps_the_smallest_size_is_trained_and_that_is_said"
         ),
         "must leave time to train": "tests/planning/test_autotune.py::test_too_little_time_is_one_line_with_a_remedy",
+    },
+    "launch/device_plan.py": {
+        "plans for devices that are not here": f"{DEVICES}test_flags_that_do_not_go_with_devices_are_left_out_as_told",
+    },
+    "tale_jax/planning/devices.py": {
+        "must be a positive number": f"{DEVICES}test_what_is_no_speed_is_refused_and_another_number_taken",
+        "could not be compiled": f"{DEVICES}test_a_step_that_cannot_be_compiled_is_one_line_and_gets_smaller_as_told",
+        "--config.model.scan_layers=True": (
+            f"{DEVICES}test_a_step_that_cannot_be_compiled_is_one_line_and_gets_smaller_as_told"
+        ),
+        "or set total_steps": f"{DEVICES}test_a_plan_adds_up_and_is_told",
+        "TFLOP/s (--peak_share": f"{DEVICES}test_a_plan_adds_up_and_is_told",
+        "GB/s (--bandwidth)": f"{DEVICES}test_a_plan_adds_up_and_is_told",
     },
     "tale_jax/planning/doctor.py": {
         "give another --folder or --workdir": DOCTOR,

@@ -161,7 +161,7 @@ def test_a_command_that_is_corrected_as_it_is_told_works(call):
         assert code == 0, (name, arguments, message)
 
 
-@pytest.mark.parametrize("recipe", ["m2_air", "tales", "wikitext2"])
+@pytest.mark.parametrize("recipe", ["gpt2", "m2_air", "tales", "wikitext2"])
 def test_the_variants_that_are_named_exist(recipe):
     module = importlib.import_module(f"configs.{recipe}")
     with pytest.raises(ValueError, match="is not a variant") as caught:

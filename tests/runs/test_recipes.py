@@ -67,6 +67,8 @@ def shrunk_config(recipe: str, corpus: Path) -> Config:
     config.update_from_flattened_dict(SHAPE | LENGTH | TALES)
     config.precision = "bfloat16" if config.precision == "bfloat16" else "float32"
     config.micro_batch_size = min(2, config.micro_batch_size)
+    if config.corpus.name == "hub":  # which is not here
+        config.corpus.name = "files"
     if config.corpus.name != "tales":
         config.corpus.path = str(corpus / config.corpus.name)
     return Config.build(config)
