@@ -27,11 +27,12 @@ class Head(NamedTuple):
 
     tied: bool
     materialize_transposes: bool = False  # layout of products, see `layers.py`
+    parts: int = 1  # of a batch, which lie on different devices
 
     @property
     def chunk_logits(self) -> int:
         """Logits computed at once: few enough for a CPU's cache; elsewhere only memory is the limit."""
-        return 2**21 if self.materialize_transposes else 2**26
+        return self.parts * (2**21 if self.materialize_transposes else 2**26)
 
 
 def loss_mask(targets: Any, bos_id: int) -> Any:
@@ -73,6 +74,7 @@ def weighted_cross_entropy(
 
 def _forward(x: Array, table: Array, targets: Array, weights: Array, head: Head) -> tuple[Array, tuple[Array, Array]]:
     kernel = _kernel(table, x.dtype, head)
+    shape = (head.parts, -1) if head.parts > 1 else (-1,)  # gradients of parts are summed once, after the last chunk
     back = table.astype(x.dtype) if head.tied else transpose(kernel, head.materialize_transposes)
 
     def body(total: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
@@ -84,18 +86,16 @@ def _forward(x: Array, table: Array, targets: Array, weights: Array, head: Head)
         one_hot = jnp.arange(logits_f32.shape[-1], dtype=targets.dtype) == targets[..., None]
         dlogits = (jnp.exp(logits_f32 - log_sum[..., None]) - one_hot) * weights[..., None]
         dlogits = dlogits.astype(x.dtype)
-        x_flat, dlogits_flat = x.reshape(-1, x.shape[-1]), dlogits.reshape(-1, dlogits.shape[-1])
+        x_flat, dlogits_flat = (y.reshape(*shape, y.shape[-1]) for y in (x, dlogits))
         # Summed in float32 over chunks; a product of bfloat16 into float32 exists on CPU with materialised transposes
         # only.
-        dkernel += product(
-            transpose(x_flat, head.materialize_transposes),
-            dlogits_flat,
-            jnp.float32 if head.materialize_transposes else x.dtype,
-        )
+        dtype = jnp.float32 if head.materialize_transposes else x.dtype
+        dkernel += product(transpose(x_flat, head.materialize_transposes), dlogits_flat, dtype)
         return (loss + jnp.sum(losses * weights), dkernel), product(dlogits, back)
 
-    zero = jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape, jnp.float32)
+    zero = jnp.zeros((), jnp.float32), jnp.zeros((*shape[:-1], *kernel.shape), jnp.float32)
     (loss, dkernel), dx = _over_chunks(body, zero, (x, targets, weights), kernel.shape[1], head)
+    dkernel = dkernel.sum(0) if head.parts > 1 else dkernel
     # The barrier keeps XLA from folding the transpose back into the product.
     return loss, (dx, jax.lax.optimization_barrier(dkernel).T if head.tied else dkernel)
 

@@ -8,6 +8,7 @@ The weights of all layers are stacked along a leading axis L, whether they run i
 after another: names, shapes and initial values do not depend on `scan_layers` or `remat`.
 """
 
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -122,10 +123,8 @@ class Attention(nn.Module):
             mixed = attend_one(query, key, value, mask)
         else:
             mixed = attention(query, key, value, mask, self.materialize_transposes, causal=cached is None)
-        mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)
-        return Dense(c.embed_dim, self.dtype, self.materialize_transposes, c.zero_init_outputs, name="output")(
-            mixed
-        ), cached
+        output = Dense(c.embed_dim, self.dtype, self.materialize_transposes, c.zero_init_outputs, name="output")
+        return output(mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)), cached
 
 
 class MLP(nn.Module):
@@ -158,9 +157,8 @@ class Block(nn.Module):
             RMSNorm(c.norm_eps, name="attention_norm")(x), angles, mask, slot, cached
         )
         x = x + drop(mixed)
-        x = x + drop(
-            MLP(c, self.dtype, self.materialize_transposes, name="mlp")(RMSNorm(c.norm_eps, name="mlp_norm")(x))
-        )
+        mlp = MLP(c, self.dtype, self.materialize_transposes, name="mlp")
+        x = x + drop(mlp(RMSNorm(c.norm_eps, name="mlp_norm")(x)))
         self.sow(TAPS, "residual", x)
         return x, cached
 
@@ -262,7 +260,9 @@ class Transformer(nn.Module):
         if logits_at is not None:
             x = jax.lax.dynamic_slice_in_dim(x, logits_at, 1, axis=1)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
-        head = Head(c.tie_embeddings, self.materialize_transposes)
+        rows = self.batch_sharding
+        parts = 1 if rows is None else math.prod(rows.mesh.shape[axis] for axis in rows.spec[0])
+        head = Head(c.tie_embeddings, self.materialize_transposes, parts)
         table = embedding
         if not c.tie_embeddings:
             table = self.param("head", nn.initializers.lecun_normal(), (c.embed_dim, self.vocab_size), jnp.float32)
