@@ -54,7 +54,7 @@ def recipes() -> list[str]:
     """Every recipe, and variants that differ in more than size, as `--config=configs/NAME.py:VARIANT` names them."""
     variants = {"wikitext2": ("best",), "m2_air": ("tuned",)}
     files = (Path(__file__).resolve().parents[2] / "configs").glob("*.py")
-    others = ("__init__", "finetune")  # which needs a base: see test_finetune.py
+    others = ("__init__", "finetune", "gpt2")  # needs a base: see test_finetune.py; is planned: see test_devices.py
     names = sorted(path.stem for path in files if path.stem not in others)
     return [f"{name}:{variant}".rstrip(":") for name in names for variant in ("", *variants.get(name, ()))]
 
@@ -67,8 +67,6 @@ def shrunk_config(recipe: str, corpus: Path) -> Config:
     config.update_from_flattened_dict(SHAPE | LENGTH | TALES)
     config.precision = "bfloat16" if config.precision == "bfloat16" else "float32"
     config.micro_batch_size = min(2, config.micro_batch_size)
-    if config.corpus.name == "hub":  # which is not here
-        config.corpus.name = "files"
     if config.corpus.name != "tales":
         config.corpus.path = str(corpus / config.corpus.name)
     return Config.build(config)
