@@ -30,6 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tale_jax.hardware.distributed import from_main_process
+from tale_jax.hardware.machine import release_memory
 from tale_jax.training.guard import WINDOW
 from tale_jax.training.loss_scale import LossScale, first_scale
 from tale_jax.training.state import TrainState
@@ -209,9 +210,10 @@ class Checkpoints:
         for name, tree in arrays.items():
             target = jax.tree_util.tree_map(lambda x: np.empty(x.shape, x.dtype), tree)  # no memory is touched yet
             cause: ValueError | None = None
+            release_memory()  # of the save, and of the item before: one is held a second time
             try:
-                found = _restore(self._manager, step, ocp.args.Composite(**{name: ocp.args.StandardRestore(target)}))
-                same = digests({name: found[name]}).items() <= saved.items()
+                args = ocp.args.Composite(**{name: ocp.args.StandardRestore(target)})
+                same = digests({name: _restore(self._manager, step, args)[name]}).items() <= saved.items()
             except ValueError as error:
                 same, reason, cause = False, str(error), error
             else:
@@ -531,18 +533,20 @@ def _named(sums: Any) -> dict[str, tuple[str, bool]]:
     return {".".join(_key_name(key) for key in path): (f"{int(found[0]):08x}", bool(found[1])) for path, found in paths}
 
 
-@jax.jit
 def _array_sums(tree: Any) -> Any:
-    def one(x: Any) -> Any:
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) if x.dtype.itemsize == 4 else x.astype(jnp.uint32)
-        place, stride = jnp.uint32(0), 1
-        for axis in reversed(range(x.ndim)):  # not by a reshape, which would gather an array that devices share
-            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % (1 << 32))
-            stride *= x.shape[axis]
-        digest = jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # odd: keeps every bit, and tells places apart
-        return jnp.stack([digest, jnp.isfinite(x).all().astype(jnp.uint32)])
+    """Of each array by itself: in one program for all XLA holds whatever it computes from them at the same time."""
+    return jax.tree_util.tree_map(_sums_of_array, tree)
 
-    return jax.tree_util.tree_map(one, tree)
+
+@jax.jit
+def _sums_of_array(x: Any) -> Any:
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) if x.dtype.itemsize == 4 else x.astype(jnp.uint32)
+    place, stride = jnp.uint32(0), 1
+    for axis in reversed(range(x.ndim)):  # not by a reshape, which would gather an array that devices share
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % (1 << 32))
+        stride *= x.shape[axis]
+    digest = jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # odd: keeps every bit, and tells places apart
+    return jnp.stack([digest, jnp.isfinite(x).all().astype(jnp.uint32)])
 
 
 def _key_name(key: Any) -> str:

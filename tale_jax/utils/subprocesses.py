@@ -106,7 +106,7 @@ def run_module(
 ) -> ProcessResult:
     """Runs `python -m module args`, with the Python and the package of this process; `env` is added to its own."""
     command = [sys.executable, "-P", "-m", module, *args]  # -P: modules in the current folder are not meant
-    return run(command, stdin=stdin, env=_own_path() | (env or {}), timeout=timeout, on_stderr=on_stderr)
+    return run(command, stdin=stdin, env={**_own_path(), **(env or {})}, timeout=timeout, on_stderr=on_stderr)
 
 
 class LoggedProcess:
