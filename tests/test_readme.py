@@ -237,6 +237,7 @@ def test_every_flag_of_a_remedy_is_a_flag_of_a_script():
     modules = {name for path in PYTHON for name in re.findall(r'add_argument\(\s*"--(\w+)"', path.read_text())}
     known = set().union(*SCRIPTS.values(), modules)  # and those of what is run as `python -m`
     others = set("xla_cpu_prefer_vector_width xla_gpu_enable_latency_hiding_scheduler".split())  # XLA's
+    others |= set("xla_backend_optimization_level xla_llvm_disable_expensive_passes".split())
     others |= set("name helpshort count start ink muted grid".split())  # absl's, of a module, CSS variables
     others |= {"address"}  # of `ray start`
     found = [

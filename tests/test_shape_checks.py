@@ -17,6 +17,8 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_is_checked(name):
+    if name.endswith(".ray_tune"):
+        pytest.importorskip("ray", reason="an extra: make env EXTRAS=dev,ray")
     spec = importlib.import_module(name).__spec__
     assert spec is not None and type(spec.loader).__module__.startswith("jaxtyping")
 

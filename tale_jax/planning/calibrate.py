@@ -20,11 +20,12 @@ from tale_jax.config import Config, change
 from tale_jax.hardware import machine
 from tale_jax.hardware.backend import matmul_peak, start_backend
 from tale_jax.planning.numerics import choose_precision
-from tale_jax.planning.plan import plan_run, zeros
+from tale_jax.planning.plan import make_mac_plan, make_plan, plan_run, print_plan, zeros
 from tale_jax.planning.programs import UntrainedTokenizer, programs
 from tale_jax.planning.timing import random_windows, time_steps, timed_step
 from tale_jax.training.checkpoint import Checkpoints, max_concurrent_bytes
 from tale_jax.training.step import make_trainer
+from tale_jax.utils.files import json_line
 from tale_jax.utils.format import format_bytes
 from tale_jax.utils.progress import Progress
 from tale_jax.utils.streams import table_console
@@ -94,15 +95,31 @@ def calibration_configs(config: Config) -> dict[str, Config]:
     return configs
 
 
-def tell_calibration(config: Config, platform: str) -> dict[str, Any]:
-    """Calibrates a run and prints the result, which is returned as `calibration`."""
-    found = calibrate(config, platform)
-    print_calibrations({"this run": found})
-    return {"calibration": found}
+def tell_plan(
+    config: Config, workdir: Path | None, memory: int, mac: bool, time: bool, measure: bool, as_json: bool
+) -> None:
+    """Prints the plan of a run as tables or as one JSON object; with `measure` the run is calibrated beside it.
+
+    Args:
+      memory: bytes; 0: what this machine has.
+      mac: plan for the GPU of a Mac, on whatever machine this is; else for this one, where `time` times a few steps.
+    """
+    backend = start_backend(config.backend.platform)
+    given = config, backend, workdir, memory
+    plan = make_mac_plan(*given) if mac else make_plan(*given, time)
+    if not as_json:
+        print_plan(plan)
+    calibration = {}
+    if measure:
+        calibration = {"calibration": calibrate(config, backend.platform)}
+        print_calibrations({"this run": calibration["calibration"]})
+    if as_json:
+        print(json_line(dataclasses.asdict(plan) | calibration))
 
 
-def tell_calibrations(config: Config, platform: str) -> None:
-    """Calibrates runs around one, and prints the results."""
+def tell_calibrations(config: Config) -> None:
+    """Calibrates runs around one on this machine, and prints the results."""
+    platform = start_backend(config.backend.platform).platform
     print_calibrations({name: calibrate(run, platform) for name, run in calibration_configs(config).items()})
 
 

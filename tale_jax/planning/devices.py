@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from tale_jax.utils.progress import Progress
 from tale_jax.utils.streams import table_console
 from tale_jax.utils.subprocesses import run_module
 
-DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+DEVICE_COUNT_FLAG = "xla_force_host_platform_device_count"
 # The program is never run, so no time goes into its machine code; this changes neither its operations nor its memory.
 UNRUN_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 MIN_SHOWN_BYTES = 1e5  # of what is sent
@@ -227,8 +228,8 @@ def throughput(
 
 def _compile_elsewhere(config: Config, num_devices: int) -> CompiledStep:
     """`compile_step` in a process that has so many simulated devices: XLA decides their number when it starts."""
-    flags = re.sub(rf"{DEVICE_COUNT_FLAG}=\d*", "", os.environ.get("XLA_FLAGS", ""))
-    env = {"XLA_FLAGS": f"{flags} {UNRUN_FLAGS} {DEVICE_COUNT_FLAG}={num_devices}".strip(), "JAX_PLATFORMS": "cpu"}
+    flags = re.sub(rf"--{DEVICE_COUNT_FLAG}=\d*", "", os.environ.get("XLA_FLAGS", ""))
+    env = {"XLA_FLAGS": f"{flags} {UNRUN_FLAGS} --{DEVICE_COUNT_FLAG}={num_devices}".strip(), "JAX_PLATFORMS": "cpu"}
     result = run_module("tale_jax.planning.devices", stdin=json.dumps(config.to_json()), env=env)
     if result.reason:
         less = "" if config.model.scan_layers else "--config.model.scan_layers=True compiles one layer for all, or "
@@ -284,6 +285,32 @@ def compile_step(config: Config) -> CompiledStep:
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
+
+
+def tell_device_plan(
+    config: Config,
+    num_devices: int,
+    assumptions: Assumptions,
+    workdir: Path | None,
+    budget: int,
+    others: Mapping[str, bool],
+    as_json: bool,
+) -> None:
+    """Prints the plan of a config on `num_devices` devices, as tables or as one JSON object.
+
+    Args:
+      others: flags of plan.py that ask something of this machine → whether they are given.
+
+    Raises:
+      ValueError: in one line, for a flag that does not go with `--devices`, and as `plan_devices`.
+    """
+    if wrong := [name for name, given in others.items() if given]:
+        raise ValueError(f"--devices={num_devices} plans for devices that are not here; leave --{wrong[0]} out")
+    plan = plan_devices(config, num_devices, assumptions, budget, workdir)
+    if as_json:
+        print(json_line(dataclasses.asdict(plan)))
+    else:
+        print_device_plan(plan)
 
 
 def print_device_plan(plan: DevicePlan) -> None:

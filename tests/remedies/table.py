@@ -363,10 +363,8 @@ REMEDIES: dict[str, dict[str, str | tuple[str, ...]]] = {
         ),
         "must leave time to train": "tests/planning/test_autotune.py::test_too_little_time_is_one_line_with_a_remedy",
     },
-    "launch/device_plan.py": {
-        "plans for devices that are not here": f"{DEVICES}test_flags_that_do_not_go_with_devices_are_left_out_as_told",
-    },
     "tale_jax/planning/devices.py": {
+        "plans for devices that are not here": f"{DEVICES}test_flags_that_do_not_go_with_devices_are_left_out_as_told",
         "must be a positive number": f"{DEVICES}test_what_is_no_speed_is_refused_and_another_number_taken",
         "could not be compiled": f"{DEVICES}test_a_step_that_cannot_be_compiled_is_one_line_and_gets_smaller_as_told",
         "--config.model.scan_layers=True": (
