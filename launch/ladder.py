@@ -19,7 +19,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, as configs/fil
 OUT = define_path("out", "folder to write", "folder of the ladder; it is made when missing", required=True)
 MINUTES = flags.DEFINE_float("minutes", 480.0, "of the run that is asked about")
 SHARE = flags.DEFINE_float("share", 0.15, "of these minutes, that the small runs may take")
-CHECK = flags.DEFINE_bool("check", False, "also train a run of eight times the largest, and compare")
+CHECK = flags.DEFINE_bool("check", False, "also train the run that is asked about, and compare")
 ENGINE = flags.DEFINE_enum("engine", "local", ["local", "ray", "slurm"], "what starts the small runs, one by one")
 JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 flags.mark_flag_as_required("config")

@@ -5,8 +5,8 @@ python launch/ladder.py --config=configs/files.py --config.corpus.path=my-texts/
 The rungs cost a small share of the minutes that are asked about. Each level of them takes half the time of the one
 above; most have two runs, the size that looks best and the one beside it, so that the effects of weights and of text
 can be told apart. A law of losses is fitted to them (`planning/scaling_law.py`), and predicts. To see how far it can be
-trusted it first predicts the largest rung from the others; with `check` also a run of eight times that, which is then
-trained.
+trusted it first predicts the largest rung from the others; with `check` also the run that was asked about, of some
+eighteen times that, which is then trained.
 
 `out` holds `plan.json` (what is to be run), `text/` (the prepared text), `rungs/NAME/` (a workdir each), `ladder.json`
 and `ladder.png`. The same command goes on with a ladder that was interrupted.
@@ -55,7 +55,6 @@ from tale_jax.utils.streams import notice, say, table_console
 
 # Share of the time of the largest rung, and which sizes: the one that looks best (0), the next larger or smaller one.
 LEVELS = ((1.0, (0,)), (0.5, (0, 1)), (0.25, (0, -1)), (0.125, (0, 1)))
-CHECK_TIMES = 8.0  # the time of the largest rung that the run of `check` takes
 RUNG_SHAPES = ((2, 64), (3, 96), *SHAPES)  # layers and width
 
 
@@ -70,7 +69,7 @@ class Ladder:
       held_out: the largest rung, as the others predict it: `name`, `bits_per_byte`, `predicted`, `lower`, `upper`.
       answer: the run to choose, and `others` of the sizes beside it: `num_layers`, `embed_dim`, `num_weights`,
         `tokens`, `passes`, `bits_per_byte`, `lower`, `upper`.
-      check: as `held_out`, for a run of eight times the largest rung that was trained afterwards; None: it was not.
+      check: as `held_out`, for the run of the minutes, where it was trained afterwards; None: it was not.
       law: the numbers of `LossLaw`; `noise` is the relative deviation of the rungs from it.
       cost: seconds of the rungs over those of the minutes.
     """
@@ -133,7 +132,7 @@ def run_ladder(
       out: folder of the ladder; it is made when missing.
       minutes: of the run that is asked about.
       share: of these minutes, that the rungs may take.
-      check: whether a run of eight times the largest rung is trained and compared with its prediction.
+      check: whether the run of the minutes is trained as well, and compared with its prediction.
       overrides: dotted names of settings that the user gave, which are left alone.
       engine: where the rungs are trained; None: on this machine, one after the other.
 
@@ -337,10 +336,13 @@ def _answer(context: _Context, laws: Bootstrap) -> dict[str, Any]:
 
 
 def _check(context: _Context, plan: Mapping[str, Any], laws: Bootstrap) -> dict[str, Any] | int:
-    """A run of eight times the largest rung, beside what was predicted of it; the signal that stopped it."""
-    [rung] = _best_sizes(context, plan, CHECK_TIMES * plan["largest_seconds"], laws.law)
+    """The run that was asked about, beside what was predicted of it; the signal that stopped it.
+
+    Its size and length follow from the plan and the rungs alone, so an interrupted one is the same when it goes on.
+    """
+    [rung] = _best_sizes(context, plan, 60 * context.config.minutes, laws.law)
     name = _name(rung)
-    notice(f"the run of {CHECK_TIMES:g} times the largest rung")
+    notice(f"the run of {format_duration(60 * context.config.minutes)} that was asked about")
     results = _run(context, {name: rung})
     if isinstance(results, int):
         return results
@@ -368,7 +370,7 @@ def describe_ladder(ladder: Ladder) -> str:
         f"The largest rung, predicted from the others: {_off(held_out)}",
     ]
     if ladder.check:
-        lines.append(f"A run of {CHECK_TIMES:g} times the largest rung, predicted before: {_off(ladder.check)}")
+        lines.append(f"The run of {format_duration(60 * ladder.minutes)}, predicted before: {_off(ladder.check)}")
     return "\n".join([*lines, f"The rungs took {ladder.cost:.1%} of that time."])
 
 

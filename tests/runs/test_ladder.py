@@ -40,7 +40,9 @@ def test_a_ladder_is_told_in_lines():
     assert lines[0].endswith("1.500 bits/byte (1.450 to 1.520)")
     assert lines[1].startswith("  instead 400k weights")
     assert lines[2].endswith("1.480 (1.450 to 1.520), measured 1.500 bits/byte (+1.4%)")
-    assert "8 times" in lines[3] and lines[3].endswith("measured 1.530 bits/byte (+3.4%)")
+    assert lines[3].startswith("The run of 8 h, predicted before: ") and lines[3].endswith(
+        "measured 1.530 bits/byte (+3.4%)"
+    )
     assert lines[4] == "The rungs took 14.1% of that time."
 
 
@@ -84,13 +86,13 @@ def test_a_model_that_fits_into_no_memory(tmp_path, cpu):
 def test_a_ladder_from_start_to_answer(tmp_path, monkeypatch, cpu):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "ladder"
-    flags = [*RECIPE, *SHORT, f"--out={out}", "--minutes=6"]
+    flags = [*RECIPE, *SHORT, f"--out={out}", "--minutes=1.5", "--share=0.5"]
     # Planned as on a machine of known speed, on an engine that fails.
     settings = {"precision": "float32", "batch_size": 2, "model.seq_len": 64, "windows": "stream"}
     monkeypatch.setattr(ladder_module, "measure_cost", lambda *_: StepCost(0.03, 1.0))
     config = build_config(**settings, **{"model.mask_documents": False})
     with pytest.raises(ValueError, match=r"^rung \d+x\d+-\d+ failed \(signal 9: it said nothing\); see .* to go on$"):
-        run_ladder(config, out, cpu, minutes=6.0, engine=KillingEngine())
+        run_ladder(config, out, cpu, minutes=1.5, share=0.5, engine=KillingEngine())
     process = start_script("ladder", *flags, "--json")
     deadline = time.monotonic() + 300
     while not (list(out.glob("rungs/*/rung.json")) and list(out.glob("rungs/*/metrics.jsonl"))[1:]):
@@ -129,9 +131,15 @@ def test_a_ladder_from_start_to_answer(tmp_path, monkeypatch, cpu):
     damaged = run_script("ladder", *flags)
     assert damaged.returncode == 2 and damaged.stderr.endswith("remove it, and the rung is scored again\n")
     rung.unlink()
-    again = run_script("ladder", *flags)  # nothing else is trained again, and people get a table
-    assert again.returncode == 0 and "Rungs" in again.stdout and "In 6 min on this machine" in again.stdout
-    assert again.stderr.count("note: rung") == 1 and rung.read_bytes() == whole
+    again = run_script("ladder", *flags, "--check")  # nothing else is trained again, and people get a table
+    assert again.returncode == 0 and "Rungs" in again.stdout and "In 1 min 30 s on this machine" in again.stdout
+    assert again.stderr.count("note: rung") == 2 and rung.read_bytes() == whole
+    check = json.loads((out / "ladder.json").read_text())["check"]
+    assert check["lower"] <= check["predicted"] <= check["upper"] and 0 < check["bits_per_byte"] < 8
+    assert check["tokens"] > 5 * max(
+        rung["tokens"] for rung in ladder["rungs"].values() if rung["num_weights"] == check["num_weights"]
+    )
+    assert f"The run of 1 min 30 s, predicted before: {check['predicted']:.3f}" in again.stdout
     other = run_script("ladder", *flags, "--share=0.2")
     assert other.returncode == 2 and "holds a ladder of other share; give another --out" in other.stderr
     known = known_law(load_manifest(out / "text", "train").corpus)  # what `--config.minutes` takes for this text

@@ -113,9 +113,7 @@ def assert_golden(found: Golden, wanted: Golden, half: bool = False) -> None:
     if this_machine() == MACHINE:
         assert found == wanted
         return
-    tolerance = 1e-3 if half else 1e-5
-    if this_machine()[-1].split(".")[:2] != MACHINE[-1].split(".")[:2]:  # another XLA sums in another order
-        tolerance *= 20
+    tolerance = 2e-2 if half else 5e-4  # another processor, or another XLA, sums in another order: eight steps of that
     assert list(found) == pytest.approx(list(wanted), rel=tolerance)
 
 
