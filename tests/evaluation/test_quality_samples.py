@@ -37,6 +37,7 @@ def test_the_published_prompts_are_different_and_fit():
     assert all(prompt == prompt.strip() for prompt in quality_samples.PROMPTS)
 
 
+@pytest.mark.slow
 def test_the_script_adds_quality_and_keeps_every_sample(trained, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)

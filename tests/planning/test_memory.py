@@ -50,6 +50,7 @@ def test_the_parts_at_the_peak_sum_to_it(cpu, process, changes):
     assert made.scratch > 0 and (process == 0 or parts["before the first step"] < 1000)
 
 
+@pytest.mark.slow
 def test_the_parts_sum_to_the_peak_on_a_gpu_and_on_devices_that_share_weights(cpu):
     for backend, changes in (
         (for_mac(cpu, 10**10), {}),
@@ -186,6 +187,7 @@ def between(made) -> int:
     return made.gradients + made.logits + made.activations
 
 
+@pytest.mark.slow
 def test_remat_and_micro_batches_hold_less(cpu):
     shape = {"model.num_layers": 4, "batch_size": 16}
     plain, remat, micro = (

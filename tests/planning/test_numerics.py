@@ -43,7 +43,7 @@ def quick(monkeypatch, reference):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [pytest.param(d, marks=[pytest.mark.slow] * (d == "float16")) for d in DTYPES])
 def test_this_cpu_is_numerically_correct(cpu, dtype):
     check = check_dtype(cpu, dtype)
     assert (check.correct, check.reason) == (True, ""), check

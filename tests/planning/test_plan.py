@@ -80,6 +80,7 @@ def test_a_run_fits_when_its_peak_is_within_the_budget(cpu, monkeypatch, made, s
     assert again.peak_bytes == again.memory.peak == made.memory.peak
 
 
+@pytest.mark.slow
 def test_a_mac_is_planned_for_on_any_machine(cpu):
     """Of its memory the GPU has two thirds, nothing is donated, no process counts, and nothing is timed."""
     config = build_config(**TINY | {"precision": "auto", "batch_size": 16})

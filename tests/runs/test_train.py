@@ -185,6 +185,7 @@ def test_a_longer_run_goes_on(straight, tmp_path, cpu):
     assert [r["step"] for r in read_metrics(workdir)["train"]] == list(range(1, 23))
 
 
+@pytest.mark.slow
 def test_divergence_is_one_line_and_goes_on_with_another_rate(tmp_path, cpu):
     """From the first step, or the last checkpoint whose weights gave a loss; nothing that is not finite is saved."""
     wild = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0, "checkpoint.every_steps": 1}
@@ -200,7 +201,7 @@ def test_divergence_is_one_line_and_goes_on_with_another_rate(tmp_path, cpu):
     assert all(np.isfinite(list(losses(tmp_path).values())))
 
 
-@pytest.mark.parametrize("ends", ["finished", "failed"])
+@pytest.mark.parametrize("ends", [pytest.param("finished", marks=pytest.mark.slow), "failed"])
 def test_the_threads_that_read_batches_end_with_the_run(straight, tmp_path, cpu, monkeypatch, ends):
     closed, close = [], loader.Batches.close
     monkeypatch.setattr(loader.Batches, "close", lambda self: [closed.append(self), close(self)])
@@ -263,6 +264,7 @@ def test_a_run_on_a_stream_scores_no_training_text(tmp_path, cpu):
 WITHOUT_NOISE = {"model.dropout": 0.0, "optimizer.eps": 1e-4}
 
 
+@pytest.mark.slow
 def test_devices_share_a_run_and_change_no_number(straight, tmp_path, cpu):
     """Also where they do not divide evaluate.batch_size."""
     many = dataclasses.replace(cpu, devices=tuple(jax.devices()[:4]))

@@ -94,7 +94,7 @@ def restored(folder, trainer):
     return Checkpoints(folder, 3).restore(trainer.abstract_state, trainer.state_shardings)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_a_run_that_goes_on_from_a_checkpoint_takes_the_same_steps(tmp_path, name):
     """To the bit: weights, moments of the optimizer, moving average, step and dropout are all in it."""
     noisy = {"model.dropout": 0.2, "ema.decay": 0.9, "optimizer.name": name, "optimizer.normuon_beta": 0.0}

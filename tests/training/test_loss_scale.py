@@ -22,7 +22,7 @@ def test_only_float16_needs_a_scale():
     assert float(tiny_trainer(dtype=jnp.float16).init().scale.value) == loss_scale.FIRST
 
 
-@pytest.mark.parametrize("micro", [0, 2])
+@pytest.mark.parametrize("micro", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_float16_learns_like_float32(micro):
     """The scale is divided out of the loss, of the gradient's norm and of the update."""
     half, half_metrics = take_steps(tiny_trainer(dtype=jnp.float16, micro_batch_size=micro, **LIKE_SGD), 5)

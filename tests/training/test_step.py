@@ -114,7 +114,12 @@ def test_accumulation_equals_the_large_batch(micro, steps_of_one_device):
     assert_same_steps(tiny_trainer(micro_batch_size=micro, **LIKE_SGD), steps_of_one_device)
 
 
-@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4)])
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "tensor"), [pytest.param(*m, marks=[pytest.mark.slow] * (1 in m)) for m in MESHES]
+)
 def test_eight_devices_equal_one(data, fsdp, tensor, steps_of_one_device):
     assert_same_steps(tiny_trainer(8, data, fsdp, tensor, **LIKE_SGD), steps_of_one_device)
 
@@ -123,7 +128,7 @@ def test_accumulation_on_a_mesh_equals_one_device(steps_of_one_device):
     assert_same_steps(tiny_trainer(4, 2, 2, micro_batch_size=4, **LIKE_SGD), steps_of_one_device)
 
 
-@pytest.mark.parametrize("axes", [(2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize("axes", [pytest.param((2, 4, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_muon_on_shared_matrices_equals_muon_on_whole_ones(axes):
     """With a moving average, queries that share keys, and a head of its own, too."""
     muon = {"optimizer.name": "muon", "optimizer.normuon_beta": 0.9, "ema.decay": 0.9}
@@ -191,13 +196,14 @@ def test_dropout_depends_on_the_step_and_repeats():
     assert first == again != later
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_on_every_mesh():
     one = losses(tiny_trainer(**NOISY), 4)
     assert np.abs(one - losses(tiny_trainer(), 4)).max() > 1e-3
     np.testing.assert_allclose(losses(tiny_trainer(8, 2, 4, **NOISY), 4), one, atol=1e-5)
 
 
-@pytest.mark.parametrize("setting", ["model.dropout", "model.embedding_dropout"])
+@pytest.mark.parametrize("setting", ["model.dropout", pytest.param("model.embedding_dropout", marks=pytest.mark.slow)])
 def test_each_micro_batch_drops_something_else(setting):
     """The mean loss of one window eight times over scatters less than that of the window alone."""
     changes = {setting: 0.5, "model.zero_init_outputs": False, "micro_batch_size": 1, "optimizer.learning_rate": 1e-9}
