@@ -10,10 +10,11 @@ import dataclasses
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def run(
 ) -> ProcessResult:
     """Runs a command to its end, for at most `timeout` seconds. A failure is a result, never an exception.
 
-    `env` is added to the environment of this process. `on_stderr` gets each line of stderr when it comes.
+    A SIGTERM or SIGHUP that ends this process ends the other one too. `env` is added to the environment of this
+    process. `on_stderr` gets each line of stderr when it comes.
     """
     try:
         process = subprocess.Popen(
@@ -65,7 +67,7 @@ def run(
         )
     except (OSError, ValueError) as error:
         return ProcessResult("", f"{command[0]}: {getattr(error, 'strerror', '') or error}")
-    with process:
+    with process, _ended_with_this_process(process):
         lines: list[str] = []
         reader = threading.Thread(target=_read_lines, args=(process.stderr, lines, on_stderr), daemon=True)
         reader.start()
@@ -86,6 +88,27 @@ def run(
     last_line = (stderr.strip().splitlines() or ["nothing on stderr"])[-1]
     ending = f"signal {-code}" if code < 0 else f"exit code {code}"
     return ProcessResult(stdout, f"{ending}: {' '.join(last_line.split())[:MAX_REASON_CHARS]}", stderr)
+
+
+@contextlib.contextmanager
+def _ended_with_this_process(process: subprocess.Popen[str]) -> Iterator[None]:
+    """A signal that would end this process at once ends the other one first. One that is handled or ignored, or comes
+    to another thread's work, is left alone."""
+
+    def end(number: int, _: Any) -> None:
+        process.kill()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    caught = [n for n in (signal.SIGTERM, signal.SIGHUP) if is_main and signal.getsignal(n) is signal.SIG_DFL]
+    for number in caught:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _read_lines(stream: Any, lines: list[str], on_line: Callable[[str], None] | None) -> None:

@@ -1,7 +1,10 @@
 """Other processes: what they print comes back, and why they failed, whatever the reason, in one line."""
 
 import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -42,6 +45,29 @@ def test_a_process_that_hangs_is_ended(tmp_path):
     assert result.reason == "no result within 0.5 s"
     assert run_code("import time; time.sleep(2)").reason == ""
     assert not (tmp_path / "alive").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_this_process_ends_the_other_one(tmp_path, number):
+    file = tmp_path / "number"
+    other = f"import os, pathlib, time; pathlib.Path({str(file)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    command = [sys.executable, "-c", f"from tale_jax.utils.subprocesses import run_code; run_code({other!r})"]
+    with subprocess.Popen(command, cwd=subprocesses.PACKAGE_ROOT) as process:
+        while not (file.is_file() and file.read_text()):
+            time.sleep(0.05)
+            assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(30) == -number
+    deadline = time.monotonic() + 30
+    while is_alive(int(file.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(int(file.read_text()))
+
+
+def is_alive(number: int) -> bool:
+    """Whether a process runs, and not only waits for someone to take note of its end."""
+    listing = subprocess.run(["ps", "-o", "stat=", "-p", str(number)], capture_output=True, text=True)
+    return bool(state := listing.stdout.strip()) and not state.startswith("Z")
 
 
 def test_a_missing_program_is_a_reason():
