@@ -98,7 +98,7 @@ def test_adapters_follow_their_matrix_along_tensor(cpu, gain):
     params = make_trainer(build_config().with_total_steps(), cpu, jnp.float32, 1).abstract_state.params
     adapters = jax.eval_shape(lambda: init_adapters(params_like(params), config.lora, jax.random.key(0)))
     found = {
-        jax.tree_util.keystr(path, simple=True, separator="."): sharding.spec
+        ".".join(key.key for key in path): sharding.spec
         for path, sharding in jax.tree_util.tree_leaves_with_path(shardings(mesh_of(tensor=2), adapters))
     }
     assert found["blocks.attention.query.b"] == found["blocks.mlp.gate.b"] == PartitionSpec(None, None, "tensor")

@@ -40,7 +40,7 @@ def test_a_ladder_is_told_in_lines():
     assert lines[0].endswith("1.500 bits/byte (1.450 to 1.520)")
     assert lines[1].startswith("  instead 400k weights")
     assert lines[2].endswith("1.480 (1.450 to 1.520), measured 1.500 bits/byte (+1.4%)")
-    assert lines[3].startswith("The run of 8 h, predicted before: ") and lines[3].endswith(
+    assert lines[3].startswith("The run of 8 h 0 min, predicted before: ") and lines[3].endswith(
         "measured 1.530 bits/byte (+3.4%)"
     )
     assert lines[4] == "The rungs took 14.1% of that time."
