@@ -128,6 +128,12 @@ def losses(trainer: Trainer, steps: int = 20) -> np.ndarray:
     return take_steps(trainer, steps)[1]["loss"]
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs, and not only waits for someone to take note of its end; by what Linux and macOS have."""
+    listed = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(listed) and not listed.startswith("Z")
+
+
 def assert_trees_equal(found: Any, wanted: Any) -> None:
     """Every array equal, to the bit."""
     jax.tree_util.tree_map(np.testing.assert_array_equal, found, wanted)

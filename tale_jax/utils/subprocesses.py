@@ -92,8 +92,8 @@ def run(
 
 @contextlib.contextmanager
 def _ended_with_this_process(process: subprocess.Popen[str]) -> Iterator[None]:
-    """A signal that would end this process at once ends the other one first. One that is handled or ignored, or comes
-    to another thread's work, is left alone."""
+    """A signal that would end this process at once ends the other one first. Nothing changes where the signal is
+    handled or ignored, or outside the main thread, which alone may set handlers."""
 
     def end(number: int, _: Any) -> None:
         process.kill()

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, is_alive
 
 from tale_jax.config import TokenizerConfig
 from tale_jax.data import encode as encode_module
@@ -111,8 +111,3 @@ def children(parent: int) -> list[int]:
     listed = subprocess.run(["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in listed.splitlines()]
     return [int(pid) for pid, ppid, args in rows if int(ppid) == parent and "spawn_main" in args]
-
-
-def is_alive(pid: int) -> bool:
-    listed = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return bool(listed) and not listed.startswith("Z")

@@ -213,7 +213,7 @@ def test_the_threads_that_read_batches_end_with_the_run(straight, tmp_path, cpu,
             train(config, tmp_path / "run", cpu)
     else:
         train(config, tmp_path / "run", cpu)
-    assert {batches._iterator for batches in closed} == {None}  # closed, however often
+    assert {batches._iterator for batches in closed} == {None}  # `set_state` closes them, too
 
 
 def test_memory_that_runs_out_is_told_with_what_is_kept_and_what_to_do(straight, tmp_path, cpu, monkeypatch):

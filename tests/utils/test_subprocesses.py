@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from helpers import is_alive
 
 from tale_jax.utils import subprocesses
 from tale_jax.utils.subprocesses import run, run_code, run_module
@@ -62,12 +63,6 @@ def test_what_ends_this_process_ends_the_other_one(tmp_path, number):
     while is_alive(int(file.read_text())) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_alive(int(file.read_text()))
-
-
-def is_alive(number: int) -> bool:
-    """Whether a process runs, and not only waits for someone to take note of its end."""
-    listing = subprocess.run(["ps", "-o", "stat=", "-p", str(number)], capture_output=True, text=True)
-    return bool(state := listing.stdout.strip()) and not state.startswith("Z")
 
 
 def test_a_missing_program_is_a_reason():
