@@ -88,6 +88,7 @@ CHOSEN_SETTINGS = (
     "total_steps",
     "tokenizer.vocab_size",
     *SHAPE_SETTINGS,
+    "optimizer.learning_rate",
     "model.dropout",
     "optimizer.weight_decay",
     "evaluate.every_steps",
@@ -185,8 +186,8 @@ def find_best(
     law = law or known_law(prepared.manifests["train"].corpus).law
     begin_time = time.monotonic()
     dtype, _ = choose_precision(backend, config.precision)
-    shapes = [{}] if any(name in overrides for name in SHAPE_SETTINGS) else [shape_settings(*shape) for shape in SHAPES]
-    sizes = [change(config, shape) for shape in shapes]
+    given = any(name in overrides for name in SHAPE_SETTINGS)
+    sizes = [config] if given else [with_size(config, *shape, overrides) for shape in SHAPES]
     assumed_flops = TIME_MODEL.peak_share * matmul_peak(dtype) * len(backend.devices)  # per second
     measured: dict[int, StepCost] = {}  # by index into `sizes`
     while True:
@@ -306,14 +307,24 @@ def explain(best: Candidate, others: list[Candidate], prepared: Prepared) -> lis
         f"tokens/s measured, {tokens / 1e6:.1f}M tokens in {format_duration(tokens / speed)}, {best.passes:.1f} "
         f"passes, predicted {best.bits_per_byte:.3f} bits/byte{alternatives}",
         f"by the law of losses of {known_law(text.corpus).source}",
+        f"learning rate {config.optimizer.learning_rate:g}: the recipe's, for a width of {config.model.embed_dim}",
         f"dropout {config.model.dropout:g}, weight decay {config.optimizer.weight_decay:g}: what suits "
         f"{best.passes:.1f} passes over {text.tokens:,} tokens",
     ]
 
 
-def shape_settings(num_layers: int, embed_dim: int) -> dict[str, Any]:
-    """The settings of a model's size, with two heads at least: one may be for copying alone."""
-    return dict(zip(SHAPE_SETTINGS, (num_layers, embed_dim, max(2, embed_dim // HEAD_DIM), 0, 0, 0), strict=True))
+def with_size(config: Config, num_layers: int, embed_dim: int, overrides: Collection[str] = ()) -> Config:
+    """The recipe with a model of another size.
+
+    Two heads at least: one may be for copying alone. The learning rate goes with 1 / width, as is right for updates
+    whose elements are all of one size, which Adam's are and those of Muon here (Yang et al. 2022); so the recipe's
+    suits every width, if it suits its own. `overrides`: dotted names of settings that are left alone.
+    """
+    settings = dict(zip(SHAPE_SETTINGS, (num_layers, embed_dim, max(2, embed_dim // HEAD_DIM), 0, 0, 0), strict=True))
+    if "optimizer.learning_rate" not in overrides:
+        rate = config.optimizer.learning_rate * config.model.embed_dim / embed_dim
+        settings["optimizer.learning_rate"] = float(f"{rate:.3g}")
+    return change(config, settings)
 
 
 def measure_cost(config: Config, backend: Backend, dtype: Any) -> StepCost | None:

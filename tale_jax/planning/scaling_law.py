@@ -6,7 +6,7 @@
 The form is that of Hoffmann et al. 2022. A handful of runs does not determine six numbers, so each starts from what
 was found on another text (`scaling_law.json`), and moves as far as such numbers differ between texts (`SPREADS`);
 powers differ little. The interval comes from a bootstrap: the rungs are drawn again, with noise, and so is what the
-numbers start from.
+numbers start from. Of a text whose entropy is known, as that of the tales, that is the floor.
 
 A ladder of runs on a text leaves its law in the user's cache folder, where `known_law` finds it for that text.
 """
@@ -78,22 +78,27 @@ class Prediction(NamedTuple):
     upper: float
 
 
-def fit(rungs: Sequence[Rung], start: LossLaw, noise: float = NOISE) -> LossLaw:
+def fit(rungs: Sequence[Rung], start: LossLaw, noise: float = NOISE, entropy: float = 0.0) -> LossLaw:
     """The law that fits the runs best, as far as they say something: the rest stays near `start`.
 
-    `noise`: relative deviation of a run's loss from any law.
+    Args:
+      rungs: at least one.
+      start: what the numbers stay near of which the runs say nothing.
+      noise: relative deviation of a run's loss from any law.
+      entropy: bits per byte that no run can come below, which is then the floor; 0: not known.
     """
     from scipy.optimize import least_squares  # takes a while to import
 
-    center = _logs(start)
-    spreads = np.array(dataclasses.astuple(SPREADS))
+    known = [math.log(entropy)] if entropy else []
+    center, spreads = _logs(start)[len(known) :], _spreads()[len(known) :]
     measured = np.log([rung.bits_per_byte for rung in rungs])
 
-    def deviations(logs: Float[np.ndarray, " 6"]) -> Float[np.ndarray, " N"]:
-        predicted = np.log([_law(logs).predict(*rung[:3]) for rung in rungs])
+    def deviations(logs: Float[np.ndarray, " F"]) -> Float[np.ndarray, " deviations"]:
+        law = _law([*known, *logs])
+        predicted = np.log([law.predict(*rung[:3]) for rung in rungs])
         return np.concatenate([(predicted - measured) / noise, (logs - center) / spreads])
 
-    return _law(least_squares(deviations, center).x)
+    return _law([*known, *least_squares(deviations, center).x])
 
 
 def residuals(law: LossLaw, rungs: Sequence[Rung]) -> Float[np.ndarray, " N"]:
@@ -107,32 +112,33 @@ class Bootstrap:
     Args:
       rungs: at least one.
       draws: how many.
+      entropy: of the text, in bits per byte, where it is known; 0: it is not.
 
     Attributes:
       law: the best.
       noise: relative deviation of the runs from it; at least `NOISE`.
     """
 
-    def __init__(self, rungs: Sequence[Rung], draws: int = DRAWS):
-        start = default_law().law
-        self.law = fit(rungs, start)
+    def __init__(self, rungs: Sequence[Rung], draws: int = DRAWS, entropy: float = 0.0):
+        start, self._entropy = default_law().law, entropy
+        self.law = fit(rungs, start, entropy=entropy)
         self.noise = max(NOISE, float(np.sqrt(np.mean(residuals(self.law, rungs) ** 2))))
         rng = np.random.default_rng(0)
-        center, spreads = _logs(start), np.array(dataclasses.astuple(SPREADS))
+        center, spreads = _logs(start), _spreads()
         self._laws = []
         for _ in range(draws):
             near = _law(center + spreads * rng.standard_normal(len(center)))
             chosen = [rungs[i] for i in rng.integers(len(rungs), size=len(rungs))]
             factors = np.exp(self.noise * rng.standard_normal(len(rungs)))
             drawn = [r._replace(bits_per_byte=r.bits_per_byte * f) for r, f in zip(chosen, factors, strict=True)]
-            self._laws.append(fit(drawn, near, self.noise))
+            self._laws.append(fit(drawn, near, entropy=entropy))
         self._run_noise = np.exp(self.noise * rng.standard_normal(draws))
 
     def predict(self, num_weights: float | int, read_bytes: float | int, text_bytes: float | int) -> Prediction:
         """What a run will reach, as `LossLaw.predict`, and the interval of it."""
         best = self.law.predict(num_weights, read_bytes, text_bytes)
         drawn = self._run_noise * [law.predict(num_weights, read_bytes, text_bytes) for law in self._laws]
-        lower, upper = np.quantile(drawn, INTERVAL)
+        lower, upper = np.quantile(np.maximum(drawn, self._entropy), INTERVAL)
         return Prediction(best, float(min(lower, best)), float(max(upper, best)))
 
 
@@ -191,5 +197,9 @@ def _logs(law: LossLaw) -> Float[np.ndarray, " 6"]:
     return np.log(dataclasses.astuple(law))
 
 
-def _law(logs: Float[np.ndarray, " 6"]) -> LossLaw:
+def _spreads() -> Float[np.ndarray, " 6"]:
+    return np.array(dataclasses.astuple(SPREADS))
+
+
+def _law(logs: Sequence[float] | Float[np.ndarray, " 6"]) -> LossLaw:
     return LossLaw(*(float(value) for value in np.exp(np.clip(logs, -30, 30))))

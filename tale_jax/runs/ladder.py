@@ -37,8 +37,8 @@ from tale_jax.planning.autotune import (
     make_candidate,
     measure_cost,
     num_weights,
-    shape_settings,
     step_flops,
+    with_size,
 )
 from tale_jax.planning.numerics import choose_precision
 from tale_jax.planning.scaling_law import Bootstrap, KnownLaw, LossLaw, Rung, default_law, law_file, save_law
@@ -100,12 +100,16 @@ class _Context:
     def text(self) -> Any:
         return self.prepared.manifests["train"]
 
+    def laws(self, rungs: Collection[Rung]) -> Bootstrap:
+        """The laws that these runs allow; of a text that was drawn with known probabilities, its entropy is known."""
+        nats_per_byte = self.prepared.manifests["valid"].entropy.get("nats_per_byte", 0.0)
+        return Bootstrap(list(rungs), entropy=nats_per_byte / math.log(2))
+
     def config_of(self, rung: Mapping[str, Any]) -> Config:
         """The config of a rung: its size and length, and what follows from these."""
-        sized = change(self.config, {"minutes": 0.0} | shape_settings(rung["num_layers"], rung["embed_dim"]))
-        config = make_candidate(
-            sized, rung["total_steps"], 0.0, self.prepared, default_law().law, self.overrides
-        ).config
+        sized = with_size(self.config, rung["num_layers"], rung["embed_dim"], self.overrides)
+        steps, law = rung["total_steps"], default_law().law
+        config = make_candidate(change(sized, {"minutes": 0.0}), steps, 0.0, self.prepared, law, self.overrides).config
         rare = {"evaluate.every_steps": 0, "sample.every_steps": 0, "checkpoint.every_steps": max(200, MIN_STEPS)}
         return change(config, rare)
 
@@ -154,14 +158,14 @@ def run_ladder(
         if isinstance(results, int):
             return results
         rungs = {name: context.rung_of(result) for name, result in results.items()}
-        laws = Bootstrap(list(rungs.values()))
+        laws = context.laws(rungs.values())
         for name, result in results.items():
             result["predicted"] = laws.law.predict(*rungs[name][:3])
         ladder = Ladder(
             minutes=float(minutes),
             share=share,
             rungs=results,
-            held_out=_held_out(rungs),
+            held_out=_held_out(context, rungs),
             answer=_answer(context, laws),
             check=None,
             law=dataclasses.asdict(laws.law),
@@ -196,7 +200,7 @@ def _plan(
         config, reason = with_vocab_size(config, text)
         notice(reason)
     context = _Context(config, out, prepare(config, text), backend, overrides, engine)
-    timed = change(config, shape_settings(*SHAPES[0]) | {"total_steps": MIN_STEPS})
+    timed = change(with_size(config, *SHAPES[0]), {"total_steps": MIN_STEPS})
     cost = measure_cost(timed, backend, choose_precision(backend, config.precision)[0])
     if cost is None:
         raise mistake(
@@ -224,7 +228,7 @@ def _best_sizes(
     """
     runs = []
     for num_layers, embed_dim in RUNG_SHAPES:
-        config = change(context.config, shape_settings(num_layers, embed_dim))
+        config = with_size(context.config, num_layers, embed_dim)
         steps = int(seconds / (plan["seconds_per_flop"] * step_flops(config)))
         loss = make_candidate(config, steps, 0.0, context.prepared, law).bits_per_byte
         runs.append((loss, {"num_layers": num_layers, "embed_dim": embed_dim, "total_steps": steps}))
@@ -297,10 +301,10 @@ def _reached(context: _Context, rung: Mapping[str, Any], job: Job) -> dict[str, 
     return result
 
 
-def _held_out(rungs: Mapping[str, Rung]) -> dict[str, Any]:
+def _held_out(context: _Context, rungs: Mapping[str, Rung]) -> dict[str, Any]:
     """The rung of the most work, as the others predict it."""
     name = max(rungs, key=lambda name: rungs[name].num_weights * rungs[name].read_bytes)
-    others = Bootstrap([rung for other, rung in rungs.items() if other != name])
+    others = context.laws([rung for other, rung in rungs.items() if other != name])
     return _compared(name, rungs[name], others)
 
 

@@ -106,8 +106,18 @@ def test_the_chosen_size_was_measured_and_is_the_best(cpu, machine):
         f"layers of {config.model.embed_dim}" in lines[0]
         and "would make" in lines[0]
         and lines[1].startswith("by the law of losses of ")
-        and "dropout" in lines[2]
+        and f"learning rate {config.optimizer.learning_rate:g}: " in lines[2]
+        and "dropout" in lines[3]
     )
+
+
+def test_wider_models_get_lower_learning_rates():
+    recipe = build_config(**{"model.embed_dim": 64})
+    config = autotune.with_size(recipe, 6, 256)
+    assert (config.model.num_layers, config.model.embed_dim, config.model.num_heads) == (6, 256, 4)
+    assert config.optimizer.learning_rate == pytest.approx(recipe.optimizer.learning_rate / 4)
+    assert autotune.with_size(recipe, 6, 64).optimizer == recipe.optimizer
+    assert autotune.with_size(recipe, 6, 256, {"optimizer.learning_rate"}).optimizer == recipe.optimizer
 
 
 def test_what_the_user_set_is_left_alone(cpu, machine):

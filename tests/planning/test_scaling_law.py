@@ -54,6 +54,19 @@ def test_what_no_run_tells_stays_as_it_was():
     assert fit(rungs, start).repeats == pytest.approx(7.0)
 
 
+def test_a_known_entropy_is_the_floor():
+    """Losses that fall steeply, as those of tales: runs alone would allow less than any run can reach."""
+    true = LossLaw(floor=0.107, size=0.03, size_power=0.4, text=0.2, text_power=1.0, repeats=5.0)
+    rungs = measured(true, np.random.default_rng(5))
+    laws = Bootstrap(rungs, draws=20, entropy=true.floor)
+    assert laws.law.floor == pytest.approx(true.floor)
+    reached = true.predict(9e6, 2e7, TEXT)
+    fitted, known = Bootstrap(rungs, draws=20).predict(9e6, 2e7, TEXT), laws.predict(9e6, 2e7, TEXT)
+    assert fitted.lower < true.floor <= known.lower <= reached <= known.upper
+    assert known.upper - known.lower < 0.5 * (fitted.upper - fitted.lower)
+    assert known.bits_per_byte == pytest.approx(reached, rel=0.01)
+
+
 @pytest.mark.slow
 def test_nineteen_of_twenty_laws_lie_in_their_intervals():
     """A run of ten times the largest compute, on twenty texts that differ as texts do."""

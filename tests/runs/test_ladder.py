@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import signal
 import time
 
@@ -112,6 +113,8 @@ def test_a_ladder_from_start_to_answer(tmp_path, monkeypatch, cpu):
     assert all(path.read_bytes() == content for path, content in before.items())
     assert set(ladder["rungs"]) == set(plan["rungs"]) == {path.name for path in (out / "rungs").iterdir()}
     law = LossLaw(**ladder["law"])
+    entropy = json.loads((out / "text" / "windows" / "valid.json").read_text())["entropy"]
+    assert law.floor == pytest.approx(entropy["nats_per_byte"] / math.log(2))  # of the tales it is known
     for name, rung in ladder["rungs"].items():
         config = json.loads((out / "rungs" / name / "config.json").read_text())
         assert config["total_steps"] * 2 * 64 == rung["tokens"] and config["model"]["embed_dim"] == rung["embed_dim"]
