@@ -71,7 +71,7 @@ class Ladder:
         `tokens`, `passes`, `bits_per_byte`, `lower`, `upper`.
       check: as `held_out`, for the run of the minutes, where it was trained afterwards; None: it was not.
       law: the numbers of `LossLaw`; `noise` is the relative deviation of the rungs from it.
-      cost: seconds of the rungs over those of the minutes.
+      cost: seconds of the rungs' steps over those of the minutes; to start, compile and score each comes on top.
     """
 
     minutes: float
@@ -375,7 +375,7 @@ def describe_ladder(ladder: Ladder) -> str:
     ]
     if ladder.check:
         lines.append(f"The run of {format_duration(60 * ladder.minutes)}, predicted before: {_off(ladder.check)}")
-    return "\n".join([*lines, f"The rungs took {ladder.cost:.1%} of that time."])
+    return "\n".join([*lines, f"The steps of the rungs took {ladder.cost:.1%} of that time."])
 
 
 def _described(run: Mapping[str, Any]) -> str:

@@ -8,16 +8,24 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import build_config
 
+from configs import files
 from tale_jax.config import Config
-from tale_jax.data.prepare import Prepared
-from tale_jax.data.token_files import Manifest
+from tale_jax.data.loader import Batches, window_starts
+from tale_jax.data.prepare import Prepared, prepare
+from tale_jax.data.token_files import Manifest, load_tokens
+from tale_jax.model.transformer import make_model
 from tale_jax.planning import autotune
 from tale_jax.planning.autotune import TIME_MODEL, StepCost
 from tale_jax.planning.programs import UntrainedTokenizer
 from tale_jax.runs.train import train
+from tale_jax.training.optimizer import MatrixShape, make_optimizer
+from tale_jax.training.schedule import learning_rate
+from tale_jax.training.state import init_state
+from tale_jax.training.step import make_train_step
 
 
 def text(num_bytes):
@@ -118,6 +126,43 @@ def test_wider_models_get_lower_learning_rates():
     assert config.optimizer.learning_rate == pytest.approx(recipe.optimizer.learning_rate / 4)
     assert autotune.with_size(recipe, 6, 64).optimizer == recipe.optimizer
     assert autotune.with_size(recipe, 6, 256, {"optimizer.learning_rate"}).optimizer == recipe.optimizer
+
+
+@pytest.mark.slow
+def test_the_recipe_s_learning_rate_suits_four_times_the_width(tmp_path, cpu):
+    """By the rule neither half nor twice the rate ends much lower, at either width; the recipe's own is far off."""
+    recipe = files.get_config()
+    recipe.corpus.update(name="tales", num_train_tales=3000, num_valid_tales=40, num_test_tales=40)
+    recipe.update(total_steps=200, precision="float32")
+    recipe.tokenizer.vocab_size, recipe.model.seq_len = 512, 64
+    recipe = Config.build(recipe)
+    prepare(recipe, tmp_path)
+    tokens, _ = load_tokens(tmp_path, "train")
+    batches = Batches(tokens, window_starts(tokens, 64), seq_len=64, batch_size=recipe.batch_size, seed=0)
+    windows = np.stack([next(batches) for _ in range(recipe.total_steps)])
+    batches.close()
+    for width, own in ((32, 32 / 256), (128, 128 / 256)):
+        ends = last_losses(autotune.with_size(recipe, 2, width), cpu, windows, (0.5, 1.0, 2.0, own))
+        assert ends[1] < min(ends[:3]) + 0.15, (width, ends)
+        assert ends[1] < ends[3] - 0.15, (width, ends)
+
+
+def last_losses(config, cpu, windows, factors):
+    """The mean loss of the last 50 steps, with so many times the learning rate."""
+    config = config.with_total_steps()
+    model, rate = make_model(config, cpu, jnp.float32), learning_rate(config.schedule, config.optimizer, len(windows))
+
+    @jax.jit
+    def losses(factor):
+        optimizer = make_optimizer(
+            config.optimizer, lambda step: factor * rate(step), MatrixShape(config.model.head_dim)
+        )
+        step = make_train_step(config, model, optimizer, rate, UntrainedTokenizer.bos_id)
+        state = init_state(model, optimizer, config.seed, False, config.lora)
+        _, metrics = jax.lax.scan(step, state, windows)
+        return metrics["loss"]
+
+    return [float(losses(jnp.float32(factor))[-50:].mean()) for factor in factors]
 
 
 def test_what_the_user_set_is_left_alone(cpu, machine):

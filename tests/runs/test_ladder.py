@@ -44,7 +44,7 @@ def test_a_ladder_is_told_in_lines():
     assert lines[3].startswith("The run of 8 h 0 min, predicted before: ") and lines[3].endswith(
         "measured 1.530 bits/byte (+3.4%)"
     )
-    assert lines[4] == "The rungs took 14.1% of that time."
+    assert lines[4] == "The steps of the rungs took 14.1% of that time."
 
 
 @pytest.mark.parametrize("name", ["total_steps", "model.embed_dim", "passes"])
