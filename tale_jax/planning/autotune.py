@@ -320,7 +320,8 @@ def with_size(config: Config, num_layers: int, embed_dim: int, overrides: Collec
     whose elements are all of one size, which Adam's are and those of Muon here (Yang et al. 2022); so the recipe's
     suits every width, if it suits its own. `overrides`: dotted names of settings that are left alone.
     """
-    settings = dict(zip(SHAPE_SETTINGS, (num_layers, embed_dim, max(2, embed_dim // HEAD_DIM), 0, 0, 0), strict=True))
+    shape = (num_layers, embed_dim, max(2, embed_dim // HEAD_DIM), 0, 0, 0)
+    settings: dict[str, Any] = dict(zip(SHAPE_SETTINGS, shape, strict=True))
     if "optimizer.learning_rate" not in overrides:
         rate = config.optimizer.learning_rate * config.model.embed_dim / embed_dim
         settings["optimizer.learning_rate"] = float(f"{rate:.3g}")
