@@ -45,11 +45,13 @@ test-faults: env ## kills, signals and damage, with real processes (FAULTS=5: 50
 test-core: env ## the quick tests without the launch scripts, for another set of versions (VENV, PYTHON, CONSTRAINTS)
 	@$(PYTEST) --ignore=tests/launch --ignore=tests/test_house.py
 
-# llama.cpp is built from its sources, some ten minutes on two cores the first time; not for this very processor, for a
-# virtual machine may name instructions that it cannot execute.
+# llama.cpp is built from its sources, some six minutes on two cores the first time; not for this very processor, for a
+# virtual machine may name instructions that it cannot execute. What pip kept of another build may be for it, and goes.
 interop-env: ## the environment of test-interop, .venv-interop: transformers 4 and 5, PEFT, torch, llama.cpp
-	@python=$$(.ci/find-python 3.11) && VENV=.venv-interop PYTHON="$$python" EXTRAS=dev,eval,interop \
-	    CMAKE_ARGS=-DGGML_NATIVE=OFF CONSTRAINTS=.ci/constraints/interop.txt .ci/make-env
+	@python=$$(.ci/find-python 3.11) && \
+	    { [ -e .venv-interop/.stamp ] || "$$python" -m pip cache remove llama_cpp_python >/dev/null 2>&1 || true; } && \
+	    VENV=.venv-interop PYTHON="$$python" EXTRAS=dev,eval,interop \
+	    CMAKE_ARGS='-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF' CONSTRAINTS=.ci/constraints/interop.txt .ci/make-env
 	@.venv-interop/bin/python -m pip install -q --no-input --disable-pip-version-check --no-deps --upgrade \
 	    --target .venv-interop/transformers4 -r .ci/constraints/transformers4.txt
 
