@@ -157,7 +157,7 @@ def autotune(
         end_time = start_time + 60 * config.minutes
         with progress.part("compiling and timing models of several sizes"):
             best, others, note = find_best(config, prepared, backend, end_time, overrides, spent)
-        for line in [*explain(best, others, prepared), *([note] if note else [])]:
+        for line in [*explain(best, others, prepared, overrides), *([note] if note else [])]:
             progress.print(line)
     return best.config
 
@@ -288,8 +288,8 @@ def step_flops(config: Config) -> float:
     return flops * (1 + TIME_MODEL.narrow_width / width)
 
 
-def explain(best: Candidate, others: list[Candidate], prepared: Prepared) -> list[str]:
-    """What was chosen and why, in a few lines."""
+def explain(best: Candidate, others: list[Candidate], prepared: Prepared, overrides: Collection[str] = ()) -> list[str]:
+    """What was chosen and why, in a few lines; nothing of settings that the user gave, `overrides`."""
     config, text = best.config, prepared.manifests["train"]
     tokens, speed = config.total_steps * config.tokens_per_step, config.tokens_per_step / best.step_seconds
 
@@ -302,14 +302,23 @@ def explain(best: Candidate, others: list[Candidate], prepared: Prepared) -> lis
         for run in sorted(nearest, key=lambda run: num_weights(run.config))
         if math.isfinite(run.bits_per_byte)
     )
+    width = f"the recipe's, for a width of {config.model.embed_dim}"
+    passes = f"what suits {best.passes:.1f} passes over {text.tokens:,} tokens"
+    reasons = {
+        "optimizer.learning_rate": (f"learning rate {config.optimizer.learning_rate:g}", width),
+        "model.dropout": (f"dropout {config.model.dropout:g}", passes),
+        "optimizer.weight_decay": (f"weight decay {config.optimizer.weight_decay:g}", passes),
+    }
+    chosen: dict[str, list[str]] = {}  # by their reason
+    for name, (value, reason) in reasons.items():
+        if name not in overrides:
+            chosen.setdefault(reason, []).append(value)
     return [
         f"{millions(best)} parameters, {config.model.num_layers} layers of {config.model.embed_dim}: {speed:,.0f} "
         f"tokens/s measured, {tokens / 1e6:.1f}M tokens in {format_duration(tokens / speed)}, {best.passes:.1f} "
         f"passes, predicted {best.bits_per_byte:.3f} bits/byte{alternatives}",
         f"by the law of losses of {known_law(text.corpus).source}",
-        f"learning rate {config.optimizer.learning_rate:g}: the recipe's, for a width of {config.model.embed_dim}",
-        f"dropout {config.model.dropout:g}, weight decay {config.optimizer.weight_decay:g}: what suits "
-        f"{best.passes:.1f} passes over {text.tokens:,} tokens",
+        *(f"{', '.join(values)}: {reason}" for reason, values in chosen.items()),
     ]
 
 

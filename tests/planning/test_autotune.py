@@ -115,8 +115,10 @@ def test_the_chosen_size_was_measured_and_is_the_best(cpu, machine):
         and "would make" in lines[0]
         and lines[1].startswith("by the law of losses of ")
         and f"learning rate {config.optimizer.learning_rate:g}: " in lines[2]
-        and "dropout" in lines[3]
+        and lines[3].startswith(f"dropout {row.dropout:g}, weight decay {row.weight_decay:g}: ")
     )
+    given = autotune.explain(best, others, text(5 * 10**6), {"optimizer.learning_rate", "model.dropout"})
+    assert given[2:] == [lines[3].replace(f"dropout {row.dropout:g}, ", "")]  # what was given needs no reason
 
 
 def test_wider_models_get_lower_learning_rates():
