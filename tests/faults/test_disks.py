@@ -228,11 +228,11 @@ def test_a_disk_that_takes_no_more_loses_no_step_and_is_named(request, counted, 
             with fault.begin(workdir):
                 code, _, stderr = go_on(process)
                 check_told(code, stderr, fault, f"{name} while {part}")
-                if fault.is_readable:
-                    assert set(good[-1:]) <= set(whole_steps(workdir)), f"{name} while {part}: {good} was saved before"
+                if fault.is_readable:  # a disk that is nearly full may take steps more, which older ones make room for
+                    assert whole_steps(workdir)[-1:] >= good[-1:], f"{name} while {part}: {good} was saved before"
                 if part == "saving":
                     check_read(workdir, fault, before)
-        assert set(good[-1:]) <= set(whole_steps(workdir)), f"{name} while {part}: {good} was saved before"
+        assert whole_steps(workdir)[-1:] >= good[-1:], f"{name} while {part}: {good} was saved before"
     done = run("train", *RECIPE, f"--workdir={workdir}", before=before)
     assert done.returncode == 0, done.stderr
     assert newest_digests(workdir) == newest_digests(whole) and not verify(workdir).bad
