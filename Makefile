@@ -46,12 +46,12 @@ test-core: env ## the quick tests without the launch scripts, for another set of
 	@$(PYTEST) --ignore=tests/launch --ignore=tests/test_house.py
 
 # llama.cpp is built from its sources, some six minutes on two cores the first time; not for this very processor, for a
-# virtual machine may name instructions that it cannot execute. What pip kept of another build may be for it, and goes.
+# virtual machine may name instructions that it cannot execute. pip does not tell builds with other flags apart, so what
+# is built with these has a cache of its own.
 interop-env: ## the environment of test-interop, .venv-interop: transformers 4 and 5, PEFT, torch, llama.cpp
-	@python=$$(.ci/find-python 3.11) && \
-	    { [ -e .venv-interop/.stamp ] || "$$python" -m pip cache remove llama_cpp_python >/dev/null 2>&1 || true; } && \
-	    VENV=.venv-interop PYTHON="$$python" EXTRAS=dev,eval,interop \
-	    CMAKE_ARGS='-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF' CONSTRAINTS=.ci/constraints/interop.txt .ci/make-env
+	@python=$$(.ci/find-python 3.11) && VENV=.venv-interop PYTHON="$$python" EXTRAS=dev,eval,interop \
+	    CMAKE_ARGS='-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF' PIP_CACHE_DIR="$$HOME/.cache/tale_jax/pip-any-processor" \
+	    CONSTRAINTS=.ci/constraints/interop.txt .ci/make-env
 	@.venv-interop/bin/python -m pip install -q --no-input --disable-pip-version-check --no-deps --upgrade \
 	    --target .venv-interop/transformers4 -r .ci/constraints/transformers4.txt
 
